@@ -1,0 +1,311 @@
+"""The parts of Xception and NEXcepTion, by hand from `torch.nn` primitives, leaves first.
+
+Every part takes and returns float maps `(B, C, H, W)` of any floating dtype and any memory format. `model.py`
+puts the parts together: its `ModelConfig` is the `config` that the stems and blocks below read their choices
+from. Nothing here knows of data, training or named models.
+
+A block's three separable convolutions are numbered 1, 2, 3 (down-sampling blocks have two). An activation
+stands *before* the convolutions in `config.activation_positions`, a norm *follows* those in
+`config.norm_positions` (paper, section 3.2, "Fewer Activations and Normalizations").
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from model import ModelConfig
+
+KERNELS = (3, 5, 7, 9)
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "elu": nn.ELU, "celu": nn.CELU}
+POOLINGS = ("max", "conv", "blur")
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of each position of a channels-first map, as ConvNeXt's.
+
+    Agrees with `timm.layers.LayerNorm2d`; eps is 1e-6.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+
+
+NORMS = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
+
+
+class MixedDepthwise(nn.Module):
+    """Depthwise convolution whose channel groups have kernels 3, 5, 7 and 9 (MixConv, Tan and Le 2019).
+
+    The groups are equal but for the first, which takes the remainder, as in `timm.layers.MixedConv2d`.
+    """
+
+    def __init__(self, channels: int, stride: int = 1):
+        super().__init__()
+        share = channels // len(KERNELS)
+        self.splits = [channels - share * (len(KERNELS) - 1)] + [share] * (len(KERNELS) - 1)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width, width, kernel, stride, kernel // 2, groups=width, bias=False)
+            for width, kernel in zip(self.splits, KERNELS, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.split(self.splits, dim=1)
+        return torch.cat([conv(group) for conv, group in zip(self.convs, groups, strict=True)], dim=1)
+
+
+class SeparableConv(nn.Module):
+    """Depthwise convolution, then a 1 × 1 (pointwise) one; no bias, nothing in between (paper, section 2.2).
+
+    `kernel` is 3, 5, 7, 9 or "mixed". Padding keeps the resolution: H becomes ceil(H / stride).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int | str, stride: int = 1):
+        super().__init__()
+        if kernel == "mixed":
+            self.depthwise = MixedDepthwise(in_channels, stride)
+        else:
+            self.depthwise = nn.Conv2d(
+                in_channels, in_channels, kernel, stride, kernel // 2, groups=in_channels, bias=False
+            )
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(x)
+        return self.pointwise(x)
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate in (0, 1) computed from the map's global mean (Hu et al. 2018).
+
+    Squeezes to 1/16 of the channels, rounded to a multiple of 8, at least 8. With batch norm, training needs
+    a batch of two or more: the squeezed map is 1 × 1. Agrees with timm's `SEModule` of ratio 1/16.
+    """
+
+    def __init__(self, channels: int, norm: str, activation: str):
+        super().__init__()
+        squeezed = max(8, int(channels / 16 + 4) // 8 * 8)
+        self.reduce = nn.Conv2d(channels, squeezed, 1)
+        self.norm = NORMS[norm](squeezed)
+        self.act = ACTIVATIONS[activation]()
+        self.expand = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = x.mean((2, 3), keepdim=True)  # (B, C, H, W) -> (B, C, 1, 1)
+        gate = self.act(self.norm(self.reduce(gate)))
+        return x * self.expand(gate).sigmoid()
+
+
+class BlurPool(nn.Module):
+    """Halve the resolution behind a fixed binomial 3 × 3 filter (Zhang 2019): H becomes ceil(H / 2).
+
+    [1 2 1] ⊗ [1 2 1] / 16 on every channel, reflection padding. The filter is not learnt and not in the state
+    dict. Agrees with `timm.layers.BlurPool2d`.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        row = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("filter", torch.outer(row, row).repeat(channels, 1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A map one pixel high or wide has nothing to reflect.
+        mode = "reflect" if min(x.shape[-2:]) > 1 else "replicate"
+        x = F.pad(x, (1, 1, 1, 1), mode=mode)
+        return F.conv2d(x, self.filter, stride=2, groups=x.shape[1])
+
+
+class StochasticDepth(nn.Module):
+    """In training, drop a residual branch for each sample with probability `rate`, scaling the kept ones by
+    1 / (1 - rate) (Huang et al. 2016). Draws as `timm.layers.DropPath` does.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep)  # (B, 1, 1, 1)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.4g}"
+
+
+class PatchifyStem(nn.Module):
+    """Non-overlapping patches of `config.stem_stride` pixels (paper, section 3.2, "Soft" Patchify Stem).
+
+    Isotropic networks have convolution, activation, norm; pyramids, as ConvNeXt, convolution and norm alone.
+    H becomes floor(H / stride).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        patch = config.stem_stride
+        self.conv = nn.Conv2d(config.in_channels, config.stem_width, patch, patch)
+        isotropic = config.layout == "isotropic"
+        self.act = ACTIVATIONS[config.activation]() if isotropic else nn.Identity()
+        self.norm = NORMS[config.norm](config.stem_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = self.act(x)
+        return self.norm(x)
+
+
+class ConvStem(nn.Module):
+    """Xception's stem: two unpadded 3 × 3 convolutions, of half and of full width, each with norm and
+    activation. The first has stride 2, the second `config.stem_stride / 2`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        half, width = config.stem_width // 2, config.stem_width
+        self.conv1 = nn.Conv2d(config.in_channels, half, 3, 2, bias=False)
+        self.norm1 = NORMS[config.norm](half)
+        self.conv2 = nn.Conv2d(half, width, 3, config.stem_stride // 2, bias=False)
+        self.norm2 = NORMS[config.norm](width)
+        self.act = ACTIVATIONS[config.activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.act(self.norm2(self.conv2(x)))
+
+
+def pool(pooling: str, channels: int) -> nn.Module:
+    """A layer that halves the resolution, H to ceil(H / 2), and keeps the channels.
+
+    "max" is Xception's 3 × 3 max pool of stride 2; "blur" a max pool of stride 1 and then `BlurPool`; "conv" a
+    3 × 3 separable convolution of stride 2 (separable, as every convolution inside Xception's blocks).
+    """
+    if pooling == "max":
+        return nn.MaxPool2d(3, 2, 1)
+    if pooling == "conv":
+        return SeparableConv(channels, channels, 3, stride=2)
+    return nn.Sequential(nn.MaxPool2d(3, 1, 1), BlurPool(channels))
+
+
+class PyramidDownsample(nn.Module):
+    """What stands between two stages of a pyramid: a norm, then half the resolution and another width.
+
+    "conv" is ConvNeXt's and NEXcepTion-TP's 2 × 2 convolution of stride 2 (H to floor(H / 2)); the others pool
+    (H to ceil(H / 2)) and change the width by a 1 × 1 convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: ModelConfig):
+        super().__init__()
+        self.norm = NORMS[config.norm](in_channels)
+        if config.pooling == "conv":
+            self.pool = nn.Identity()
+            self.conv = nn.Conv2d(in_channels, out_channels, 2, 2)
+        else:
+            self.pool = pool(config.pooling, in_channels)
+            self.conv = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = self.pool(x)
+        return self.conv(x)
+
+
+def _norm_after(position: int, channels: int, config: ModelConfig) -> nn.Module:
+    return NORMS[config.norm](channels) if position in config.norm_positions else nn.Identity()
+
+
+def _activation_before(position: int, config: ModelConfig) -> nn.Module:
+    return ACTIVATIONS[config.activation]() if position in config.activation_positions else nn.Identity()
+
+
+def _block_end(channels: int, config: ModelConfig) -> nn.Module:
+    return SqueezeExcite(channels, config.norm, config.activation) if config.se else nn.Identity()
+
+
+class DownsamplingBlock(nn.Module):
+    """Entry or exit block: two separable convolutions, pooling, SE and stochastic depth, added to a 1 × 1
+    convolution of stride 2 with a norm (appendix, tables 5 and 6). H becomes ceil(H / 2).
+
+    `hidden` is the width after the first convolution: `out_channels` in the entry flow, `in_channels` in the
+    exit block. `after_activation` leaves out the activation before convolution 1, as Xception does in the
+    block behind its stem, which has just ended in one.
+    """
+
+    def __init__(
+        self, widths: tuple[int, int, int], config: ModelConfig, drop_path: float, after_activation: bool = False
+    ):
+        super().__init__()
+        in_channels, hidden, out_channels = widths
+        self.skip = nn.Conv2d(in_channels, out_channels, 1, 2, bias=False)
+        self.skip_norm = NORMS[config.norm](out_channels)
+        self.act1 = nn.Identity() if after_activation else _activation_before(1, config)
+        self.conv1 = SeparableConv(in_channels, hidden, config.kernel)
+        self.norm1 = _norm_after(1, hidden, config)
+        self.act2 = _activation_before(2, config)
+        self.conv2 = SeparableConv(hidden, out_channels, config.kernel)
+        self.norm2 = _norm_after(2, out_channels, config)
+        self.pool = pool(config.pooling, out_channels)
+        self.se = _block_end(out_channels, config)
+        self.drop_path = StochasticDepth(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.skip_norm(self.skip(x))
+        x = self.norm1(self.conv1(self.act1(x)))
+        x = self.norm2(self.conv2(self.act2(x)))
+        x = self.pool(x)
+        x = self.se(x)
+        return self.drop_path(x) + skip
+
+
+class MiddleBlock(nn.Module):
+    """Three separable convolutions with an identity around them; the resolution stays (paper, Figure 1).
+
+    The bottleneck (NEXcepTion) block widens to `config.expansion` × `channels` after convolution 1 and returns
+    in convolution 2; the Xception block keeps its width throughout.
+    """
+
+    def __init__(self, channels: int, config: ModelConfig, drop_path: float):
+        super().__init__()
+        hidden = channels * config.expansion if config.block == "bottleneck" else channels
+        self.act1 = _activation_before(1, config)
+        self.conv1 = SeparableConv(channels, hidden, config.kernel)
+        self.norm1 = _norm_after(1, hidden, config)
+        self.act2 = _activation_before(2, config)
+        self.conv2 = SeparableConv(hidden, channels, config.kernel)
+        self.norm2 = _norm_after(2, channels, config)
+        self.act3 = _activation_before(3, config)
+        self.conv3 = SeparableConv(channels, channels, config.kernel)
+        self.norm3 = _norm_after(3, channels, config)
+        self.se = _block_end(channels, config)
+        self.drop_path = StochasticDepth(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.norm1(self.conv1(self.act1(x)))
+        x = self.norm2(self.conv2(self.act2(x)))
+        x = self.norm3(self.conv3(self.act3(x)))
+        x = self.se(x)
+        return self.drop_path(x) + shortcut
+
+
+class ExitConv(nn.Module):
+    """One of the two 3 × 3 separable convolutions that end an isotropic network, with norm and activation."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: ModelConfig):
+        super().__init__()
+        self.conv = SeparableConv(in_channels, out_channels, 3)
+        self.norm = NORMS[config.norm](out_channels)
+        self.act = ACTIVATIONS[config.activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))

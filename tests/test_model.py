@@ -1,0 +1,401 @@
+"""Tests of model.py: parity with the authors' models and timm's, configs, loading, what a backbone offers.
+
+`parity/` holds what the authors' models answer in float64 for weights and inputs made by a rule from a seed
+(the file name's): `made_weights` and `made_input` are that rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from blocks import StochasticDepth
+from data import EvalTransform
+from model import (
+    CHOICES,
+    MODELS,
+    ModelConfig,
+    NEXcepTion,
+    count_macs,
+    count_parameters,
+    create_model,
+    drop_path_rates,
+    export_official,
+    fuse,
+    load_checkpoint,
+    load_weights,
+)
+
+HERE = Path(__file__).parent
+OFFICIAL = json.loads((HERE / "parity" / "official_state_dicts.json").read_text())
+PAPER_MODELS = tuple(OFFICIAL)
+
+
+def made_weights(name: str, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    """The parity files' state dict of a model, float64, under the authors' names."""
+    weights = {}
+    for entry, shape in OFFICIAL[name]["state_dict"]:
+        if entry.endswith("num_batches_tracked"):
+            weights[entry] = torch.tensor(0)
+            continue
+        if entry.endswith(("running_mean", "bias")):
+            value = rng.normal(0, 0.1, shape)
+        elif entry.endswith("running_var") or len(shape) == 1:
+            value = rng.uniform(0.5, 1.5, shape)
+        else:
+            value = rng.normal(0, np.sqrt(0.8 / np.prod(shape[1:])), shape)
+        weights[entry] = torch.from_numpy(value)
+    return weights
+
+
+def made_input(rng: np.random.Generator, batch: int, size: int) -> torch.Tensor:
+    return torch.from_numpy(rng.normal(size=(batch, 3, size, size)))
+
+
+def random_config(rng: random.Random, **fixed) -> ModelConfig:
+    """Any point of the search space, in one of the two layouts, small."""
+    values = {name: rng.choice(choices) for name, choices in CHOICES.items()}
+    if values["layout"] == "isotropic":
+        values |= {"widths": rng.choice([(16,), (12, 20)]), "depths": (2,), "exit_widths": (20, 24, 28)}
+    else:
+        values |= {"widths": (12, 16, 20), "depths": (1, 2, 1), "exit_widths": ()}
+    values |= {"stem_width": 12, "num_classes": 5, "input_size": 32, "drop_path": rng.choice([0.0, 0.3])}
+    return ModelConfig(**(values | fixed))
+
+
+def model_with_statistics(config: ModelConfig, seed: int) -> NEXcepTion:
+    """An untrained network whose norms have weights, biases and running statistics worth the name."""
+    torch.manual_seed(seed)
+    model = NEXcepTion(config)
+    for name, value in model.state_dict().items():
+        if name.endswith("running_var") or (value.dim() == 1 and name.endswith("weight")):
+            value.uniform_(0.5, 1.5)
+        elif name.endswith("running_mean") or name.endswith("bias"):
+            value.normal_(0, 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_logits_agree_with_the_authors(name):
+    rng = np.random.default_rng(2022)
+    model = create_model(name).double().eval()
+    load_weights(model, made_weights(name, rng))
+    expected = np.load(HERE / "parity" / f"{name}_seed2022_224.npz")["logits"]
+    with torch.inference_mode():
+        logits = model(made_input(rng, 2, 224))
+    np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_training_step_agrees_with_the_authors(name):
+    rng = np.random.default_rng(7)
+    model = create_model(name, drop_path=0.0).double().eval()
+    load_weights(model, made_weights(name, rng))
+    x = made_input(rng, 3, 160)
+    expected = np.load(HERE / "parity" / f"{name}_seed7_160_train.npz")
+    labels = rng.integers(0, 1000, size=3)
+    np.testing.assert_array_equal(labels, expected["labels"])
+    with torch.inference_mode():
+        np.testing.assert_allclose(model(x).numpy(), expected["logits"], rtol=1e-9, atol=1e-11)
+
+    loss = F.cross_entropy(model.train()(x), torch.from_numpy(labels))
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), expected["train_loss"], rtol=1e-9)
+    norms = [p.grad.norm().item() for p in model.parameters()]
+    np.testing.assert_allclose(norms, expected["grad_norms"], rtol=1e-6, atol=1e-9)
+    for statistic in ("running_mean", "running_var"):
+        sums = [v.sum().item() for k, v in model.state_dict().items() if k.endswith(statistic)]
+        np.testing.assert_allclose(sums, expected[f"{statistic}_sums"], rtol=1e-9, atol=1e-9)
+
+
+def test_xception_agrees_with_timm():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model("legacy_xception").double()
+    for name, value in theirs.state_dict().items():
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+        elif name.endswith("running_mean"):
+            value.normal_(0, 0.1)
+    ours = create_model("xception").double()
+    load_weights(ours, theirs.state_dict())
+    x, labels = torch.randn(2, 3, 171, 171, dtype=torch.float64), torch.tensor([1, 999])
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-10, atol=1e-12)
+    for model in (ours, theirs):
+        F.cross_entropy(model.train()(x), labels).backward()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-7, atol=1e-12)
+
+
+def test_parameters_and_macs_are_the_counted_ones():
+    counts = {"nexception_t": 24_544_976, "nexception_s": 43_386_944, "nexception_tp": 26_559_112}
+    macs = {"nexception_t": 4.600, "nexception_s": 8.402, "nexception_tp": 4.320, "xception": 8.357}
+    for name, count in (counts | {"xception": 22_855_952}).items():
+        model = create_model(name)
+        assert count_parameters(model) == count
+        # The counted figures, in G, are known to three digits behind the point.
+        assert round(count_macs(model) / 1e9, 3) == macs[name]
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_export_gives_back_the_official_state_dict(name):
+    weights = {k: v.float() for k, v in made_weights(name, np.random.default_rng(1)).items()}
+    weights = {k: v.long() if k.endswith("tracked") else v for k, v in weights.items()}
+    model = create_model(name)
+    load_weights(model, weights)
+    exported = export_official(model)
+    assert list(exported) == list(weights)
+    for entry, value in weights.items():
+        assert torch.equal(exported[entry], value) and exported[entry].dtype == value.dtype
+
+
+def test_authors_checkpoint_file_loads_whatever_surrounds_it(tmp_path, capsys):
+    weights = {k: v.float() for k, v in made_weights("nexception_t", np.random.default_rng(3)).items()}
+    namespace = argparse.Namespace(model="nexception_t", lr=2e-3)
+    content = {"epoch": 309, "arch": "nexception_t", "args": namespace, "metric": 81.5}
+    content["state_dict"] = {f"module.{k}": v for k, v in weights.items()}
+    torch.save(content, tmp_path / "official.pth.tar")
+    model = load_checkpoint(tmp_path / "official.pth.tar")
+    assert not model.training and model.config == MODELS["nexception_t"] and model.classes is None
+    assert model.transform == EvalTransform(224)
+    assert torch.equal(model.head.fc.weight, weights["fc.weight"])
+
+    small = create_model("nexception_t", num_classes=10)
+    before = small.head.fc.weight.clone()
+    load_weights(small, tmp_path / "official.pth.tar")
+    assert torch.equal(small.stem.conv.weight, weights["stem.0.weight"])
+    assert torch.equal(small.head.fc.weight, before)
+    assert "1000 classes" in capsys.readouterr().out
+
+
+def test_load_weights_names_what_does_not_fit():
+    config = replace(MODELS["nexception_nano"], num_classes=10)
+    model = NEXcepTion(config)
+    good = {k: v.clone() for k, v in model.state_dict().items()}
+    for change, named in (
+        (lambda w: w.pop("stem.conv.bias"), "missing stem.conv.bias"),
+        (lambda w: w.update(extra=torch.zeros(1)), "unexpected extra"),
+        (lambda w: w.update({"stem.conv.bias": torch.zeros(3)}), r"shape stem.conv.bias \(3,\) for \(24,\)"),
+        (lambda w: w.update({"head.fc.weight": torch.zeros(7, 5)}), r"shape head.fc.weight \(7, 5\)"),
+    ):
+        weights = dict(good)
+        change(weights)
+        with pytest.raises(ValueError, match=named):
+            load_weights(model, weights)
+    assert all(torch.equal(v, good[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match="no such file"):
+        load_weights(model, "absent.pt")
+
+
+def test_unsafe_and_truncated_files_are_refused(tmp_path):
+    torch.save({"model": create_model("nexception_nano")}, tmp_path / "pickled.pt")
+    torch.save(create_model("nexception_nano").state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
+    for name in ("pickled.pt", "half.pt"):
+        with pytest.raises(ValueError, match=f"{name} is no readable checkpoint"):
+            load_checkpoint(tmp_path / name)
+
+
+def test_our_checkpoint_brings_classes_and_transform(tmp_path):
+    model = model_with_statistics(replace(MODELS["nexception_nano"], num_classes=3), seed=0)
+    transform = EvalTransform(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    content = {"model": model.state_dict(), "ema": None, "config": model.config.to_dict()}
+    content |= {"classes": ["a", "b", "c"], "transform": transform.to_dict(), "epoch": 3}
+    torch.save(content, tmp_path / "last.pt")
+    loaded = load_checkpoint(tmp_path / "last.pt")
+    assert loaded.classes == ["a", "b", "c"] and loaded.transform == transform
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), model(x))
+    averaged = {k: v + 1 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    torch.save(content | {"ema": averaged}, tmp_path / "last.pt")
+    assert torch.equal(load_checkpoint(tmp_path / "last.pt").head.fc.bias, model.head.fc.bias + 1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_config_builds_trains_keeps_its_resolutions_and_fuses(seed):
+    rng = random.Random(seed)
+    config = random_config(rng)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    model = model_with_statistics(config, seed)
+    height, width = rng.randrange(32, 80), rng.randrange(32, 80)
+    x = torch.randn(3, 3, height, width)
+
+    maps = model.feature_maps(x)
+    heights, widths = config.resolutions(height), config.resolutions(width)
+    assert [tuple(m.shape[2:]) for m in maps] == list(zip(heights, widths, strict=True))
+    torch.testing.assert_close(model.forward_head(maps[-1]), model(x))
+
+    fused = fuse(model)
+    logits = model(x)
+    torch.testing.assert_close(fused(x), logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+
+    loss = F.cross_entropy(model.train()(x), torch.tensor([0, 1, 4]))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_fuse_leaves_no_foldable_norm_and_the_original_untouched():
+    model = model_with_statistics(replace(MODELS["nexception_tp"], widths=(96, 100, 104, 108)), seed=1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fused = fuse(model.train())
+    assert model.training and not fused.training
+    assert not [m for m in fused.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_impossible_configs_are_refused_by_field():
+    for values, name in (
+        ({"stem": "convolution"}, "stem"),
+        ({"kernel": 4}, "kernel"),
+        ({"kernel": "5"}, "kernel"),
+        ({"se": 1}, "se"),
+        ({"activation_positions": (2, 1)}, "activation_positions"),
+        ({"norm_positions": (4,)}, "norm_positions"),
+        ({"norm_positions": 2}, "norm_positions"),
+        ({"widths": ()}, "widths"),
+        ({"widths": (64, 0)}, "widths"),
+        ({"kernel": "mixed", "widths": (2,)}, "widths"),
+        ({"layout": "pyramid", "exit_widths": (), "depths": (1, 1, 1)}, "widths"),
+        ({"depths": (3, 3)}, "depths"),
+        ({"exit_widths": ()}, "exit_widths"),
+        ({"stem_width": 0}, "stem_width"),
+        ({"stem": "conv", "stem_width": 1}, "stem_width"),
+        ({"widths": (8,) * 7}, "widths"),
+        ({"drop_path": 1.0}, "drop_path"),
+        ({"drop_path_spread": "cosine"}, "drop_path_spread"),
+        ({"num_classes": 0}, "num_classes"),
+        ({"in_channels": True}, "in_channels"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: "):
+            ModelConfig(**values)
+    with pytest.raises(ValueError, match="width: no field"):
+        create_model("nexception_t", width=3)
+    with pytest.raises(ValueError, match="'nexception_l' is none of nexception_t"):
+        create_model("nexception_l")
+
+
+def test_config_travels_through_a_json_file(tmp_path):
+    config = replace(MODELS["nexception_reduced"], kernel="mixed", norm_positions=(), num_classes=7)
+    config.to_json(tmp_path / "found.json")
+    assert create_model(tmp_path / "found.json").config == config
+    assert create_model(str(tmp_path / "found.json"), num_classes=3).config.num_classes == 3
+    assert list(tmp_path.iterdir()) == [tmp_path / "found.json"]
+    (tmp_path / "broken.json").write_text('{"stem": "conv", "colour": 3}')
+    with pytest.raises(ValueError, match=r"broken.json holds no model config: colour: no field"):
+        create_model(tmp_path / "broken.json")
+
+
+def test_stochastic_depth_is_spread_as_the_authors_did():
+    def rates(name):
+        return [m.rate for m in create_model(name).modules() if isinstance(m, StochasticDepth)]
+
+    assert rates("nexception_t") == [0.05] * 12
+    np.testing.assert_allclose(rates("nexception_tp"), np.linspace(0, 0.05, 19), atol=1e-12)
+    assert rates("xception") == [0.0] * 12
+    assert drop_path_rates(replace(MODELS["nexception_tp"], drop_path=0.2), 3) == [0.0, 0.1, 0.2]
+
+
+@pytest.mark.parametrize("name", ["nexception_t", "nexception_tp", "xception"])
+def test_small_and_odd_inputs(name):
+    model = create_model(name, num_classes=4).eval()
+    with torch.inference_mode():
+        for height, width in ((32, 32), (33, 47)):
+            x = torch.randn(1, 3, height, width).contiguous(memory_format=torch.channels_last)
+            assert model(x).shape == (1, 4)
+
+
+def test_feature_maps_have_one_map_a_stride():
+    model = create_model("nexception_tp").eval()
+    with torch.inference_mode():
+        maps = model.feature_maps(torch.randn(1, 3, 64, 64))
+        wide = create_model("nexception_t").eval().feature_maps(torch.randn(1, 3, 64, 64))
+    assert [tuple(m.shape[1:]) for m in maps] == [(96, 16, 16), (192, 8, 8), (384, 4, 4), (768, 2, 2)]
+    assert [tuple(m.shape[1:]) for m in wide] == [
+        (96, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (2048, 2, 2)]  # fmt: skip
+
+
+def test_channels_last_and_reset_classifier():
+    config = replace(MODELS["nexception_nano"], num_classes=10)
+    model = model_with_statistics(config, 0)
+    x = torch.randn(2, 3, 64, 48)
+    expected = model(x)
+    last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
+    model.reset_classifier(4)
+    assert model(x).shape == (2, 4) and model.config.num_classes == 4
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(model.head.fc(pooled), model(x))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = model_with_statistics(replace(MODELS["nexception_nano"], drop_path=0.3), 0).double().train()
+    x, gradients = torch.randn(4, 3, 32, 32, dtype=torch.float64), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize("name", ["nexception_nano", "nexception_tp", "xception"])
+def test_dynamo_captures_a_training_pass_without_graph_breaks(name):
+    overrides = {"depths": (1, 1, 1, 1)} if name == "nexception_tp" else {"depths": (1,)}
+    model = create_model(name, drop_path=0.2, **overrides)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)
+    expected = model(torch.ones(2, 3, 32, 32))
+    torch.manual_seed(0)
+    torch.testing.assert_close(compiled(torch.ones(2, 3, 32, 32)), expected)
+    compiled(torch.ones(2, 3, 32, 32)).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["nexception_nano", "nexception_tp"])
+def test_torch_export_with_any_batch_and_size(name):
+    model = model_with_statistics(replace(MODELS[name], num_classes=6), 0)
+    x = torch.randn(2, 3, 64, 64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    other = torch.randn(3, 3, 64, 64)
+    torch.testing.assert_close(program.module()(other), model(other))
+
+
+def test_command_line_prints_the_table_and_classifies(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, str(HERE.parent / "model.py"), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    listed = run().stdout
+    for name, config in MODELS.items():
+        assert f"{name} " in listed and str(config.input_size) in listed
+    assert "24,544,976" in listed and "8.357 G" in listed
+
+    model = model_with_statistics(replace(MODELS["nexception_nano"], num_classes=6), 0)
+    transform = EvalTransform(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    content = {"model": model.state_dict(), "config": model.config.to_dict(), "classes": list("abcdef")}
+    torch.save(content | {"transform": transform.to_dict()}, tmp_path / "best.pt")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    photo.save(tmp_path / "photo.png")
+    likeliest = model(transform(photo)[None]).argmax().item()
+    lines = run(tmp_path / "best.pt", tmp_path / "photo.png").stdout.splitlines()
+    assert len(lines) == 6 and lines[1].split()[-1] == "abcdef"[likeliest]
+
+    for arguments, message in (
+        ((tmp_path / "absent.pt", tmp_path / "photo.png"), "no such file"),
+        ((tmp_path / "best.pt", tmp_path / "best.pt"), "no readable image"),
+        ((tmp_path / "best.pt",), "name a photograph"),
+    ):
+        refused = run(*arguments)
+        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
