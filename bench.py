@@ -12,15 +12,48 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import ctypes
+import functools
+import importlib.util
 import json
+import math
+import multiprocessing
 import os
+import pickle
 import platform
+import random
+import re
+import statistics
 import sys
+import time
 import typing
-from dataclasses import MISSING, field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops.misc import Permute
+from tqdm import tqdm
+
+from data import EvalTransform, eval_folder, natural_key, normalize
+from model import (
+    MODELS,
+    ModelConfig,
+    NEXcepTion,
+    count_parameters,
+    create_model,
+    fuse,
+    keep_large_buffers,
+    load_checkpoint,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # --------------------------------------------------------------------------------------------------
 # Command line, results: shared by all subcommands
@@ -139,6 +172,999 @@ def processor_name() -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# The paper's tables
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the paper's Table 1 (appendix): ImageNet-1K, one RTX 2080 Ti, batch 256, mixed precision."""
+
+    label: str
+    kind: str  # "conv" | "transformer"
+    size: int  # input pixels a side
+    parameters: str  # as printed, in millions
+    macs: str  # as printed, in 10^9 multiply-accumulates ("FLOPs" there)
+    speed: int  # images/s, mean of 30 repetitions
+    deviation: int  # images/s, standard deviation
+    top1: float  # %
+
+
+TABLE_1 = {
+    "efficientnet_b1": Published("EfficientNet-B1", "conv", 240, "7.8", "0.7", 1618, 24, 79.1),
+    "efficientnet_b2": Published("EfficientNet-B2", "conv", 260, "9.2", "1.0", 1308, 9, 80.1),
+    "efficientnet_b3": Published("EfficientNet-B3", "conv", 300, "12", "1.8", 867, 6, 81.6),
+    "nat_mini": Published("NAT-Mini", "transformer", 224, "20", "2.7", 713, 3, 81.8),
+    "resnet50": Published("ResNet-50", "conv", 224, "25.6", "4.1", 1633, 26, 80.4),
+    "efficientnet_b4": Published("EfficientNet-B4", "conv", 380, "19", "4.2", 937, 6, 82.9),
+    "convnext_small_isotropic": Published("ConvNeXt-S (iso.)", "conv", 224, "22", "4.3", 1677, 77, 79.7),
+    "nat_tiny": Published("NAT-T", "transformer", 224, "28", "4.3", 527, 1, 83.2),
+    "swin_t": Published("Swin-T", "transformer", 224, "28", "4.5", 867, 7, 81.3),
+    "nexception_tp": Published("NEXcepTion-TP", "conv", 224, "26.6", "4.5", 1428, 9, 81.8),
+    "convnext_tiny": Published("ConvNeXt-T", "conv", 224, "29", "4.5", 1125, 5, 82.1),
+    "vit_small": Published("ViT-S", "transformer", 224, "22", "4.6", 1330, 8, 79.8),
+    "deit_small": Published("DeiT-S", "transformer", 224, "22", "4.6", 1332, 13, 79.8),
+    "nexception_t": Published("NEXcepTion-T", "conv", 224, "24.5", "4.7", 965, 6, 81.5),
+    "nat_small": Published("NAT-S", "transformer", 224, "51", "7.8", 359, 1, 83.7),
+    "resnet101": Published("ResNet-101", "conv", 224, "44.5", "7.9", 1157, 6, 81.5),
+    "xception": Published("Xception", "conv", 299, "23.6", "8.4", 756, 5, 79.0),
+    "nexception_s": Published("NEXcepTion-S", "conv", 224, "43.4", "8.5", 772, 3, 82.0),
+    "swin_s": Published("Swin-S", "transformer", 224, "50", "8.7", 472, 1, 83.0),
+    "convnext_small": Published("ConvNeXt-S", "conv", 224, "50", "8.7", 753, 3, 83.1),
+    "efficientnet_v2_s": Published("EfficientNetV2-S", "conv", 384, "22", "8.8", 543, 6, 83.9),
+    "efficientnet_b5": Published("EfficientNet-B5", "conv", 456, "30", "9.9", 476, 2, 83.6),
+}
+
+# Table 3: top-1 in % on ImageNet-A, -R and -Sketch; Table 1's column is the validation set's.
+TABLE_3 = {
+    "nexception_t": {"imagenet-a": 17.65, "imagenet-r": 45.99, "imagenet-sketch": 34.73},
+    "nexception_tp": {"imagenet-a": 22.75, "imagenet-r": 47.37, "imagenet-sketch": 34.70},
+    "nexception_s": {"imagenet-a": 21.36, "imagenet-r": 47.82, "imagenet-sketch": 36.60},
+    "xception": {"imagenet-a": 9.83, "imagenet-r": 40.79, "imagenet-sketch": 29.88},
+    "swin_t": {"imagenet-a": 21.60, "imagenet-r": 41.30, "imagenet-sketch": 29.10},
+    "convnext_tiny": {"imagenet-a": 24.20, "imagenet-r": 47.20, "imagenet-sketch": 33.80},
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Models: ours, the paper's peers, the reader's own
+
+
+class IsotropicConvNeXt(nn.Sequential):
+    """ConvNeXt-S (isotropic): 18 blocks of width 384, 16 × 16 stem ("A ConvNet for the 2020s", 3.3)."""
+
+    def __init__(self, width: int = 384, depth: int = 18, num_classes: int = 1000):
+        super().__init__(
+            nn.Conv2d(3, width, kernel_size=16, stride=16),
+            *[torchvision.models.convnext.CNBlock(width, 1e-6, 0.0) for _ in range(depth)],
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.LayerNorm(width, eps=1e-6),
+            nn.Linear(width, num_classes),
+        )
+
+
+class NatBlock(nn.Module):
+    """A block of "Neighborhood Attention Transformer": attention over 7 × 7 neighbours, then an MLP.
+
+    natten's attention has no relative position bias since release 0.17; it would be some 0.02M parameters.
+    """
+
+    def __init__(self, width: int, mlp_ratio: float, attention: type):
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = attention(width, num_heads=width // 32, kernel_size=7)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class NeighborhoodShapes(nn.Module):
+    """natten's attention as far as counting goes: its own kernels can't run on shapes alone."""
+
+    def __init__(self, width: int, num_heads: int, kernel_size: int):
+        super().__init__()
+        self.qkv, self.proj, self.neighbours = (
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+            kernel_size**2,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        query = self.qkv(x).flatten(0, 2)[:, None, : x.shape[-1]]  # (B, H, W, 3C) -> (BHW, 1, C)
+        keys = query.new_empty(len(query), x.shape[-1], self.neighbours)
+        return self.proj(torch.bmm(torch.bmm(query, keys), keys.mT).view_as(x))
+
+
+class Nat(nn.Sequential):
+    """NAT: four stages of `NatBlock`, each behind 3 × 3 convolutions with stride 2 (its paper, table 1)."""
+
+    def __init__(self, depths: tuple[int, ...], width: int, mlp_ratio: float, attention: type | None = None):
+        if attention is None:
+            from natten import NeighborhoodAttention2D as attention
+        layers = [nn.Conv2d(3, width // 2, 3, 2, 1), nn.Conv2d(width // 2, width, 3, 2, 1)]
+        for stage, depth in enumerate(depths):
+            stage_width = width * 2**stage
+            if stage:
+                layers += [nn.Conv2d(stage_width // 2, stage_width, 3, 2, 1, bias=False)]
+            layers += [Permute([0, 2, 3, 1]), nn.LayerNorm(stage_width)]
+            layers += [NatBlock(stage_width, mlp_ratio, attention) for _ in range(depth)]
+            layers += [Permute([0, 3, 1, 2])]
+        layers += [Permute([0, 2, 3, 1]), nn.LayerNorm(stage_width), Permute([0, 3, 1, 2])]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(stage_width, 1000))
+
+
+def small_vit(size: int) -> nn.Module:
+    """ViT-S/16, which is DeiT-S: width 384, six heads, twelve layers."""
+    return torchvision.models.VisionTransformer(
+        image_size=size, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536
+    )
+
+
+HAND_BUILT = {  # key -> function of the input size
+    "vit_small": small_vit,
+    "deit_small": small_vit,
+    "convnext_small_isotropic": lambda size: IsotropicConvNeXt(),
+    "nat_mini": lambda size: Nat((3, 4, 6, 5), 64, 3.0),
+    "nat_tiny": lambda size: Nat((3, 4, 18, 5), 64, 3.0),
+    "nat_small": lambda size: Nat((3, 4, 18, 5), 96, 2.0),
+}
+TORCHVISION = {key for key in TABLE_1 if key in torchvision.models.list_models()}
+PEER_PREFIX = "peer:"
+
+
+def parse_spec(spec: str) -> tuple[str, int]:
+    """`NAME` or `NAME@SIZE` -> name and input size in pixels (Table 1's, a config's, 224)."""
+    name, _, size = spec.partition("@")
+    if size:
+        if not size.isdigit() or int(size) < 32:
+            raise UserError(f"{spec!r}: the input size after @ must be a whole number of pixels, at least 32")
+        return name, int(size)
+    if name in TABLE_1:
+        return name, TABLE_1[name].size
+    if name in MODELS:
+        return name, MODELS[name].input_size
+    if name.endswith(".json"):
+        return name, ModelConfig.from_json(name).input_size
+    return name, 224
+
+
+def build_model(spec: str) -> nn.Module:
+    """A model with random weights by its spec; UserError when unknown, ModuleNotFoundError without natten."""
+    name, size = parse_spec(spec)
+    torch.manual_seed(0)
+    if name in HAND_BUILT:
+        return HAND_BUILT[name](size)
+    if name in TORCHVISION:
+        return torchvision.models.get_model(name, weights=None)
+    if name in MODELS or name.endswith(".json"):
+        return create_model(name)
+    if name.startswith(PEER_PREFIX):
+        return build_peer(name.removeprefix(PEER_PREFIX))
+    try:
+        import timm
+    except ModuleNotFoundError:
+        timm = None
+    if timm is None or not timm.is_model(name):
+        known = ", ".join({**TABLE_1, **MODELS})
+        missing = " (timm is not installed)" if timm is None else " and timm has none of that name"
+        raise UserError(f"unknown model {name!r}{missing}; known here: {known}")
+    return timm.create_model(name)
+
+
+def build_peer(path: str) -> nn.Module:
+    """The reader's own model: `MODULE:CALLABLE`, called without arguments; the current folder is searched."""
+    module_name, _, callable_name = path.partition(":")
+    if not module_name or not callable_name:
+        raise UserError(f"--peer {path!r}: write it as MODULE:CALLABLE, for instance mymodels:tiny")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), callable_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--peer {path!r}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    model = function()
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"--peer {path!r}: {callable_name}() gave a {type(model).__name__}, not a torch.nn.Module"
+        )
+    return model
+
+
+def count_macs(model: nn.Module, size: int) -> tuple[int, int]:
+    """Multiply-accumulates of one (3, size, size) image: of convolutions and linear layers, and of attention.
+
+    Counted by PyTorch's flop counter, which sees functional layers too. The batched matrix products are the
+    attention's (queries with keys, weights with values).
+    """
+    counter = FlopCounterMode(display=False)
+    shapes = copy.deepcopy(model).to("meta").eval()
+    for block in shapes.modules():
+        if isinstance(block, NatBlock):
+            block.attention = NeighborhoodShapes(block.norm1.weight.numel(), 1, 7).to("meta")
+    with counter:  # gradients stay on: attention's fast path without them is not counted
+        shapes(torch.empty(1, 3, size, size, device="meta"))
+    counts = {str(key): flops // 2 for key, flops in counter.get_flop_counts()["Global"].items()}
+    attention = sum(macs for key, macs in counts.items() if "bmm" in key or "attention" in key)
+    return sum(counts.values()) - attention, attention
+
+
+def differences(published: Published, parameters: int, macs: int) -> list[str]:
+    """Where a count differs from the printed figure by more than that one's rounding; empty: it agrees."""
+    found = []
+    for what, printed, count in (
+        ("parameters", published.parameters, parameters / 1e6),
+        ("MACs", published.macs, macs / 1e9),
+    ):
+        rounding = 0.5 * 10.0 ** -len(printed.partition(".")[2])
+        if abs(count - float(printed)) > rounding * 1.001:
+            unit = "M" if what == "parameters" else "G"
+            found.append(f"{published.label}: {what} {count:.2f}{unit} counted, {printed}{unit} printed")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# speed: Table 1's throughput
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """Images/s of NEXcepTion and its peers; the models take turns within each repetition."""
+
+    models: tuple[str, ...] = option(
+        tuple(TABLE_1),
+        "names from Table 1, of our models or timm's, or JSON configs; NAME@SIZE sets the input size",
+    )
+    peer: tuple[str, ...] = option((), "the reader's own models, MODULE:CALLABLE[@SIZE],...")
+    baseline: str = option(
+        "convnext_tiny", "the model that ratios refer to; the first one where it is not measured"
+    )
+    device: str = option("", "cpu, cuda, cuda:1, mps; empty: a GPU where there is one")
+    dtype: str = option(
+        "", "autocast's type; empty: bfloat16 or float16 on a GPU, float32 on a CPU", choices=DTYPES
+    )
+    batch: int = option(0, "images a batch, halved when out of memory; 0: 256 on a GPU, 16 on a CPU")
+    repetitions: int = option(30, "timed turns of each model")
+    threads: int = option(0, "CPU threads; 0: PyTorch's choice")
+    seconds: float = option(0.1, "least time of one turn, in seconds: short passes are repeated within it")
+    latency: bool = option(True, "time single images as well")
+    channels_last: bool = option(True, "memory format of images and weights")
+    train: bool = option(False, "time forward, backward and a LAMB step instead of evaluation")
+    compile: bool = option(False, "compile every model (evaluation: with inductor's freezing)")
+    fuse: bool = option(False, "fold NEXcepTion's batch norms into its convolutions")
+    plain: bool = option(
+        False, "time each model also as plain eager code in a process whose allocator is left alone; CPU only"
+    )
+    out: str = option("results", "folder of the results")
+
+
+class Timed:
+    """One model on its device, warmed up, ready to be timed in turns.
+
+    tuned: apply what the options ask for (compile, fuse); False gives the plain eager model.
+    Raises what building the model raises; out of memory at one image is torch.OutOfMemoryError.
+    """
+
+    def __init__(self, spec: str, options: SpeedOptions, tuned: bool = True):
+        self.options, self.device, self.dtype = options, torch.device(options.device), DTYPES[options.dtype]
+        self.size, self.batch = parse_spec(spec)[1], options.batch
+        self.format = torch.channels_last if options.channels_last else torch.contiguous_format
+        model = build_model(spec)
+        if isinstance(model, NEXcepTion):
+            fill(model)
+        self.parameters, (self.macs, self.attention_macs) = (
+            count_parameters(model),
+            count_macs(model, self.size),
+        )
+        model.to(self.device, memory_format=self.format)
+        self.weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+        if tuned and options.fuse and isinstance(model, NEXcepTion):
+            model = fuse(model)
+        if options.train:
+            from train import Lamb, parameter_groups
+
+            self.optimizer = Lamb(parameter_groups(model, 0.02), lr=2e-3)
+        self.model = model.train(options.train)
+        if tuned and options.compile:
+            self.model = torch.compile(
+                model, dynamic=False, options=None if options.train else {"freezing": True}
+            )
+        self.warm_up()
+
+    def images(self, count: int) -> torch.Tensor:
+        """(count, 3, size, size) float32, the same for every process."""
+        generator = torch.Generator().manual_seed(count)
+        images = torch.randn(count, 3, self.size, self.size, generator=generator)
+        return images.to(self.device, memory_format=self.format)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(images)
+
+    def step(self) -> None:
+        """One pass over the batch: forward, or forward, backward and the optimizer's step."""
+        if not self.options.train:
+            with torch.no_grad():
+                self.forward(self.inputs)
+            return
+        loss = nn.functional.binary_cross_entropy_with_logits(self.forward(self.inputs).float(), self.targets)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def warm_up(self) -> None:
+        """Find the batch that fits, have kernels chosen and compiled, count passes a turn and the memory."""
+        while True:
+            try:
+                self.inputs = self.images(self.batch)
+                self.targets = torch.rand(self.batch, 1000, device=self.device).lt(1e-3).float()
+                self.step()
+                break
+            except (torch.OutOfMemoryError, MemoryError):
+                self.inputs = self.targets = None
+                if self.batch == 1:
+                    raise
+                self.batch //= 2
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        with PeakMemory(self.device) as peak:
+            self.step()
+        self.memory = None if peak.bytes is None else peak.bytes + self.weights
+        self.passes = 1
+        seconds = min(self.elapsed(self.step) for _ in range(2))
+        self.passes = max(1, math.ceil(self.options.seconds / seconds))
+
+    def elapsed(self, work: Callable, passes: int = 1) -> float:
+        """Seconds for `passes` calls of work: device events on a GPU, a synchronised clock elsewhere."""
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(passes):
+                work()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1000
+        start = time.perf_counter()
+        for _ in range(passes):
+            work()
+        if self.device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter() - start
+
+    def turn(self) -> tuple[float, list[float]]:
+        """One repetition: images/s of the batch, and seconds of three single images after one untimed."""
+        speed = self.batch * self.passes / self.elapsed(self.step, self.passes)
+        if self.options.train or not self.options.latency:
+            return speed, []
+        image = self.images(1)
+        with torch.no_grad():
+            self.forward(image)  # the batch, and the models before it, have emptied the caches
+            return speed, [self.elapsed(lambda: self.forward(image)) for _ in range(3)]
+
+    def logits(self) -> np.ndarray:
+        """(4, classes) float32: to see that two variants of a model compute the same."""
+        with torch.no_grad():
+            return self.forward(self.images(4)).float().cpu().numpy()
+
+    def facts(self) -> dict:
+        """What the results say of the model besides its times; memory in bytes."""
+        names = ("parameters", "macs", "attention_macs", "batch", "passes", "memory")
+        return {name: getattr(self, name) for name in names}
+
+
+def fill(model: nn.Module) -> None:
+    """Give NEXcepTion weights and statistics of a trained network's scale, the same in every process.
+
+    As initialised, batch norms are the identity and folding them proves nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var") or (tensor.dim() == 1 and name.endswith("weight")):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif tensor.dim() == 1:
+            tensor.normal_(0, 0.1, generator=generator)
+        elif tensor.dim() > 1:
+            tensor.normal_(0, (0.8 / tensor[0].numel()) ** 0.5, generator=generator)
+
+
+class PeakMemory:
+    """Context whose `bytes` is the most memory that its body added, None where the system does not tell.
+
+    A GPU: tensors of PyTorch's allocator. Linux: the resident set's high-water mark, which includes the
+    kernels' own scratch buffers.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.bytes = device, None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        elif self.device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)  # else buffers that the allocator kept would hide new ones
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+                self.before = self.resident("VmRSS")
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
+        elif hasattr(self, "before"):
+            self.bytes = self.resident("VmHWM") - self.before
+
+    @staticmethod
+    def resident(field: str) -> int:
+        found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return int(found[1]) * 1024
+
+
+class PlainProcess:
+    """The same models as plain eager code in a child process: `mallopt` holds for a whole process.
+
+    `call(spec, method)` runs a method of the child's `Timed` and returns its answer.
+    """
+
+    def __init__(self, specs: list[str], options: SpeedOptions):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve_plain, args=(theirs, specs, options), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.pipe.recv()  # built and warmed up
+
+    def call(self, spec: str, method: str):
+        self.pipe.send((spec, method))
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join()
+
+
+def serve_plain(pipe, specs: list[str], options: SpeedOptions) -> None:
+    """The child's part of `PlainProcess`: build, then answer until the other end closes."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    timed = {spec: Timed(spec, options, tuned=False) for spec in specs}
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            spec, method = pipe.recv()
+            pipe.send(getattr(timed[spec], method)())
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-accumulates/s of the machine's own best large matrix product in that dtype."""
+    best = 0.0
+    for n in (2048, 4096, 8192) if device.type == "cuda" else (1024, 2048):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        for _ in range(4):
+            start = time.perf_counter()
+            c = a @ b
+            c[0, 0].item()  # waits for the device
+            best = max(best, n**3 / (time.perf_counter() - start))
+    return best
+
+
+def resolved(options: SpeedOptions) -> SpeedOptions:
+    """The options with device, dtype, batch and models settled; `UserError` for what can't be."""
+    device = pick_device(options.device)
+    fast = "bfloat16" if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "float16"
+    dtype = options.dtype or ("float32" if device.type == "cpu" else fast)
+    models = options.models + tuple(PEER_PREFIX + peer for peer in options.peer)
+    if options.plain and device.type != "cpu":
+        raise UserError(f"--plain measures the C allocator's part and needs --device cpu, not {device}")
+    if options.train and options.fuse:
+        raise UserError("--fuse is for evaluation: leave it out, or leave out --train")
+    for name, least in (("batch", 0), ("repetitions", 1), ("threads", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
+    if len(set(models)) < len(models) or not models:
+        raise UserError(f"--models {','.join(models)}: name each model once, and at least one")
+    batch = options.batch or (16 if device.type == "cpu" else 256)
+    return replace(options, device=str(device), dtype=dtype, batch=batch, models=models)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or the best there is; `UserError` where it is none of this machine's."""
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def build_rows(options: SpeedOptions) -> list[dict]:
+    """Build and warm up every model; one dictionary each, "timed" in it, or "missing" with the reason."""
+    rows = []
+    for spec in options.models:
+        name = parse_spec(spec)[0]
+        label = TABLE_1[name].label if name in TABLE_1 else name.removeprefix(PEER_PREFIX)
+        row = {"name": name, "label": label, "size": parse_spec(spec)[1], "spec": spec, "variant": ""}
+        rows.append(row)
+        try:
+            timed = Timed(spec, options)
+        except ModuleNotFoundError as error:
+            row["missing"] = f"needs the package {error.name}"
+        except torch.OutOfMemoryError:
+            row["missing"] = "out of memory at batch 1"
+        else:
+            row |= {"timed": timed.turn, "logits": timed.logits} | timed.facts()
+            if timed.batch < options.batch:
+                print(f"{label}: out of memory at batch {options.batch}, measured at {timed.batch}")
+        if name in TABLE_1:
+            row["paper"] = asdict(TABLE_1[name])
+        print(f"{label}: {row.get('missing', 'ready')}", file=sys.stderr)
+    return rows
+
+
+def add_plain_rows(rows: list[dict], options: SpeedOptions) -> PlainProcess:
+    """A row more behind each model's, for its plain variant in another process."""
+    specs = [row["spec"] for row in rows if "timed" in row]
+    process = PlainProcess(specs, options)
+    for row in [row for row in rows if "timed" in row]:
+        spec = row["spec"]
+        plain = {
+            **row,
+            **process.call(spec, "facts"),
+            "label": f"{row['label']}, plain",
+            "variant": "plain",
+            "timed": functools.partial(process.call, spec, "turn"),
+        }
+        ours, theirs = row["logits"](), process.call(spec, "logits")
+        plain["logit_difference"] = float(abs(ours - theirs).max() / max(1e-12, abs(theirs).max()))
+        rows.insert(rows.index(row) + 1, plain)
+    return process
+
+
+def take_turns(rows: list[dict], repetitions: int) -> None:
+    """Time every model once in each repetition, in another order each; Ctrl-C keeps the finished ones."""
+    measured = [row for row in rows if "timed" in row]
+    for row in measured:
+        row["samples"], row["latencies"] = [], []
+    order = random.Random(0)
+    try:
+        for _ in tqdm(range(repetitions), disable=None, unit="repetition"):
+            turns = {id(row): row["timed"]() for row in order.sample(measured, len(measured))}
+            for row in measured:
+                speed, latencies = turns[id(row)]
+                row["samples"].append(speed)
+                row["latencies"] += latencies
+    except KeyboardInterrupt:
+        if not measured[0]["samples"]:
+            raise
+        print(f"stopped: {len(measured[0]['samples'])} of {repetitions} repetitions are kept")
+
+
+def mean_and_deviation(samples: list[float]) -> tuple[float, float]:
+    return statistics.fmean(samples), statistics.stdev(samples) if len(samples) > 1 else 0.0
+
+
+def add_ratios(rows: list[dict], baseline: str) -> str:
+    """Each row's ratio to the baseline within every repetition, mean and deviation; the baseline's label.
+
+    A plain row's ratio is to the same baseline; a tuned row gets its ratio to its own plain row too.
+    """
+    measured = [row for row in rows if "samples" in row]
+    base = next((row for row in measured if baseline in (row["name"], row["spec"])), measured[0])
+    plain = {row["spec"]: row["samples"] for row in measured if row["variant"] == "plain"}
+    for row in measured:
+        pairs = zip(row["samples"], base["samples"], strict=True)
+        row["ratio"] = mean_and_deviation([ours / theirs for ours, theirs in pairs])
+        if plain and row["variant"] != "plain":
+            pairs = zip(row["samples"], plain[row["spec"]], strict=True)
+            row["to_plain"] = mean_and_deviation([ours / theirs for ours, theirs in pairs])
+        if "paper" in row and "paper" in base:
+            row["paper_ratio"] = row["paper"]["speed"] / base["paper"]["speed"]
+    return base["label"]
+
+
+def speed_table(rows: list[dict], baseline: str) -> str:
+    """The Markdown table of measured rows; columns that no row fills are left out."""
+    header = ["model", "input", "params", "MACs", "paper's", "images/s", f"× {baseline}", "paper's ×"]
+    header += ["× plain", "batch 1, ms: median", "p95", "memory", "of peak"]
+    table = []
+    for row in rows:
+        paper = row.get("paper")
+        cells = [row["label"], str(row["size"])]
+        cells += (
+            [f"{row['parameters'] / 1e6:.1f}M", f"{row['macs'] / 1e9:.2f}G"] if "macs" in row else ["", ""]
+        )
+        cells.append(f"{paper['parameters']}M, {paper['macs']}G" if paper else "")
+        if "samples" not in row:
+            table.append([*cells, row["missing"], *[""] * (len(header) - len(cells) - 1)])
+            continue
+        speed, deviation = mean_and_deviation(row["samples"])
+        digits = 0 if speed >= 100 else 1 if speed >= 10 else 2
+        cells.append(f"{speed:.{digits}f} ± {deviation:.{digits}f}" + batch_note(row, rows))
+        cells.append("{:.2f} ± {:.2f}".format(*row["ratio"]))
+        cells.append(f"{row['paper_ratio']:.2f}" if "paper_ratio" in row else "")
+        cells.append("{:.2f} ± {:.2f}".format(*row["to_plain"]) if "to_plain" in row else "")
+        late = sorted(1000 * seconds for seconds in row["latencies"])
+        cells += [f"{statistics.median(late):.1f}", f"{np.percentile(late, 95):.1f}"] if late else ["", ""]
+        cells.append("" if row["memory"] is None else f"{row['memory'] / 2**20:.0f} MiB")
+        cells.append(f"{row['share']:.0%}")
+        table.append(cells)
+    kept = [i for i in range(len(header)) if any(cells[i] for cells in table)]
+    return markdown_table([header[i] for i in kept], [[cells[i] for i in kept] for cells in table])
+
+
+def batch_note(row: dict, rows: list[dict]) -> str:
+    most = max(other["batch"] for other in rows if "batch" in other)
+    return f" (batch {row['batch']})" if row["batch"] < most else ""
+
+
+def speed(options: SpeedOptions) -> None:
+    """Measure, print and write the table of images/s."""
+    options = resolved(options)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    if device.type == "cpu":
+        keep_large_buffers()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions do by default
+    peak = matmul_peak(device, dtype)
+    rows = build_rows(options)
+    if not any("timed" in row for row in rows):
+        raise UserError("; ".join(f"{row['label']}: {row['missing']}" for row in rows))
+    plain = add_plain_rows(rows, options) if options.plain else None
+    take_turns(rows, options.repetitions)
+    if plain:
+        plain.close()
+    peak = max(peak, matmul_peak(device, dtype))
+    baseline = add_ratios(rows, options.baseline)
+    notes = []
+    for row in rows:
+        row.pop("timed", None)
+        row.pop("logits", None)
+        if "samples" in row:
+            passes = 3 if options.train else 1  # a backward pass multiplies twice as much as a forward one
+            row["share"] = (
+                passes * (row["macs"] + row["attention_macs"]) * statistics.fmean(row["samples"]) / peak
+            )
+        if "macs" in row and row["variant"] == "" and row["size"] == row.get("paper", {}).get("size"):
+            notes += differences(TABLE_1[row["name"]], row["parameters"], row["macs"] + row["attention_macs"])
+    write_speed(rows, baseline, notes, peak, options)
+
+
+def write_speed(
+    rows: list[dict], baseline: str, notes: list[str], peak: float, options: SpeedOptions
+) -> None:
+    """Print the table; write it with its method as Markdown, and everything measured as JSON."""
+    device = torch.device(options.device)
+    here = machine(device)
+    where = re.sub(r"\W+", "-", here["gpu"].lower()) if "gpu" in here else device.type
+    flags = [flag for flag in ("train", "compile", "fuse", "plain") if getattr(options, flag)]
+    stem = Path(options.out) / "-".join(["speed", where, options.dtype, *flags])
+    done = len(next(row["samples"] for row in rows if "samples" in row))
+    method = (
+        f"{here.get('gpu', here['processor'])}, {here['threads']} CPU threads, torch {here['torch']}, "
+        f"{options.dtype}{'' if options.dtype == 'float32' else ' (autocast)'}, batch {options.batch}, "
+        f"{'channels last' if options.channels_last else 'contiguous'}, "
+        f"{'training step (LAMB)' if options.train else 'evaluation'}"
+        f"{', compiled' if options.compile else ''}{', batch norms folded' if options.fuse else ''}; "
+        f"mean ± standard deviation of {done} repetitions in turns; matrix products peak at "
+        f"{peak / 1e9:.0f} GMAC/s."
+    )
+    table = speed_table(rows, baseline)
+    different = [row for row in rows if "logit_difference" in row]
+    if different:
+        listed = ", ".join(f"{row['label']} {row['logit_difference']:.1e}" for row in different)
+        notes = [*notes, f"largest difference of the logits, relative to the largest logit: {listed}"]
+    closing = "".join(f"- {note}\n" for note in notes)
+    print(f"\n{table}\n{method}\n{closing}", end="")
+    record = {"method": method, "machine": here, "options": asdict(options), "peak_macs_per_second": peak}
+    write_json(
+        stem.with_name(stem.name + ".json"), record | {"baseline": baseline, "notes": notes, "rows": rows}
+    )
+    text = f"`{here['command']}`\n\n{method}\n\n{table}\n{closing}"
+    write_whole(stem.with_name(stem.name + ".md"), text)
+    print(f"written: {stem}.json, {stem}.md")
+
+
+# --------------------------------------------------------------------------------------------------
+# accuracy: top-1 and top-5 of a checkpoint, Table 3's robustness
+
+
+@dataclass(frozen=True)
+class AccuracyOptions:
+    """Top-1 and top-5 of a checkpoint on image folders; every image counts once.
+
+    A folder may hold a subset of the model's classes (ImageNet-A and -R do): the prediction is then the best
+    of those classes' logits.
+    """
+
+    checkpoint: str = argument("a file of train.py, the authors', timm's Xception, or --model's state dict")
+    folders: tuple[str, ...] = argument(
+        "folders of class folders, PATH or NAME=PATH; the paper has figures for the names imagenet, "
+        "imagenet-a, imagenet-r and imagenet-sketch"
+    )
+    model: str = option("", "torchvision's or timm's model that the file belongs to; empty: one of ours")
+    classes: str = option(
+        "", "class names in the order of the outputs: a folder of class folders or a text file"
+    )
+    size: int = option(0, "input pixels a side; 0: the checkpoint's own")
+    crop_pct: float = option(0.0, "share of the resized shorter side that is kept; 0: the checkpoint's own")
+    interpolation: str = option("", "of the resize; empty: the checkpoint's", choices=("bilinear", "bicubic"))
+    calibration: bool = option(False, "expected calibration error, 15 bins")
+    per_class: bool = option(False, "top-1 of each class: the ten lowest printed, all in the JSON file")
+    fuse: bool = option(True, "fold our models' batch norms, which is faster and gives the same")
+    device: str = option("", "cpu, cuda, ...; empty: a GPU where there is one")
+    dtype: str = option("float32", "autocast's type", choices=DTYPES)
+    batch: int = option(64, "images a batch")
+    workers: int = option(-1, "processes that decode images; -1: one a CPU core")
+    out: str = option("results", "folder of the results")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model to evaluate: its outputs' names (None: unknown), transform and key in the paper's tables."""
+
+    model: nn.Module
+    classes: list[str] | None
+    transform: EvalTransform
+    key: str
+
+
+def open_network(options: AccuracyOptions) -> Network:
+    """The checkpoint's network in evaluation mode, by the options; `UserError` for what does not fit."""
+    if options.model:
+        network = open_peer(options)
+    else:
+        model = load_checkpoint(options.checkpoint, fuse=options.fuse)
+        plain = replace(model.config, num_classes=1000, drop_path=0.05)
+        key = next((key for key, config in MODELS.items() if replace(config, drop_path=0.05) == plain), "")
+        network = Network(model, model.classes, model.transform, key)
+    asked = {name: getattr(options, name) for name in ("size", "crop_pct", "interpolation")}
+    transform = replace(network.transform, **{name: value for name, value in asked.items() if value})
+    classes = read_classes(options.classes) if options.classes else network.classes
+    return replace(network, transform=transform, classes=classes)
+
+
+def open_peer(options: AccuracyOptions) -> Network:
+    """A torchvision or timm model with a local file's weights, and the transform published with them."""
+    if options.model in MODELS:
+        raise UserError(f"--model {options.model}: leave it out, checkpoints of our models are recognised")
+    model = build_model(options.model)
+    try:
+        state = torch.load(options.checkpoint, map_location="cpu", weights_only=True)
+        model.load_state_dict(state.get("model", state.get("state_dict", state)))
+    except (RuntimeError, OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{options.checkpoint} does not fit --model {options.model}: {reason}") from error
+    if options.model in torchvision.models.list_models():
+        weights = torchvision.models.get_model_weights(options.model)
+        file = Path(options.checkpoint).name
+        preset = next((w for w in weights if w.url.endswith("/" + file)), weights.DEFAULT).transforms()
+        size, short = preset.crop_size[0], preset.resize_size[0]
+        share = size / (short + 1e-6)  # so that size / share, rounded down, is the short side
+        published = (preset.interpolation.value, tuple(preset.mean), tuple(preset.std))
+    else:
+        import timm
+
+        preset = timm.data.resolve_model_data_config(model)
+        size, share = preset["input_size"][-1], preset["crop_pct"]
+        published = (preset["interpolation"], preset["mean"], preset["std"])
+    return Network(model.eval(), None, EvalTransform(size, share, *published), options.model)
+
+
+def read_classes(source: str) -> list[str]:
+    """Class names in the order of the outputs: a folder's sub-folders in natural order, or a file's lines."""
+    path = Path(source)
+    if path.is_dir():
+        names = sorted((entry.name for entry in path.iterdir() if entry.is_dir()), key=natural_key)
+    elif path.is_file():
+        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    else:
+        raise UserError(f"--classes {source}: neither a folder nor a file")
+    if len(set(names)) < max(2, len(names)):
+        raise UserError(f"--classes {source}: needs at least two names, each once; found {len(names)}")
+    return names
+
+
+def class_columns(
+    classes: list[str] | None, outputs: int, folder: str, names: tuple[str, ...]
+) -> torch.Tensor:
+    """The model's output for each class folder in `names`, int64; UserError that names a folder with none."""
+    if classes is None:
+        if len(names) != outputs:
+            raise UserError(
+                f"{folder} has {len(names)} class folders and the model {outputs} outputs without names: "
+                "give --classes FOLDER_OR_FILE"
+            )
+        classes = list(names)
+    if len(classes) != outputs:
+        raise UserError(f"{len(classes)} class names for a model with {outputs} outputs: check --classes")
+    place = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in names if name not in place]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise UserError(f"{folder}: no class of the model is called {', '.join(unknown[:5])}{more}")
+    return torch.tensor([place[name] for name in names])
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error: |accuracy - confidence| of equally wide bins, weighted by their counts.
+
+    confidence: (N,) probability of the predicted class; correct: (N,) bool ("On Calibration of Modern Neural
+    Networks", equation 3).
+    """
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(bin_of, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def evaluate_folder(network: Network, folder: str, options: AccuracyOptions) -> dict:
+    """Accuracies in % on one folder; checks that every image was counted once."""
+    device = torch.device(options.device)
+    workers = None if options.workers < 0 else options.workers
+    data = eval_folder(folder, network.transform, batch=options.batch, workers=workers, device=device)
+    dtype, columns, seen = DTYPES[options.dtype], None, []
+    try:
+        for images, labels in tqdm(data, total=-(-data.count // options.batch), disable=None, unit="batch"):
+            inputs = normalize(images, network.transform.mean, network.transform.std)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = network.model(inputs).float()
+            if columns is None:
+                columns = class_columns(network.classes, logits.shape[1], folder, data.classes).to(device)
+            chances, order = logits[:, columns].softmax(1).sort(descending=True, stable=True)
+            hits = order[:, :5] == labels[:, None]
+            seen.append(torch.stack([labels, hits[:, 0], hits.any(1), chances[:, 0]], 1).cpu().double())
+        bad = data.bad_files
+    finally:
+        data.close()
+    label, first, five, confidence = torch.cat(seen).numpy().T  # (N, 4) -> 4 x (N,)
+    if len(label) + len(bad) != data.count:
+        raise RuntimeError(f"{folder}: {len(label)} images evaluated, {len(bad)} unreadable, of {data.count}")
+    found = {"images": len(label), "top1": 100 * first.mean(), "top5": 100 * five.mean()}
+    if options.calibration:
+        found["ece"] = 100 * calibration_error(confidence, first == 1)
+    if options.per_class:
+        classes = enumerate(data.classes)
+        found["per_class"] = {
+            name: 100 * first[label == i].mean() for i, name in classes if (label == i).any()
+        }
+    return found | {"classes": len(data.classes), "unreadable": [list(item) for item in bad]}
+
+
+def accuracy(options: AccuracyOptions) -> None:
+    """Evaluate on every folder; print and write the table."""
+    options = replace(options, device=str(pick_device(options.device)))
+    if options.device == "cpu":
+        keep_large_buffers()
+    network = open_network(options)
+    network.model.to(options.device, memory_format=torch.channels_last)
+    published = {**TABLE_3.get(network.key, {})}
+    if network.key in TABLE_1:
+        published["imagenet"] = TABLE_1[network.key].top1
+    rows, table = [], []
+    for text in options.folders:
+        name, _, path = text.rpartition("=")
+        found = evaluate_folder(network, path, options)
+        row = {"set": name or Path(path).name, "folder": path, **found, "paper_top1": published.get(name)}
+        rows.append(row)
+        cells = [row["set"], f"{row['images']:,}", str(row["classes"]), f"{row['top1']:.2f}"]
+        cells += [f"{row['paper_top1']}" if row["paper_top1"] else "", f"{row['top5']:.2f}"]
+        table.append(cells + ([f"{row['ece']:.2f}"] if options.calibration else []))
+    header = ["set", "images", "classes", "top-1, %", "paper's", "top-5, %"]
+    text = markdown_table(header + (["ECE, %"] if options.calibration else []), table)
+    t = network.transform
+    shown = f"{t.size} pixels, {t.crop_pct:.3g} of the resized shorter side, {t.interpolation}"
+    text = f"{options.checkpoint}: {shown}, {options.dtype}\n\n{text}"
+    print(text, end="")
+    for row in rows:
+        for path, reason in row["unreadable"]:
+            print(f"left out, unreadable: {path} ({reason})")
+        lowest = sorted(row.get("per_class", {}).items(), key=lambda item: item[1])[:10]
+        if lowest:
+            print(f"{row['set']}, lowest top-1: " + ", ".join(f"{n} {value:.1f}" for n, value in lowest))
+    stem = Path(options.out) / f"accuracy-{Path(options.checkpoint).stem}"
+    record = {"machine": machine(torch.device(options.device)), "options": asdict(options), "rows": rows}
+    write_json(stem.with_name(stem.name + ".json"), record | {"transform": t.to_dict()})
+    write_whole(stem.with_name(stem.name + ".md"), text)
+
+
+# --------------------------------------------------------------------------------------------------
+# export: files for other runtimes
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a checkpoint as a torch.export program and as ONNX, and check both against eager outputs."""
+
+    checkpoint: str = argument("a file of train.py, the authors' or timm's Xception")
+    formats: tuple[str, ...] = option(
+        ("program", "onnx"), "program (torch.export, .pt2), onnx (needs the packages onnx and onnxscript)"
+    )
+    fuse: bool = option(True, "fold the batch norms first")
+    size: int = option(0, "input pixels a side; 0: the checkpoint's own")
+    out: str = option("", "folder of the files; empty: the checkpoint's")
+
+
+def export(options: ExportOptions) -> None:
+    """Write `<checkpoint>.pt2`, `.onnx` and `.json` (classes and transform); the batch size stays free."""
+    unknown = set(options.formats) - {"program", "onnx"}
+    if unknown or not options.formats:
+        raise UserError(f"--formats {','.join(options.formats)}: choose from program, onnx")
+    model = load_checkpoint(options.checkpoint, fuse=options.fuse).requires_grad_(False)
+    size = options.size or model.transform.size
+    images = torch.randn(3, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    folder = Path(options.out) if options.out else Path(options.checkpoint).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / Path(options.checkpoint).stem
+    with torch.no_grad():
+        wanted = model(images).numpy()
+    if "program" in options.formats:
+        with written_whole(stem.with_suffix(".pt2")) as file:
+            torch.export.save(program, file)
+        reloaded = torch.export.load(stem.with_suffix(".pt2")).module()
+        check_outputs(
+            stem.with_suffix(".pt2"), wanted, lambda x: reloaded(torch.from_numpy(x)).numpy(), images
+        )
+    if "onnx" in options.formats:
+        export_onnx(program, stem.with_suffix(".onnx"), wanted, images)
+    transform = replace(model.transform, size=size).to_dict()
+    write_json(stem.with_suffix(".json"), {"classes": model.classes, "transform": transform})
+
+
+@contextlib.contextmanager
+def written_whole(path: Path):
+    """A temporary path beside `path`, which takes its place when the body has succeeded."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # torch.export.save wants the suffix
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def export_onnx(
+    program: torch.export.ExportedProgram, path: Path, wanted: np.ndarray, images: torch.Tensor
+) -> None:
+    """Write and check the ONNX file; says so where the packages for one or the other are not installed."""
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        print(f"{path}: not written, needs `pip install {' '.join(missing)}`")
+        return
+    onnx = torch.onnx.export(
+        program, (images,), input_names=["images"], output_names=["logits"], verbose=False
+    )
+    with written_whole(path) as file:
+        onnx.save(file, external_data=False)
+    if importlib.util.find_spec("onnxruntime") is None:
+        print(f"{path}: written, not checked: needs `pip install onnxruntime`")
+        return
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    check_outputs(path, wanted, lambda x: session.run(None, {"images": x})[0], images)
+
+
+def check_outputs(path: Path, wanted: np.ndarray, run: Callable, images: torch.Tensor) -> None:
+    """Compare a written file with eager outputs, for the whole batch and for its first image alone."""
+    worst = 0.0
+    for count in (len(images), 1):
+        difference = np.abs(run(images[:count].numpy()) - wanted[:count]).max()
+        worst = max(worst, float(difference / np.abs(wanted).max()))
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, logits within {worst:.1e} of eager's, relatively")
+    if not worst <= 1e-4:
+        raise RuntimeError(f"{path} computes something else than the checkpoint: {worst:.1e} away")
+
+
+# --------------------------------------------------------------------------------------------------
 # data: the input pipeline
 
 
@@ -152,7 +1178,12 @@ def processor_name() -> str:
 
 # --------------------------------------------------------------------------------------------------
 
-COMMANDS: dict[str, tuple[typing.Callable, type]] = {}  # name -> (function of its options, options dataclass)
+# name -> (function of its options, options dataclass)
+COMMANDS: dict[str, tuple[Callable, type]] = {
+    "speed": (speed, SpeedOptions),
+    "accuracy": (accuracy, AccuracyOptions),
+    "export": (export, ExportOptions),
+}
 
 
 def main(argv: list[str]) -> int:
