@@ -17,6 +17,7 @@ import copy
 import ctypes
 import functools
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -1075,6 +1076,180 @@ def accuracy(options: AccuracyOptions) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# figures: the paper's figures 2 and 3
+
+
+@dataclass(frozen=True)
+class FiguresOptions:
+    """Accuracy against MACs and throughput, bubble area = parameters: the paper's figures 2 and 3.
+
+    From the paper's numbers, and figure 3 once more from the measured speed in each given file.
+    """
+
+    results: tuple[str, ...] = argument("JSON files that `bench.py speed` wrote", default=())
+    out: str = option("results", "folder of the figures, SVG and PNG")
+
+
+class Bubble(typing.NamedTuple):
+    """One model in a figure; `top1` in %, `parameters` in millions, `kind` a key of COLOURS."""
+
+    label: str
+    kind: str
+    x: float
+    top1: float
+    parameters: float
+
+
+COLOURS = {"NEXcepTion": "#c0392b", "conv": "#5b93bd", "transformer": "#d9a441"}
+AREA_PER_MILLION = 11.0  # points²: 50M parameters make a bubble 26 points wide
+
+
+def figures(options: FiguresOptions) -> None:
+    """Draw figures 2 and 3 from the paper's table, and figure 3 from every results file."""
+    out = Path(options.out)
+    for number, quantity, axis in (
+        (2, "macs", "10⁹ multiply-accumulates an image (the paper's “FLOPs”)"),
+        (3, "speed", "images/s (the paper's: RTX 2080 Ti, batch 256, mixed precision)"),
+    ):
+        bubbles = [bubble(key, float(getattr(row, quantity))) for key, row in TABLE_1.items()]
+        draw(bubbles, axis, out / f"figure-{number}")
+    for path in options.results:
+        bubbles, axis = measured_bubbles(Path(path))
+        draw(bubbles, axis, out / f"figure-3-{Path(path).stem.removeprefix('speed-')}")
+
+
+def bubble(key: str, x: float) -> Bubble:
+    row = TABLE_1[key]
+    kind = "NEXcepTion" if key.startswith("nexception") else row.kind
+    return Bubble(row.label, kind, x, row.top1, float(row.parameters))
+
+
+def measured_bubbles(path: Path) -> tuple[list[Bubble], str]:
+    """Table 1's models with a results file's speed, and the axis' title; `UserError` if it has none."""
+    try:
+        record = json.loads(path.read_text())
+        rows, options, here = record["rows"], record["options"], record["machine"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no results file of `bench.py speed`: {error!r}") from error
+    at_home = [row for row in rows if row.get("samples") and row["variant"] == "" and row["name"] in TABLE_1]
+    bubbles = [bubble(row["name"], statistics.fmean(row["samples"])) for row in at_home]
+    if not bubbles:
+        raise UserError(f"{path} has no measured model of the paper's Table 1")
+    what = "trained images/s" if options["train"] else "images/s"
+    where = here.get("gpu") or f"{here['threads']} CPU threads"
+    return bubbles, f"{what} (measured: {where}, batch {options['batch']}, {options['dtype']})"
+
+
+def draw(bubbles: list[Bubble], axis_title: str, stem: Path) -> None:
+    """Write `stem`.svg and .png: bubbles with labels that overlap neither each other nor the frame."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "nexception"  # the same picture gives the same file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8.3, 5.6), dpi=200, layout="constrained")
+    for item in sorted(bubbles, key=lambda item: -item.parameters):
+        area = item.parameters * AREA_PER_MILLION
+        axes.scatter(
+            item.x, item.top1, area, COLOURS[item.kind], alpha=0.65, linewidths=0.8, edgecolors="white"
+        )
+    axes.set_xlabel(axis_title, fontsize=10)
+    axes.set_ylabel("ImageNet-1K top-1, % (published)", fontsize=10)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.margins(0.09, 0.11)
+    axes.spines[["top", "right"]].set_visible(False)
+    kinds = [axes.scatter([], [], 70, colour, label=kind, alpha=0.65) for kind, colour in COLOURS.items()]
+    sizes = [
+        axes.scatter(
+            [],
+            [],
+            millions * AREA_PER_MILLION,
+            "0.75",
+            label=f"{millions}M" + " parameters" * (millions == 50),
+        )
+        for millions in (10, 25, 50)
+    ]
+    figure.legend(
+        handles=kinds + sizes,
+        loc="outside upper center",
+        ncols=6,
+        frameon=False,
+        fontsize=9,
+        borderpad=1.0,
+    )
+    place_labels(axes, bubbles)
+    for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
+        file = io.BytesIO()
+        figure.savefig(file, format=suffix[1:], metadata=metadata)
+        write_whole(stem.with_name(stem.name + suffix), file.getvalue())
+    pyplot.close(figure)
+    print(f"written: {stem}.svg, {stem}.png")
+
+
+def place_labels(axes, bubbles: list[Bubble]) -> list:
+    """Write every bubble's label where it covers least, with a thin line from where it is away; the texts.
+
+    Each label in turn moves to the cheapest of its candidate places (around its bubble, at growing distances)
+    until none moves any more.
+    """
+    axes.figure.draw_without_rendering()
+    scale = axes.figure.dpi / 72
+    centres = axes.transData.transform([(item.x, item.top1) for item in bubbles])
+    radii = np.array([math.sqrt(item.parameters * AREA_PER_MILLION / math.pi) * scale for item in bubbles])
+    texts = []
+    for item in bubbles:
+        weight = "bold" if item.kind == "NEXcepTion" else "normal"
+        texts.append(
+            axes.text(item.x, item.top1, item.label, fontsize=9, weight=weight, ha="center", va="center")
+        )
+    halves = [np.array(text.get_window_extent().size) / 2 + 2 * scale for text in texts]
+    frame = axes.get_window_extent().extents
+    places = [
+        [
+            centre
+            + (radius + gap * scale) * direction
+            + np.sign(direction.round(6)) * half * abs(direction) ** 0.5
+            for gap in (1, 6, 12, 20, 30, 42, 56)
+            for direction in (np.array([math.cos(a), math.sin(a)]) for a in np.arange(24) * math.pi / 12)
+        ]
+        for centre, radius, half in zip(centres, radii, halves, strict=True)
+    ]
+    at = [own[0] for own in places]
+    for _ in range(20):
+        before = [tuple(place) for place in at]
+        for i, own in enumerate(places):
+            at[i] = min(own, key=lambda place, i=i: crowding(place, i, at, halves, (centres, radii), frame))
+        if before == [tuple(place) for place in at]:
+            break
+    to_data = axes.transData.inverted().transform
+    for text, place, half, centre, radius in zip(texts, at, halves, centres, radii, strict=True):
+        text.set_position(to_data(place))
+        nearest = np.clip(centre, place - half, place + half)
+        away = np.linalg.norm(nearest - centre)
+        if away > radius + 8 * scale:
+            line = to_data([centre + (nearest - centre) * radius / away, nearest])
+            axes.plot(*line.T, color="0.5", linewidth=0.6, zorder=1)
+    return texts
+
+
+def crowding(place, i: int, at: list, halves: list, circles: tuple, frame) -> float:
+    """What label i would cost at `place`: its overlap with labels, bubbles and frame, and its distance."""
+    low, high = place - halves[i], place + halves[i]
+    outside = np.maximum(0, np.concatenate([frame[:2] - low, high - frame[2:]])).sum()
+    cost = 1000.0 * outside
+    centres, radii = circles
+    for j in range(len(at)):
+        if j != i:
+            overlap = np.minimum(high, at[j] + halves[j]) - np.maximum(low, at[j] - halves[j])
+            cost += 100.0 * overlap.prod() if (overlap > 0).all() else 0.0
+        reach = radii[j] - np.linalg.norm(np.clip(centres[j], low, high) - centres[j])
+        cost += 30.0 * max(0.0, reach)
+    return cost + 3.0 * np.linalg.norm(place - centres[i])
+
+
+# --------------------------------------------------------------------------------------------------
 # export: files for other runtimes
 
 
@@ -1182,6 +1357,7 @@ def check_outputs(path: Path, wanted: np.ndarray, run: Callable, images: torch.T
 COMMANDS: dict[str, tuple[Callable, type]] = {
     "speed": (speed, SpeedOptions),
     "accuracy": (accuracy, AccuracyOptions),
+    "figures": (figures, FiguresOptions),
     "export": (export, ExportOptions),
 }
 
