@@ -53,20 +53,12 @@ from model import (
     keep_large_buffers,
     load_checkpoint,
 )
+from train import Lamb, Parser, RunError, UsageError, bce_loss, option, parameter_groups, write_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # --------------------------------------------------------------------------------------------------
 # Command line, results: shared by all subcommands
-
-
-class UserError(ValueError):
-    """A mistake in what the user asked for: shown as one sentence, exit status 2."""
-
-
-def option(default, help: str, **argparse_arguments):
-    """A dataclass field that becomes `--name` (its help line, choices, metavar ... go to argparse)."""
-    return field(default=default, metadata={"help": help, **argparse_arguments})
 
 
 def argument(help: str, default=MISSING, **argparse_arguments):
@@ -80,7 +72,7 @@ def comma_separated(text: str) -> tuple[str, ...]:
 
 def parse(options: type, argv: list[str], prog: str):
     """The dataclass `options` filled from a command line; its fields declare every option (see `option`)."""
-    parser = argparse.ArgumentParser(prog=prog, description=options.__doc__, allow_abbrev=False)
+    parser = Parser(prog=prog, description=options.__doc__, allow_abbrev=False)
     types = typing.get_type_hints(options)
     for entry in fields(options):
         settings = dict(entry.metadata)
@@ -106,22 +98,14 @@ def parse(options: type, argv: list[str], prog: str):
     return options(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, flushed to disk, takes its place."""
+def write_result(path: Path, content: str | bytes) -> None:
+    """Write a results file whole or not at all; its folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content)
 
 
 def write_json(path: Path, record: dict) -> None:
-    write_whole(path, json.dumps(record, indent=1) + "\n")
+    write_result(path, json.dumps(record, indent=1) + "\n")
 
 
 def markdown_table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
@@ -322,7 +306,9 @@ def parse_spec(spec: str) -> tuple[str, int]:
     name, _, size = spec.partition("@")
     if size:
         if not size.isdigit() or int(size) < 32:
-            raise UserError(f"{spec!r}: the input size after @ must be a whole number of pixels, at least 32")
+            raise UsageError(
+                f"{spec!r}: the input size after @ must be a whole number of pixels, at least 32"
+            )
         return name, int(size)
     if name in TABLE_1:
         return name, TABLE_1[name].size
@@ -334,7 +320,7 @@ def parse_spec(spec: str) -> tuple[str, int]:
 
 
 def build_model(spec: str) -> nn.Module:
-    """A model with random weights by its spec; UserError when unknown, ModuleNotFoundError without natten."""
+    """A model with random weights by its spec; UsageError if unknown, ModuleNotFoundError without natten."""
     name, size = parse_spec(spec)
     torch.manual_seed(0)
     if name in HAND_BUILT:
@@ -352,7 +338,7 @@ def build_model(spec: str) -> nn.Module:
     if timm is None or not timm.is_model(name):
         known = ", ".join({**TABLE_1, **MODELS})
         missing = " (timm is not installed)" if timm is None else " and timm has none of that name"
-        raise UserError(f"unknown model {name!r}{missing}; known here: {known}")
+        raise UsageError(f"unknown model {name!r}{missing}; known here: {known}")
     return timm.create_model(name)
 
 
@@ -360,17 +346,17 @@ def build_peer(path: str) -> nn.Module:
     """The reader's own model: `MODULE:CALLABLE`, called without arguments; the current folder is searched."""
     module_name, _, callable_name = path.partition(":")
     if not module_name or not callable_name:
-        raise UserError(f"--peer {path!r}: write it as MODULE:CALLABLE, for instance mymodels:tiny")
+        raise UsageError(f"--peer {path!r}: write it as MODULE:CALLABLE, for instance mymodels:tiny")
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), callable_name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"--peer {path!r}: {error}") from error
+        raise UsageError(f"--peer {path!r}: {error}") from error
     finally:
         sys.path.pop(0)
     model = function()
     if not isinstance(model, nn.Module):
-        raise UserError(
+        raise UsageError(
             f"--peer {path!r}: {callable_name}() gave a {type(model).__name__}, not a torch.nn.Module"
         )
     return model
@@ -466,8 +452,6 @@ class Timed:
         if tuned and options.fuse and isinstance(model, NEXcepTion):
             model = fuse(model)
         if options.train:
-            from train import Lamb, parameter_groups
-
             self.optimizer = Lamb(parameter_groups(model, 0.02), lr=2e-3)
         self.model = model.train(options.train)
         if tuned and options.compile:
@@ -492,7 +476,8 @@ class Timed:
             with torch.no_grad():
                 self.forward(self.inputs)
             return
-        loss = nn.functional.binary_cross_entropy_with_logits(self.forward(self.inputs).float(), self.targets)
+        logits = self.forward(self.inputs)
+        loss = bce_loss(logits, torch.zeros_like(logits), 0.2)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -502,11 +487,10 @@ class Timed:
         while True:
             try:
                 self.inputs = self.images(self.batch)
-                self.targets = torch.rand(self.batch, 1000, device=self.device).lt(1e-3).float()
                 self.step()
                 break
             except (torch.OutOfMemoryError, MemoryError):
-                self.inputs = self.targets = None
+                self.inputs = None
                 if self.batch == 1:
                     raise
                 self.batch //= 2
@@ -547,9 +531,9 @@ class Timed:
             return speed, [self.elapsed(lambda: self.forward(image)) for _ in range(3)]
 
     def logits(self) -> np.ndarray:
-        """(4, classes) float32: to see that two variants of a model compute the same."""
+        """(B, classes) float32 of the batch: to see that two variants of a model compute the same."""
         with torch.no_grad():
-            return self.forward(self.images(4)).float().cpu().numpy()
+            return self.forward(self.inputs).float().cpu().numpy()
 
     def facts(self) -> dict:
         """What the results say of the model besides its times; memory in bytes."""
@@ -654,33 +638,33 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def resolved(options: SpeedOptions) -> SpeedOptions:
-    """The options with device, dtype, batch and models settled; `UserError` for what can't be."""
+    """The options with device, dtype, batch and models settled; `UsageError` for what can't be."""
     device = pick_device(options.device)
     fast = "bfloat16" if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "float16"
     dtype = options.dtype or ("float32" if device.type == "cpu" else fast)
     models = options.models + tuple(PEER_PREFIX + peer for peer in options.peer)
     if options.plain and device.type != "cpu":
-        raise UserError(f"--plain measures the C allocator's part and needs --device cpu, not {device}")
+        raise UsageError(f"--plain measures the C allocator's part and needs --device cpu, not {device}")
     if options.train and options.fuse:
-        raise UserError("--fuse is for evaluation: leave it out, or leave out --train")
+        raise UsageError("--fuse is for evaluation: leave it out, or leave out --train")
     for name, least in (("batch", 0), ("repetitions", 1), ("threads", 0)):
         if getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
+            raise UsageError(f"--{name} {getattr(options, name)}: must be at least {least}")
     if len(set(models)) < len(models) or not models:
-        raise UserError(f"--models {','.join(models)}: name each model once, and at least one")
+        raise UsageError(f"--models {','.join(models)}: name each model once, and at least one")
     batch = options.batch or (16 if device.type == "cpu" else 256)
     return replace(options, device=str(device), dtype=dtype, batch=batch, models=models)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, or the best there is; `UserError` where it is none of this machine's."""
+    """The device of that name, or the best there is; `UsageError` where it is none of this machine's."""
     if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
 
 
@@ -761,7 +745,7 @@ def add_ratios(rows: list[dict], baseline: str) -> str:
     for row in measured:
         pairs = zip(row["samples"], base["samples"], strict=True)
         row["ratio"] = mean_and_deviation([ours / theirs for ours, theirs in pairs])
-        if plain and row["variant"] != "plain":
+        if row["spec"] in plain and row["variant"] != "plain":
             pairs = zip(row["samples"], plain[row["spec"]], strict=True)
             row["to_plain"] = mean_and_deviation([ours / theirs for ours, theirs in pairs])
         if "paper" in row and "paper" in base:
@@ -816,7 +800,7 @@ def speed(options: SpeedOptions) -> None:
     peak = matmul_peak(device, dtype)
     rows = build_rows(options)
     if not any("timed" in row for row in rows):
-        raise UserError("; ".join(f"{row['label']}: {row['missing']}" for row in rows))
+        raise UsageError("; ".join(f"{row['label']}: {row['missing']}" for row in rows))
     plain = add_plain_rows(rows, options) if options.plain else None
     take_turns(rows, options.repetitions)
     if plain:
@@ -868,7 +852,7 @@ def write_speed(
         stem.with_name(stem.name + ".json"), record | {"baseline": baseline, "notes": notes, "rows": rows}
     )
     text = f"`{here['command']}`\n\n{method}\n\n{table}\n{closing}"
-    write_whole(stem.with_name(stem.name + ".md"), text)
+    write_result(stem.with_name(stem.name + ".md"), text)
     print(f"written: {stem}.json, {stem}.md")
 
 
@@ -917,7 +901,7 @@ class Network:
 
 
 def open_network(options: AccuracyOptions) -> Network:
-    """The checkpoint's network in evaluation mode, by the options; `UserError` for what does not fit."""
+    """The checkpoint's network in evaluation mode, by the options; `UsageError` for what does not fit."""
     if options.model:
         network = open_peer(options)
     else:
@@ -934,14 +918,14 @@ def open_network(options: AccuracyOptions) -> Network:
 def open_peer(options: AccuracyOptions) -> Network:
     """A torchvision or timm model with a local file's weights, and the transform published with them."""
     if options.model in MODELS:
-        raise UserError(f"--model {options.model}: leave it out, checkpoints of our models are recognised")
+        raise UsageError(f"--model {options.model}: leave it out, checkpoints of our models are recognised")
     model = build_model(options.model)
     try:
         state = torch.load(options.checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(state.get("model", state.get("state_dict", state)))
     except (RuntimeError, OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{options.checkpoint} does not fit --model {options.model}: {reason}") from error
+        raise UsageError(f"{options.checkpoint} does not fit --model {options.model}: {reason}") from error
     if options.model in torchvision.models.list_models():
         weights = torchvision.models.get_model_weights(options.model)
         file = Path(options.checkpoint).name
@@ -966,30 +950,30 @@ def read_classes(source: str) -> list[str]:
     elif path.is_file():
         names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
     else:
-        raise UserError(f"--classes {source}: neither a folder nor a file")
+        raise UsageError(f"--classes {source}: neither a folder nor a file")
     if len(set(names)) < max(2, len(names)):
-        raise UserError(f"--classes {source}: needs at least two names, each once; found {len(names)}")
+        raise UsageError(f"--classes {source}: needs at least two names, each once; found {len(names)}")
     return names
 
 
 def class_columns(
     classes: list[str] | None, outputs: int, folder: str, names: tuple[str, ...]
 ) -> torch.Tensor:
-    """The model's output for each class folder in `names`, int64; UserError that names a folder with none."""
+    """The model's output for each class folder in `names`, int64; UsageError naming a folder with none."""
     if classes is None:
         if len(names) != outputs:
-            raise UserError(
+            raise UsageError(
                 f"{folder} has {len(names)} class folders and the model {outputs} outputs without names: "
                 "give --classes FOLDER_OR_FILE"
             )
         classes = list(names)
     if len(classes) != outputs:
-        raise UserError(f"{len(classes)} class names for a model with {outputs} outputs: check --classes")
+        raise UsageError(f"{len(classes)} class names for a model with {outputs} outputs: check --classes")
     place = {name: i for i, name in enumerate(classes)}
     unknown = [name for name in names if name not in place]
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UserError(f"{folder}: no class of the model is called {', '.join(unknown[:5])}{more}")
+        raise UsageError(f"{folder}: no class of the model is called {', '.join(unknown[:5])}{more}")
     return torch.tensor([place[name] for name in names])
 
 
@@ -1072,7 +1056,7 @@ def accuracy(options: AccuracyOptions) -> None:
     stem = Path(options.out) / f"accuracy-{Path(options.checkpoint).stem}"
     record = {"machine": machine(torch.device(options.device)), "options": asdict(options), "rows": rows}
     write_json(stem.with_name(stem.name + ".json"), record | {"transform": t.to_dict()})
-    write_whole(stem.with_name(stem.name + ".md"), text)
+    write_result(stem.with_name(stem.name + ".md"), text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1107,15 +1091,20 @@ AREA_PER_MILLION = 11.0  # points²: 50M parameters make a bubble 26 points wide
 def figures(options: FiguresOptions) -> None:
     """Draw figures 2 and 3 from the paper's table, and figure 3 from every results file."""
     out = Path(options.out)
+    pictures = [(*measured_bubbles(Path(path)), f"figure-3-{result_name(path)}") for path in options.results]
     for number, quantity, axis in (
         (2, "macs", "10⁹ multiply-accumulates an image (the paper's “FLOPs”)"),
         (3, "speed", "images/s (the paper's: RTX 2080 Ti, batch 256, mixed precision)"),
     ):
         bubbles = [bubble(key, float(getattr(row, quantity))) for key, row in TABLE_1.items()]
-        draw(bubbles, axis, out / f"figure-{number}")
-    for path in options.results:
-        bubbles, axis = measured_bubbles(Path(path))
-        draw(bubbles, axis, out / f"figure-3-{Path(path).stem.removeprefix('speed-')}")
+        pictures.append((bubbles, axis, f"figure-{number}"))
+    for bubbles, axis, name in pictures:
+        draw(bubbles, axis, out / name)
+
+
+def result_name(path: str) -> str:
+    """`cpu-float32` for `results/speed-cpu-float32.json`."""
+    return Path(path).stem.removeprefix("speed-")
 
 
 def bubble(key: str, x: float) -> Bubble:
@@ -1125,16 +1114,16 @@ def bubble(key: str, x: float) -> Bubble:
 
 
 def measured_bubbles(path: Path) -> tuple[list[Bubble], str]:
-    """Table 1's models with a results file's speed, and the axis' title; `UserError` if it has none."""
+    """Table 1's models with a results file's speed, and the axis' title; `UsageError` if it has none."""
     try:
         record = json.loads(path.read_text())
         rows, options, here = record["rows"], record["options"], record["machine"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no results file of `bench.py speed`: {error!r}") from error
+        raise UsageError(f"{path} is no results file of `bench.py speed`: {error!r}") from error
     at_home = [row for row in rows if row.get("samples") and row["variant"] == "" and row["name"] in TABLE_1]
     bubbles = [bubble(row["name"], statistics.fmean(row["samples"])) for row in at_home]
     if not bubbles:
-        raise UserError(f"{path} has no measured model of the paper's Table 1")
+        raise UsageError(f"{path} has no measured model of the paper's Table 1")
     what = "trained images/s" if options["train"] else "images/s"
     where = here.get("gpu") or f"{here['threads']} CPU threads"
     return bubbles, f"{what} (measured: {where}, batch {options['batch']}, {options['dtype']})"
@@ -1183,7 +1172,7 @@ def draw(bubbles: list[Bubble], axis_title: str, stem: Path) -> None:
     for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
         file = io.BytesIO()
         figure.savefig(file, format=suffix[1:], metadata=metadata)
-        write_whole(stem.with_name(stem.name + suffix), file.getvalue())
+        write_result(stem.with_name(stem.name + suffix), file.getvalue())
     pyplot.close(figure)
     print(f"written: {stem}.svg, {stem}.png")
 
@@ -1270,7 +1259,7 @@ def export(options: ExportOptions) -> None:
     """Write `<checkpoint>.pt2`, `.onnx` and `.json` (classes and transform); the batch size stays free."""
     unknown = set(options.formats) - {"program", "onnx"}
     if unknown or not options.formats:
-        raise UserError(f"--formats {','.join(options.formats)}: choose from program, onnx")
+        raise UsageError(f"--formats {','.join(options.formats)}: choose from program, onnx")
     model = load_checkpoint(options.checkpoint, fuse=options.fuse).requires_grad_(False)
     size = options.size or model.transform.size
     images = torch.randn(3, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
@@ -1374,7 +1363,7 @@ def main(argv: list[str]) -> int:
     command, options = COMMANDS[argv[0]]
     try:
         command(parse(options, argv[1:], prog=f"bench.py {argv[0]}"))
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, RunError) as error:
         print(f"bench.py {argv[0]}: {error}", file=sys.stderr)
         return 2
     return 0
