@@ -121,7 +121,17 @@ class BlurPool(nn.Module):
         # A map one pixel high or wide has nothing to reflect.
         mode = "reflect" if min(x.shape[-2:]) > 1 else "replicate"
         x = F.pad(x, (1, 1, 1, 1), mode=mode)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not self.training:
+            # The compiler fuses a sum of slices with the maxima and the padding before it, which a
+            # convolution, a kernel of its own, would have to wait for in memory.
+            return self._sum_of_slices(x)
         return F.conv2d(x, self.filter, stride=2, groups=x.shape[1])
+
+    @staticmethod
+    def _sum_of_slices(x: Tensor) -> Tensor:
+        height, width = (size - 2 for size in x.shape[-2:])
+        x = (x[..., :width:2] + x[..., 2::2]) * 0.25 + x[..., 1 : width + 1 : 2] * 0.5
+        return (x[..., :height:2, :] + x[..., 2::2, :]) * 0.25 + x[..., 1 : height + 1 : 2, :] * 0.5
 
 
 class StochasticDepth(nn.Module):
@@ -187,8 +197,8 @@ class ConvStem(nn.Module):
 def pool(pooling: str, channels: int) -> nn.Module:
     """A layer that halves the resolution, H to ceil(H / 2), and keeps the channels.
 
-    "max" is Xception's 3 × 3 max pool of stride 2; "blur" a max pool of stride 1 and then `BlurPool`; "conv" a
-    3 × 3 separable convolution of stride 2 (separable, as every convolution inside Xception's blocks).
+    "max" is Xception's 3 × 3 max pool of stride 2; "blur" a max pool of stride 1 and then `BlurPool`; "conv"
+    a 3 × 3 separable convolution of stride 2 (separable, as every convolution inside Xception's blocks).
     """
     if pooling == "max":
         return nn.MaxPool2d(3, 2, 1)
@@ -200,8 +210,8 @@ def pool(pooling: str, channels: int) -> nn.Module:
 class PyramidDownsample(nn.Module):
     """What stands between two stages of a pyramid: a norm, then half the resolution and another width.
 
-    "conv" is ConvNeXt's and NEXcepTion-TP's 2 × 2 convolution of stride 2 (H to floor(H / 2)); the others pool
-    (H to ceil(H / 2)) and change the width by a 1 × 1 convolution.
+    "conv" is ConvNeXt's and NEXcepTion-TP's 2 × 2 convolution of stride 2 (H to floor(H / 2)); the others
+    pool (H to ceil(H / 2)) and change the width by a 1 × 1 convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: ModelConfig):
@@ -242,7 +252,11 @@ class DownsamplingBlock(nn.Module):
     """
 
     def __init__(
-        self, widths: tuple[int, int, int], config: ModelConfig, drop_path: float, after_activation: bool = False
+        self,
+        widths: tuple[int, int, int],
+        config: ModelConfig,
+        drop_path: float,
+        after_activation: bool = False,
     ):
         super().__init__()
         in_channels, hidden, out_channels = widths
@@ -270,8 +284,8 @@ class DownsamplingBlock(nn.Module):
 class MiddleBlock(nn.Module):
     """Three separable convolutions with an identity around them; the resolution stays (paper, Figure 1).
 
-    The bottleneck (NEXcepTion) block widens to `config.expansion` × `channels` after convolution 1 and returns
-    in convolution 2; the Xception block keeps its width throughout.
+    The bottleneck (NEXcepTion) block widens to `config.expansion` × `channels` after convolution 1 and
+    returns in convolution 2; the Xception block keeps its width throughout.
     """
 
     def __init__(self, channels: int, config: ModelConfig, drop_path: float):

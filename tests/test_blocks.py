@@ -38,6 +38,13 @@ def test_blur_pool_agrees_with_timm(size):
     torch.testing.assert_close(BlurPool(6).double()(x), theirs(x))
 
 
+@pytest.mark.parametrize("size", [(1, 4), (7, 7), (8, 5)])
+def test_compiled_blur_pool_is_the_plain_one(size):
+    x, blur = double(2, 6, *size), BlurPool(6).double().eval()
+    compiled = torch.compile(blur, fullgraph=True, backend="eager", dynamic=False)
+    torch.testing.assert_close(compiled(x), blur(x))
+
+
 def test_blur_pool_of_a_single_pixel_and_of_a_constant():
     assert torch.equal(BlurPool(3)(torch.full((1, 3, 1, 1), 2.0)), torch.full((1, 3, 1, 1), 2.0))
     torch.testing.assert_close(BlurPool(3)(torch.full((1, 3, 9, 6), 0.3)), torch.full((1, 3, 5, 3), 0.3))
