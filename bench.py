@@ -26,6 +26,8 @@ import pickle
 import platform
 import random
 import re
+import shutil
+import signal
 import statistics
 import sys
 import time
@@ -42,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops.misc import Permute
 from tqdm import tqdm
 
-from data import EvalTransform, eval_folder, natural_key, normalize
+from data import EvalFolder, EvalTransform, eval_folder, natural_key, normalize
 from model import (
     MODELS,
     ModelConfig,
@@ -122,6 +124,12 @@ def markdown_table(header: list[str], rows: list[list[str]], left: int = 1) -> s
     return "\n".join([line(header), line(rule), *map(line, rows)]) + "\n"
 
 
+def filled_columns(header: list[str], rows: list[list[str]]) -> str:
+    """The Markdown table without the columns that no row fills."""
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return markdown_table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
 def machine(device: torch.device) -> dict:
     """What a timing depends on: processor, accelerator, threads, versions, and the command that was run."""
     record = {
@@ -148,11 +156,8 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
     info = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
     info = {key.strip(): value.strip() for key, value in info.items()}
-    telling = [
-        flag
-        for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-        if flag in info.get("flags", "").split()
-    ]
+    has = info.get("flags", "").split()
+    telling = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in has]
     return " ".join([info.get("model name", platform.machine()), *telling])
 
 
@@ -252,11 +257,8 @@ class NeighborhoodShapes(nn.Module):
 
     def __init__(self, width: int, num_heads: int, kernel_size: int):
         super().__init__()
-        self.qkv, self.proj, self.neighbours = (
-            nn.Linear(width, 3 * width),
-            nn.Linear(width, width),
-            kernel_size**2,
-        )
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.neighbours = kernel_size**2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
         query = self.qkv(x).flatten(0, 2)[:, None, : x.shape[-1]]  # (B, H, W, 3C) -> (BHW, 1, C)
@@ -443,10 +445,8 @@ class Timed:
         model = build_model(spec)
         if isinstance(model, NEXcepTion):
             fill(model)
-        self.parameters, (self.macs, self.attention_macs) = (
-            count_parameters(model),
-            count_macs(model, self.size),
-        )
+        self.parameters = count_parameters(model)
+        self.macs, self.attention_macs = count_macs(model, self.size)
         model.to(self.device, memory_format=self.format)
         self.weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
         if tuned and options.fuse and isinstance(model, NEXcepTion):
@@ -455,9 +455,8 @@ class Timed:
             self.optimizer = Lamb(parameter_groups(model, 0.02), lr=2e-3)
         self.model = model.train(options.train)
         if tuned and options.compile:
-            self.model = torch.compile(
-                model, dynamic=False, options=None if options.train else {"freezing": True}
-            )
+            settings = None if options.train else {"freezing": True}
+            self.model = torch.compile(model, dynamic=False, options=settings)
         self.warm_up()
 
     def images(self, count: int) -> torch.Tensor:
@@ -601,11 +600,17 @@ class PlainProcess:
         self.process = context.Process(target=serve_plain, args=(theirs, specs, options), daemon=True)
         self.process.start()
         theirs.close()
-        self.pipe.recv()  # built and warmed up
+        self.answer()  # built and warmed up
 
     def call(self, spec: str, method: str):
         self.pipe.send((spec, method))
-        return self.pipe.recv()
+        return self.answer()
+
+    def answer(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise RuntimeError("the process of the plain models has ended; its reason stands above") from None
 
     def close(self) -> None:
         self.pipe.close()
@@ -614,6 +619,7 @@ class PlainProcess:
 
 def serve_plain(pipe, specs: list[str], options: SpeedOptions) -> None:
     """The child's part of `PlainProcess`: build, then answer until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends this process
     if options.threads:
         torch.set_num_threads(options.threads)
     timed = {spec: Timed(spec, options, tuned=False) for spec in specs}
@@ -645,6 +651,8 @@ def resolved(options: SpeedOptions) -> SpeedOptions:
     models = options.models + tuple(PEER_PREFIX + peer for peer in options.peer)
     if options.plain and device.type != "cpu":
         raise UsageError(f"--plain measures the C allocator's part and needs --device cpu, not {device}")
+    if options.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UsageError("--compile on a CPU needs a C++ compiler: install g++, or name another in CXX")
     if options.train and options.fuse:
         raise UsageError("--fuse is for evaluation: leave it out, or leave out --train")
     for name, least in (("batch", 0), ("repetitions", 1), ("threads", 0)):
@@ -756,14 +764,13 @@ def add_ratios(rows: list[dict], baseline: str) -> str:
 def speed_table(rows: list[dict], baseline: str) -> str:
     """The Markdown table of measured rows; columns that no row fills are left out."""
     header = ["model", "input", "params", "MACs", "paper's", "images/s", f"× {baseline}", "paper's ×"]
-    header += ["× plain", "batch 1, ms: median", "p95", "memory", "of peak"]
+    header += ["× plain", "batch 1, ms (p95)", "memory", "of peak"]
     table = []
     for row in rows:
         paper = row.get("paper")
         cells = [row["label"], str(row["size"])]
-        cells += (
-            [f"{row['parameters'] / 1e6:.1f}M", f"{row['macs'] / 1e9:.2f}G"] if "macs" in row else ["", ""]
-        )
+        counted = "macs" in row
+        cells += [f"{row['parameters'] / 1e6:.1f}M", f"{row['macs'] / 1e9:.2f}G"] if counted else ["", ""]
         cells.append(f"{paper['parameters']}M, {paper['macs']}G" if paper else "")
         if "samples" not in row:
             table.append([*cells, row["missing"], *[""] * (len(header) - len(cells) - 1)])
@@ -774,13 +781,12 @@ def speed_table(rows: list[dict], baseline: str) -> str:
         cells.append("{:.2f} ± {:.2f}".format(*row["ratio"]))
         cells.append(f"{row['paper_ratio']:.2f}" if "paper_ratio" in row else "")
         cells.append("{:.2f} ± {:.2f}".format(*row["to_plain"]) if "to_plain" in row else "")
-        late = sorted(1000 * seconds for seconds in row["latencies"])
-        cells += [f"{statistics.median(late):.1f}", f"{np.percentile(late, 95):.1f}"] if late else ["", ""]
+        late = [1000 * seconds for seconds in row["latencies"]]
+        cells.append(f"{statistics.median(late):.1f} ({np.percentile(late, 95):.1f})" if late else "")
         cells.append("" if row["memory"] is None else f"{row['memory'] / 2**20:.0f} MiB")
         cells.append(f"{row['share']:.0%}")
         table.append(cells)
-    kept = [i for i in range(len(header)) if any(cells[i] for cells in table)]
-    return markdown_table([header[i] for i in kept], [[cells[i] for i in kept] for cells in table])
+    return filled_columns(header, table)
 
 
 def batch_note(row: dict, rows: list[dict]) -> str:
@@ -813,11 +819,10 @@ def speed(options: SpeedOptions) -> None:
         row.pop("logits", None)
         if "samples" in row:
             passes = 3 if options.train else 1  # a backward pass multiplies twice as much as a forward one
-            row["share"] = (
-                passes * (row["macs"] + row["attention_macs"]) * statistics.fmean(row["samples"]) / peak
-            )
-        if "macs" in row and row["variant"] == "" and row["size"] == row.get("paper", {}).get("size"):
-            notes += differences(TABLE_1[row["name"]], row["parameters"], row["macs"] + row["attention_macs"])
+            macs = row["macs"] + row["attention_macs"]
+            row["share"] = passes * macs * statistics.fmean(row["samples"]) / peak
+            if row["variant"] == "" and row["size"] == row.get("paper", {}).get("size"):
+                notes += differences(TABLE_1[row["name"]], row["parameters"], macs)
     write_speed(rows, baseline, notes, peak, options)
 
 
@@ -948,7 +953,9 @@ def read_classes(source: str) -> list[str]:
     if path.is_dir():
         names = sorted((entry.name for entry in path.iterdir() if entry.is_dir()), key=natural_key)
     elif path.is_file():
-        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        if all(re.match(r"n\d{8}\b", name) for name in names):  # ImageNet's lists: `n01440764 tench, ...`
+            names = [name.split()[0] for name in names]
     else:
         raise UsageError(f"--classes {source}: neither a folder nor a file")
     if len(set(names)) < max(2, len(names)):
@@ -988,38 +995,63 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def evaluate_folder(network: Network, folder: str, options: AccuracyOptions) -> dict:
-    """Accuracies in % on one folder; checks that every image was counted once."""
-    device = torch.device(options.device)
+class TestSet(typing.NamedTuple):
+    """A folder to evaluate on; `columns` is the model's output, int64, for each of its class folders."""
+
+    name: str
+    path: str
+    data: EvalFolder
+    columns: torch.Tensor
+
+
+def open_sets(network: Network, options: AccuracyOptions) -> list[TestSet]:
+    """Every folder, opened and its classes found, before any is evaluated."""
     workers = None if options.workers < 0 else options.workers
-    data = eval_folder(folder, network.transform, batch=options.batch, workers=workers, device=device)
-    dtype, columns, seen = DTYPES[options.dtype], None, []
+    size, found = network.transform.size, []
+    with torch.no_grad():
+        outputs = network.model(torch.zeros(1, 3, size, size, device=options.device)).shape[1]
+    for text in options.folders:
+        name, _, path = text.partition("=")
+        if not path or "/" in name:
+            name, path = Path(text).name, text
+        data = eval_folder(
+            path, network.transform, batch=options.batch, workers=workers, device=options.device
+        )
+        columns = class_columns(network.classes, outputs, path, data.classes)
+        found.append(TestSet(name, path, data, columns.to(options.device)))
+    return found
+
+
+def evaluate_set(network: Network, test: TestSet, options: AccuracyOptions) -> dict:
+    """Accuracies in % on one folder; checks that every image was counted once."""
+    dtype, seen = DTYPES[options.dtype], []
+    device, batches = torch.device(options.device), -(-test.data.count // options.batch)
     try:
-        for images, labels in tqdm(data, total=-(-data.count // options.batch), disable=None, unit="batch"):
+        for images, labels in tqdm(test.data, total=batches, disable=None, unit="batch"):
             inputs = normalize(images, network.transform.mean, network.transform.std)
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = network.model(inputs).float()
-            if columns is None:
-                columns = class_columns(network.classes, logits.shape[1], folder, data.classes).to(device)
-            chances, order = logits[:, columns].softmax(1).sort(descending=True, stable=True)
+                logits = network.model(inputs).float()[:, test.columns]
+            logits, order = logits.sort(descending=True, stable=True)
             hits = order[:, :5] == labels[:, None]
-            seen.append(torch.stack([labels, hits[:, 0], hits.any(1), chances[:, 0]], 1).cpu().double())
-        bad = data.bad_files
+            confidence = logits.softmax(1)[:, 0]
+            seen.append(torch.stack([labels, hits[:, 0], hits.any(1), confidence], 1).cpu().double())
+        bad = test.data.bad_files
     finally:
-        data.close()
+        test.data.close()
     label, first, five, confidence = torch.cat(seen).numpy().T  # (N, 4) -> 4 x (N,)
-    if len(label) + len(bad) != data.count:
-        raise RuntimeError(f"{folder}: {len(label)} images evaluated, {len(bad)} unreadable, of {data.count}")
+    if len(label) + len(bad) != test.data.count:
+        counts = f"{len(label)} images evaluated, {len(bad)} unreadable, of {test.data.count}"
+        raise RuntimeError(f"{test.path}: {counts}")
+    if not len(label):
+        raise UsageError(f"{test.path} has no readable image")
     found = {"images": len(label), "top1": 100 * first.mean(), "top5": 100 * five.mean()}
     if options.calibration:
         found["ece"] = 100 * calibration_error(confidence, first == 1)
     if options.per_class:
-        classes = enumerate(data.classes)
-        found["per_class"] = {
-            name: 100 * first[label == i].mean() for i, name in classes if (label == i).any()
-        }
-    return found | {"classes": len(data.classes), "unreadable": [list(item) for item in bad]}
+        places = [(name, label == i) for i, name in enumerate(test.data.classes)]
+        found["per_class"] = {name: 100 * first[at].mean() for name, at in places if at.any()}
+    return found | {"classes": len(test.data.classes), "unreadable": [list(item) for item in bad]}
 
 
 def accuracy(options: AccuracyOptions) -> None:
@@ -1032,31 +1064,40 @@ def accuracy(options: AccuracyOptions) -> None:
     published = {**TABLE_3.get(network.key, {})}
     if network.key in TABLE_1:
         published["imagenet"] = TABLE_1[network.key].top1
-    rows, table = [], []
-    for text in options.folders:
-        name, _, path = text.rpartition("=")
-        found = evaluate_folder(network, path, options)
-        row = {"set": name or Path(path).name, "folder": path, **found, "paper_top1": published.get(name)}
-        rows.append(row)
-        cells = [row["set"], f"{row['images']:,}", str(row["classes"]), f"{row['top1']:.2f}"]
-        cells += [f"{row['paper_top1']}" if row["paper_top1"] else "", f"{row['top5']:.2f}"]
-        table.append(cells + ([f"{row['ece']:.2f}"] if options.calibration else []))
-    header = ["set", "images", "classes", "top-1, %", "paper's", "top-5, %"]
-    text = markdown_table(header + (["ECE, %"] if options.calibration else []), table)
-    t = network.transform
-    shown = f"{t.size} pixels, {t.crop_pct:.3g} of the resized shorter side, {t.interpolation}"
-    text = f"{options.checkpoint}: {shown}, {options.dtype}\n\n{text}"
-    print(text, end="")
+    rows = []
+    for test in open_sets(network, options):
+        found = evaluate_set(network, test, options)
+        paper = published.get(test.name.lower())
+        rows.append({"set": test.name, "folder": test.path, **found, "paper_top1": paper})
+        write_accuracy(rows, network.transform, options)  # what is known stays if a later folder fails
+    print(accuracy_text(rows, network.transform, options), end="")
     for row in rows:
         for path, reason in row["unreadable"]:
             print(f"left out, unreadable: {path} ({reason})")
         lowest = sorted(row.get("per_class", {}).items(), key=lambda item: item[1])[:10]
         if lowest:
             print(f"{row['set']}, lowest top-1: " + ", ".join(f"{n} {value:.1f}" for n, value in lowest))
+
+
+def accuracy_text(rows: list[dict], transform: EvalTransform, options: AccuracyOptions) -> str:
+    """The Markdown table, with what was evaluated above it."""
+    header = ["set", "images", "classes", "top-1, %", "paper's", "top-5, %", "ECE, %"]
+    table = []
+    for row in rows:
+        cells = [row["set"], f"{row['images']:,}", str(row["classes"]), f"{row['top1']:.2f}"]
+        cells += ["" if row["paper_top1"] is None else str(row["paper_top1"]), f"{row['top5']:.2f}"]
+        table.append([*cells, f"{row['ece']:.2f}" if "ece" in row else ""])
+    shown = f"{transform.size} pixels, {transform.crop_pct:.3g} of the resized shorter side"
+    shown += f", {transform.interpolation}, {options.dtype}"
+    return f"{options.checkpoint}: {shown}\n\n{filled_columns(header, table)}"
+
+
+def write_accuracy(rows: list[dict], transform: EvalTransform, options: AccuracyOptions) -> None:
     stem = Path(options.out) / f"accuracy-{Path(options.checkpoint).stem}"
-    record = {"machine": machine(torch.device(options.device)), "options": asdict(options), "rows": rows}
-    write_json(stem.with_name(stem.name + ".json"), record | {"transform": t.to_dict()})
-    write_result(stem.with_name(stem.name + ".md"), text)
+    record = {"machine": machine(torch.device(options.device)), "options": asdict(options)}
+    record |= {"transform": transform.to_dict(), "rows": rows}
+    write_json(stem.with_name(stem.name + ".json"), record)
+    write_result(stem.with_name(stem.name + ".md"), accuracy_text(rows, transform, options))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -369,13 +370,25 @@ def test_paper_figures_stand_beside_ours(tmp_path, monkeypatch, capsys):
     network = models.create_model("nexception_tp")
     torch.save({"state_dict": models.export_official(network)}, tmp_path / "tp.pth")
     found = {"images": 5, "classes": 200, "top1": 20.0, "top5": 40.0, "unreadable": []}
-    monkeypatch.setattr(bench, "evaluate_folder", lambda network, folder, options: dict(found))
-    assert (
-        run("accuracy", tmp_path / "tp.pth", "imagenet=/i", "imagenet-a=/a", "/other", "--out", tmp_path) == 0
-    )
+    sets = [bench.TestSet(name, "/x", None, None) for name in ("imagenet", "ImageNet-A", "other")]
+    monkeypatch.setattr(bench, "open_sets", lambda network, options: sets)
+    monkeypatch.setattr(bench, "evaluate_set", lambda network, test, options: dict(found))
+    assert run("accuracy", tmp_path / "tp.pth", "/x", "--out", tmp_path) == 0
     rows = json.loads((tmp_path / "accuracy-tp.json").read_text())["rows"]
     assert [row["paper_top1"] for row in rows] == [81.8, 22.75, None]
     assert "22.75" in capsys.readouterr().out
+
+
+def test_accuracy_on_two_folders_checks_both_first(checkpoint, folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "copy")
+    arguments = ["accuracy", checkpoint, folder, f"again={tmp_path / 'copy'}", "--workers", 0]
+    assert run(*arguments, "--out", tmp_path / "results", "--fuse", "--dtype", "bfloat16") == 0
+    first, second = json.loads((tmp_path / "results" / "accuracy-best.json").read_text())["rows"]
+    assert (first["set"], second["set"]) == ("set", "again")
+    assert first["top1"] == second["top1"]
+    (tmp_path / "copy" / "bee").rename(tmp_path / "copy" / "emu")
+    assert run(*arguments, "--out", tmp_path / "none") == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_calibration_error_by_hand():
