@@ -891,8 +891,8 @@ class Run:
         self.progress.say(textwrap.fill(shown, 110, break_on_hyphens=False))
         decayed, rest = (sum(p.numel() for p in group["params"]) for group in groups)
         self.progress.say(
-            f"{decayed:,} parameters with weight decay, {rest:,} without; an epoch is {self.data.steps} steps of "
-            f"{self.process.world} x {options.accumulate} x {options.batch} images"
+            f"{decayed:,} parameters with weight decay, {rest:,} without; {self.data.steps} steps an epoch, "
+            f"each of {self.process.world} x {options.accumulate} x {options.batch} images"
         )
         if self.process.first:
             record = self.record | {"torch": torch.__version__, "processes": self.process.world}
