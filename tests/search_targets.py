@@ -1,0 +1,188 @@
+"""Cheap targets for the tests of search.py, and the long tests that are run by hand:
+
+    python tests/search_targets.py kill OUT --kills 30 --workers 2    # SIGKILL at any moment, thirty times
+    python tests/search_targets.py workers OUT                        # trials an hour of one and two workers
+
+`search OUT TRIALS WORKERS TARGET` is one search: what gets killed.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+
+def formula(config, seed, budget):
+    """A cost with known effects: block 0.2, kernel 0.1, a norm after convolution 1 0.05, epochs a little."""
+    cost = 0.5 - 0.2 * (config["block"] == "bottleneck") - 0.1 * (config["kernel"] in ("5", "7"))
+    return cost - 0.05 * ("1" in config["norm_positions"]) - 0.002 * budget, {"seed": seed}
+
+
+def slow(config, seed, budget):
+    """`formula`, which takes a while."""
+    time.sleep(0.05 + 0.02 * budget)
+    return formula(config, seed, budget)
+
+
+def asleep(config, seed, budget):
+    """A trial of the same length whatever the machine does."""
+    time.sleep(1.0)
+    return formula(config, seed, budget)
+
+
+def two_costs(config, seed, budget):
+    """Two objectives that want opposite kernels; the best block is the same for both."""
+    size = {"3": 0, "5": 1, "7": 2, "9": 3, "mixed": 4}[config["kernel"]]
+    block = 0.3 * (config["block"] == "xception")
+    return [0.5 - 0.1 * size + block, -100.0 + 20 * size + 50 * block]
+
+
+def moody(config, seed, budget):
+    """Bottlenecks are well; every kernel of the other block fails in a way of its own."""
+    if config["block"] == "bottleneck":
+        return formula(config, seed, budget)
+    if config["kernel"] == "3":
+        return float("nan")
+    if config["kernel"] == "5":
+        raise SystemExit("a target that wants out")
+    if config["kernel"] == "7":
+        os._exit(7)
+    if config["kernel"] == "9":
+        hoard = [np.ones(10_000_000) for _ in range(50)]  # 4 GB
+        time.sleep(60)
+        return float(len(hoard))
+    while True:
+        time.sleep(1)
+
+
+def broken(config, seed, budget):
+    raise RuntimeError("the data set is not where it should be")
+
+
+def start(out, trials, workers, target="slow"):
+    """A search in a process of its own, its output line by line."""
+    command = [sys.executable, __file__, "search", str(out), str(trials), str(workers), target]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finished_line(line):
+    """(configuration and budget) of a line that says that a trial has finished, else None."""
+    parts = line.split(" epochs ")
+    head = parts[0].split(None, 1)
+    return head[1] if len(parts) > 1 and "/" in head[0] and head[0].split("/")[0].isdigit() else None
+
+
+def killed(out, trials, workers, wait, from_first_word=True):
+    """A search, SIGKILLed `wait` seconds after its first word or its start (None: it ends by itself).
+
+    Returns its exit status and what it said, line by line.
+    """
+    search, said, spoke = start(out, trials, workers), [], threading.Event()
+
+    def read():
+        for line in search.stdout:
+            said.append(line.rstrip())
+            spoke.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    if wait is not None:
+        if from_first_word:
+            spoke.wait(120)
+        try:
+            search.wait(wait)
+        except subprocess.TimeoutExpired:
+            search.send_signal(signal.SIGKILL)
+    code = search.wait()
+    reader.join()
+    return code, said
+
+
+def survive(out, trials, workers, kills, seed=0):
+    """Kill one search at random moments, then let it end; hold what it said against what it kept."""
+    rng, announced = random.Random(seed), []
+    for kill in range(1, kills + 1):
+        # Two thirds amid the trials, one third anywhere from the start of the process on.
+        code, said = killed(out, trials, workers, rng.uniform(0.0, 4.0), rng.random() < 2 / 3)
+        announced += [line for line in map(finished_line, said) if line]
+        assert code == -signal.SIGKILL, (code, said[-5:])
+        print(f"kill {kill}: {len(announced)} trials announced so far", file=sys.stderr, flush=True)
+    code, said = killed(out, trials, workers, None)
+    announced += [line for line in map(finished_line, said) if line]
+    rows = [json.loads(line) for line in (Path(out) / "trials.jsonl").read_bytes().splitlines()]
+    from search import short
+
+    kept = {" ".join(f"{short(row['config'])} {row['budget']:g}".split()) for row in rows}
+    lost = [line for line in announced if " ".join(line.split()) not in kept]
+    keys = {(json.dumps(row["config"], sort_keys=True), row["budget"]) for row in rows}
+    history = json.loads((Path(out) / "smac/0/runhistory.json").read_text())
+    return {
+        "kills": kills,
+        "workers": workers,
+        "asked_for": trials,
+        "exit_status": code,
+        "finished": len(rows),
+        "run_twice": len(rows) - len(keys),
+        "announced_and_lost": len(lost),
+        "in_smac_run_folder": history["stats"]["finished"],
+        "still_running_there": history["stats"]["running"],
+        "incumbent": next((line for line in said if line.startswith("incumbent")), None),
+    }
+
+
+def rates(out):
+    """Trials an hour of one and of two workers, on trials that sleep one second."""
+    result = {}
+    for workers in (1, 2):
+        begun = time.monotonic()
+        search = start(Path(out) / f"workers-{workers}", 60, workers, "asleep")
+        search.communicate()
+        row = json.loads((Path(out) / f"workers-{workers}/trials.jsonl").read_bytes().splitlines()[-1])
+        result[workers] = {
+            "exit_status": search.returncode,
+            "trials_an_hour": 3600 * 60 / row["elapsed"],
+            "seconds_with_start_and_end": time.monotonic() - begun,
+        }
+    result["ratio"] = result[2]["trials_an_hour"] / result[1]["trials_an_hour"]
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=("search", "kill", "workers"))
+    parser.add_argument("out")
+    parser.add_argument("rest", nargs="*")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=400)
+    arguments = parser.parse_args()
+    if arguments.command == "kill":
+        result = survive(arguments.out, arguments.trials, arguments.workers, arguments.kills)
+    elif arguments.command == "workers":
+        result = rates(arguments.out)
+    else:
+        import search_targets
+
+        import search
+
+        trials, workers, target = arguments.rest
+        options = search.Options(out=arguments.out, trials=int(trials), workers=int(workers))
+        sys.exit(search.Search(options, target=getattr(search_targets, target)).run())
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
