@@ -422,7 +422,7 @@ def _block_paths(config: ModelConfig) -> dict[str, list[str]]:
 
 def official_paths(config: ModelConfig) -> dict[str, str]:
     """Our module paths and the authors' for the same modules, for networks shaped like -T, -S or -TP."""
-    middle = {f"{kind}{i}": f"{theirs}{i}" for i in (1, 2, 3) for kind, theirs in _SEPARABLE_NAMES.items()}
+    middle = {f"conv{i}": f"sepconv{i}" for i in (1, 2, 3)} | {f"norm{i}": f"norm{i}" for i in (1, 2, 3)}
     down = {"skip": "skip", "skip_norm": "skipbn"}
     down |= {"conv1": "rep.0", "norm1": "rep.1", "conv2": "rep.3", "norm2": "rep.4"}
     se = {"se.reduce": "block_end.fc1", "se.norm": "block_end.bn", "se.expand": "block_end.fc2"}
@@ -443,9 +443,6 @@ def official_paths(config: ModelConfig) -> dict[str, str]:
     for path, place in zip(blocks["middle"], theirs, strict=True):
         paths |= {f"{path}.{ours}": f"{place}.{name}" for ours, name in (middle | se).items()}
     return paths
-
-
-_SEPARABLE_NAMES = {"conv": "sepconv", "norm": "norm"}
 
 
 def timm_paths(config: ModelConfig) -> dict[str, str]:
@@ -545,28 +542,28 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
     names, own = layouts[owner], model.state_dict()
     theirs = {names[name]: value for name, value in own.items()}
 
-    missing = [name for name in theirs if name not in weights]
-    unexpected = [name for name in weights if name not in theirs]
-    problems = [f"{kind} {_some(found)}" for kind, found in
-                (("missing", missing), ("unexpected", unexpected)) if found]  # fmt: skip
-    heads = [names["head.fc.weight"], names["head.fc.bias"]]
-    new_head = not problems and weights[heads[0]].shape[1:] == theirs[heads[0]].shape[1:] and len(
-        weights[heads[0]]) != model.config.num_classes  # fmt: skip
-    wrong = [
+    problems = {
+        "missing": [name for name in theirs if name not in weights],
+        "unexpected": [name for name in weights if name not in theirs],
+    }
+    fc = [names["head.fc.weight"], names["head.fc.bias"]]
+    classes = len(weights.get(fc[0], ()))
+    features = weights[fc[0]].shape[1:] if classes else None
+    new_head = classes != model.config.num_classes and features == (model.num_features,)
+    problems["of another shape"] = [
         f"{name} {tuple(weights[name].shape)} for {tuple(value.shape)}"
         for name, value in theirs.items()
-        if name in weights and weights[name].shape != value.shape and not (new_head and name in heads)
+        if name in weights and weights[name].shape != value.shape and not (new_head and name in fc)
     ]
-    if wrong:
-        problems.append(f"of another shape {_some(wrong)}")
-    if problems:
-        raise ValueError(f"{source} does not fit this model ({owner} names): {'; '.join(problems)}")
+    found = "; ".join(f"{kind} {_some(entries)}" for kind, entries in problems.items() if entries)
+    if found:
+        raise ValueError(f"{source} does not fit this model ({owner} names): {found}")
     if new_head:
         print(
-            f"{source}: {len(weights[heads[0]])} classes; the body is loaded, "
+            f"{source}: {classes} classes; the body is loaded, "
             f"the head for {model.config.num_classes} classes starts anew"
         )
-    kept = {name: own[name] if new_head and names[name] in heads else weights[names[name]] for name in own}
+    kept = {name: own[name] if new_head and names[name] in fc else weights[names[name]] for name in own}
     model.load_state_dict(kept)
 
 
