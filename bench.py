@@ -405,8 +405,8 @@ class SpeedOptions:
     """Images/s of NEXcepTion and its peers; the models take turns within each repetition."""
 
     models: tuple[str, ...] = option(
-        tuple(TABLE_1),
-        "names from Table 1, of our models or timm's, or JSON configs; NAME@SIZE sets the input size",
+        (),
+        "Table 1's keys, our models', timm's or JSON configs, NAME[@SIZE],...; empty: all of Table 1",
     )
     peer: tuple[str, ...] = option((), "the reader's own models, MODULE:CALLABLE[@SIZE],...")
     baseline: str = option(
@@ -648,7 +648,7 @@ def resolved(options: SpeedOptions) -> SpeedOptions:
     device = pick_device(options.device)
     fast = "bfloat16" if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "float16"
     dtype = options.dtype or ("float32" if device.type == "cpu" else fast)
-    models = options.models + tuple(PEER_PREFIX + peer for peer in options.peer)
+    models = (options.models or tuple(TABLE_1)) + tuple(PEER_PREFIX + peer for peer in options.peer)
     if options.plain and device.type != "cpu":
         raise UsageError(f"--plain measures the C allocator's part and needs --device cpu, not {device}")
     if options.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -658,8 +658,8 @@ def resolved(options: SpeedOptions) -> SpeedOptions:
     for name, least in (("batch", 0), ("repetitions", 1), ("threads", 0)):
         if getattr(options, name) < least:
             raise UsageError(f"--{name} {getattr(options, name)}: must be at least {least}")
-    if len(set(models)) < len(models) or not models:
-        raise UsageError(f"--models {','.join(models)}: name each model once, and at least one")
+    if len(set(models)) < len(models):
+        raise UsageError(f"--models {','.join(models)}: name each model once")
     batch = options.batch or (16 if device.type == "cpu" else 256)
     return replace(options, device=str(device), dtype=dtype, batch=batch, models=models)
 
@@ -802,7 +802,10 @@ def speed(options: SpeedOptions) -> None:
         keep_large_buffers()
     if options.threads:
         torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions do by default
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events are recorded on the current device
+        torch.backends.cudnn.benchmark = True  # the fastest algorithm for each shape, chosen while warming up
+        torch.backends.cuda.matmul.allow_tf32 = True  # in float32, as cuDNN's convolutions do by default
     peak = matmul_peak(device, dtype)
     rows = build_rows(options)
     if not any("timed" in row for row in rows):
@@ -1234,7 +1237,7 @@ def place_labels(axes, bubbles: list[Bubble]) -> list:
         texts.append(
             axes.text(item.x, item.top1, item.label, fontsize=9, weight=weight, ha="center", va="center")
         )
-    halves = [np.array(text.get_window_extent().size) / 2 + 2 * scale for text in texts]
+    halves = [np.array(text.get_window_extent().size) / 2 + 3 * scale for text in texts]
     frame = axes.get_window_extent().extents
     places = [
         [
