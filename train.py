@@ -993,6 +993,12 @@ class Run:
             f"{speed[0]:.0f} images/s  data wait {speed[1]:.0%}  {self.progress.time_left()}"
         )
 
+    def close(self) -> None:
+        """End the data's workers and unlock the folder."""
+        self.data.close()
+        if self.process.first:
+            self.folder.lock.close()
+
     def draw(self) -> None:
         self.drawn = time.monotonic()
         if self.process.first:
@@ -1106,7 +1112,7 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             return complain("stopped at once; the same command goes on from the last checkpoint", 130)
         finally:
-            run.data.close()
+            run.close()
     if process.world > 1:
         dist.destroy_process_group()
     return status

@@ -29,7 +29,7 @@ from train import Lamb, Mixup, Options, Training, evaluate, lr_at, resolve, trai
 
 ROOT = Path(__file__).parent.parent
 TINY = ModelConfig(
-    stem_width=8, widths=(16,), depths=(1,), exit_widths=(16, 16, 16), kernel=3, drop_path=0.2, input_size=32
+    stem_width=8, widths=(8,), depths=(1,), exit_widths=(16, 16, 16), kernel=3, drop_path=0.2, input_size=16
 )
 
 
@@ -42,11 +42,19 @@ def tiny(tmp_path_factory) -> str:
 
 
 def arguments(tiny: str, out: Path, *more: str) -> list[str]:
-    return ["--model", tiny, "--out", str(out), "--epochs", "3", "--device", "cpu", *more]
+    return ["--model", tiny, "--out", str(out), "--size", "16", "--epochs", "3", "--device", "cpu", *more]
 
 
-def environment(threads: int = 2) -> dict:
-    return os.environ | {"OMP_NUM_THREADS": str(threads)}
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A second thread gains tiny networks nothing, and runs are compared bit for bit with other processes'."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def assert_same(a, b, where: str = "") -> None:
@@ -132,7 +140,7 @@ def test_lamb_first_step_by_hand():
     )
     weight.grad, bias.grad = torch.full((2, 2), 0.1), torch.full((1,), 0.1)
     optimizer.step()
-    # Update 1 + 0.1 * 3 = 1.3 a value, norm 2.6; the weight's norm is 6: each value moves by lr * 1.3 * 6 / 2.6.
+    # Update 1 + 0.1 * 3 = 1.3 a value, norm 2.6; the weight's norm is 6: a value moves by lr * 1.3 * 6 / 2.6.
     torch.testing.assert_close(weight.data, torch.full((2, 2), 3.0 - 0.5 * 3.0), rtol=0, atol=2e-5)
     torch.testing.assert_close(bias.data, torch.full((1,), -0.5), rtol=0, atol=2e-5)
 
@@ -303,8 +311,8 @@ def test_micro_batches_that_cannot_be_shared():
 
 
 def make_training(**changes) -> tuple[Training, object]:
-    options = resolve(Options(**({"epochs": 3, "channels_last": False} | changes)))
-    shared = {"batch": options.batch, "accumulate": options.accumulate, "seed": options.seed}
+    options = resolve(Options(**({"epochs": 3, "size": 16} | changes)))
+    shared = {name: getattr(options, name) for name in ("size", "batch", "accumulate", "seed")}
     data = open_data("digits", augment=train.augmentation(options), **shared)
     torch.manual_seed(options.seed)
     return Training(create_model(TINY, num_classes=10, drop_path=options.drop_path), options), data
@@ -360,7 +368,7 @@ def test_averaged_weights_follow_the_formula():
 
 
 class Answers(nn.Module):
-    """Puts image i's class in place `ranks[i]` of its answer, images being told apart by their first pixel."""
+    """Puts image i's class in place `ranks[i]` of its answer; the first pixel tells which image it is."""
 
     def __init__(self, labels, ranks):
         super().__init__()
@@ -515,7 +523,7 @@ def test_killed_at_any_moment_it_ends_the_same(tiny, reference, tmp_path):
     rng = np.random.default_rng(int(time.time()))
     for _ in range(2):
         process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True, bufsize=1
+            command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, text=True, bufsize=1
         )
         for line in process.stdout:
             if line.startswith("epoch"):
@@ -524,7 +532,7 @@ def test_killed_at_any_moment_it_ends_the_same(tiny, reference, tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
-    last = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    last = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
     assert re.search("going on at epoch [23]|finished", last.stdout), last.stdout
     assert_same(learnt(out), learnt(reference))
@@ -641,7 +649,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tiny, tmp_path, capsys):
 def torchrun(folder: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *more]
     return subprocess.Popen(
-        command, cwd=folder, env=environment(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=folder, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
