@@ -456,7 +456,15 @@ def start_process(device: str) -> Process:
         torch.backends.cudnn.benchmark = True
     if world > 1:
         on_gpu = chosen.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+        store, rank, world = next(dist.rendezvous("env://", rank, world))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # torchrun's store outlives a restart, with the addresses of processes that are no more (PyTorch
+            # issue 135712). Only on one machine do all processes know the same number of restarts.
+            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        settings = {"store": store, "rank": rank, "world_size": world}
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None, **settings
+        )
     return Process(rank, max(world, 1), chosen)
 
 
@@ -653,7 +661,8 @@ def read_checkpoint(path: Path) -> dict | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated file raises errors of many kinds
-        print(f"warning: {path} is broken ({str(error).splitlines()[0][:100]})", file=sys.stderr)
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        print(f"warning: {path} is broken ({reason})", file=sys.stderr)
         return None
 
 
@@ -1008,6 +1017,8 @@ class Run:
     def finish(self) -> None:
         """Score the best weights on the test split, once in a run's life."""
         if "epoch" in self.metrics[-1] and "test" in self.data.splits:
+            if self.process.world > 1:
+                dist.barrier()  # until the first process has written best.pt
             best = load_checkpoint(self.folder.best).to(self.process.device)
             result = evaluate(best, self.data, "test", self.training.amp, self.stop)
             self.metrics.append({f"test_{name}": result[name] for name in ("top1", "top5", "loss", "count")})
@@ -1109,6 +1120,10 @@ def main(argv: list[str]) -> int:
             status = run.train()
         except (RunError, DataError) as error:
             return complain(error, 1)
+        except RuntimeError as error:
+            if process.world == 1 or "by peer" not in str(error):
+                raise
+            return complain("another process is gone; the same command goes on from the last checkpoint", 1)
         except KeyboardInterrupt:
             return complain("stopped at once; the same command goes on from the last checkpoint", 130)
         finally:

@@ -47,7 +47,7 @@ def arguments(tiny: str, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """A second thread gains tiny networks nothing, and runs are compared bit for bit with other processes'."""
+    """A second thread gains tiny networks nothing, and runs are compared with other processes bit for bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
