@@ -1,13 +1,14 @@
 """Images for training and evaluation: `digits`, `cifar10`, `cifar100` or a folder laid out as ImageNet's.
 
-    data = open_data("digits", batch=64)                      # or open_data("/path/imagenet", batch=64, accumulate=4)
-    for images, labels in data.train_batches(epoch=0): ...    # uint8 (B, 3, H, W), int64 (B,)
+    data = open_data("digits", batch=64)                    # or open_data("/path/imagenet", accumulate=4)
+    for images, labels in data.train_batches(epoch=0): ...  # uint8 (B, 3, H, W), int64 (B,)
     for images, labels in data.eval_batches("val"): ...
 
-Small sets live as uint8 tensors on the training device and are augmented there a batch at a time. Image folders go
-through DataLoader workers, from JPEG to uint8 crops. Both look the same to the training loop, which normalises on
-the device with `normalize`. A training batch depends on (seed, epoch, virtual rank, step) alone: never on the
-number of workers or processes, nor on the step at which an epoch was resumed.
+Small sets live as uint8 tensors on the training device and are augmented there a batch at a time. Image
+folders go through DataLoader workers, from JPEG to uint8 crops. Both look the same to the training loop,
+which normalises on the device with `normalize`. A training batch depends on (seed, epoch, virtual rank, step)
+alone: never on the number of workers or processes, nor on the step at which an epoch was resumed.
+`python bench.py data` measures the folder pipeline.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -32,9 +34,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode
 
 log = logging.getLogger("data")
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # uint8 (B, 3, H, W), int64 (B,)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,6 +49,8 @@ SMALL_SETS = {  # mean and standard deviation of each channel's values, 0..1
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
+CROP_DRAWS = 24  # uniform numbers behind a random crop: `crop_box`'s 22, one for the filter, one for the flip
+MAX_SUBSTITUTES = 20  # files tried for one place in a batch
 WORKERS_AHEAD = 2  # batches that each worker prepares in advance
 
 
@@ -60,7 +65,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize the shorter side to floor(size / crop_pct), crop the centre, normalise: timm's evaluation transform.
+    """timm's evaluation transform: shorter side to floor(size / crop_pct), centre crop, normalisation.
 
     Called with a PIL image it returns float32 (3, size, size), normalised; `crop` stops at uint8.
     """
@@ -133,7 +138,7 @@ class Augmentation:
 
 
 def default_augmentation(source: str) -> Augmentation:
-    """Return the augmentation of a source of `open_data`: the paper's recipe for folders, crop and flip for small sets."""
+    """Return a source's own augmentation: the paper's recipe for folders, crop and flip for small sets."""
     if source == "digits":
         return Augmentation(padding=3, flip=0.0, layers=0, repeats=1)
     if source in ("cifar10", "cifar100"):
@@ -141,36 +146,292 @@ def default_augmentation(source: str) -> Augmentation:
     return Augmentation()
 
 
-def crop_box(height: int, width: int, augment: Augmentation, draws: np.ndarray) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, augment: Augmentation, draws: list[float]) -> tuple[int, int, int, int]:
     """Return (top, left, height, width) of a random resized crop: ten tries, then the centre.
 
     draws: 22 uniform numbers in 0..1 (area and ratio of ten tries, then position).
     """
-    log_ratio = math.log(augment.ratio[0]), math.log(augment.ratio[1])
-    for area, ratio in draws[:20].reshape(10, 2):
-        area = (augment.scale[0] + (augment.scale[1] - augment.scale[0]) * area) * height * width
+    (small, large), log_ratio = augment.scale, [math.log(ratio) for ratio in augment.ratio]
+    for area, ratio in zip(draws[:20:2], draws[1:20:2], strict=True):
+        area = (small + (large - small) * area) * height * width
         ratio = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * ratio)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(draws[20] * (height - h + 1)), int(draws[21] * (width - w + 1)), h, w
-    w = min(width, round(height * augment.ratio[1]))
-    h = min(height, round(width / augment.ratio[0]))
+    w = max(1, min(width, round(height * augment.ratio[1])))
+    h = max(1, min(height, round(width / augment.ratio[0])))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def crop_and_flip(images: torch.Tensor, augment: Augmentation, rng: np.random.Generator) -> torch.Tensor:
     """Pad uint8 (B, 3, H, W) with black, crop each image at random to (H, W) and flip it at random."""
     count, _, height, width = images.shape
-    top, left = rng.integers(0, 2 * augment.padding + 1, (2, count))
-    flip = rng.random(count) < augment.flip
-    rows = top[:, None] + np.arange(height)
-    columns = left[:, None] + np.where(flip[:, None], np.arange(width)[::-1], np.arange(width))
+    padding = augment.padding
+    top, left = rng.integers(0, 2 * padding + 1, (2, count, 1), dtype=np.int32)
+    flip = rng.random((count, 1)) < augment.flip
+    if not padding and not flip.any():
+        return images
+    rows = (top + np.arange(height)) * (width + 2 * padding)
+    columns = left + np.where(flip, np.arange(width)[::-1], np.arange(width))
     rows, columns = (torch.from_numpy(i).to(images.device) for i in (rows, columns))
-    if augment.padding:
-        images = F.pad(images, (augment.padding,) * 4)
-    n = torch.arange(count, device=images.device)
-    images = images.permute(0, 2, 3, 1)[n[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return images.permute(0, 3, 1, 2).contiguous()
+    places = (rows[:, None, :, None] + columns[:, None, None, :]).view(count, 1, -1)
+    padded = F.pad(images, (padding,) * 4).flatten(2)
+    return padded.gather(2, places.expand(-1, 3, -1)).view_as(images)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# RandAugment: timm's 15 "increasing" operations, on uint8 batches
+#
+# Each takes images, uint8 (N, 3, H, W), and one argument per image, and returns new uint8 images. Pillow's
+# arithmetic is followed, down to its cutting off of fractions where one would expect rounding. The ways round
+# torch.where, comparisons and direct conversions are there because these take 5 to 20 times longer on a CPU.
+# ----------------------------------------------------------------------------------------------------------
+
+CACHE = 2**17  # bytes of images that go through an operation at once on a CPU
+ALMOST = 1e-3  # added before fractions are cut off, so that float32's 253.99999 is 254 as in Pillow's doubles
+
+
+def per_image(arguments: list[float], images: torch.Tensor) -> torch.Tensor:
+    """Return one number per image as float32 (N, 1, 1, 1) on the images' device."""
+    return torch.tensor(arguments, dtype=torch.float32).view(-1, 1, 1, 1).to(images.device)
+
+
+def cut(values: torch.Tensor) -> torch.Tensor:
+    """Return float32 values as uint8: fractions cut off, limited to 0..255. Overwrites its argument."""
+    return values.add_(ALMOST).short().clamp_(0, 255).byte()
+
+
+def choose(mask: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return uint8 `first` where the uint8 mask is 255, `second` where it is 0."""
+    return (first ^ second) & mask ^ second
+
+
+def beyond(positions: torch.Tensor, size: int) -> torch.Tensor:
+    """Return a uint8 mask: 255 where an int16 position is outside 0..size-1, as a sign bit tells, else 0."""
+    return ((positions | (size - 1 - positions)) >> 15).byte()
+
+
+def blend(degenerate: torch.Tensor, images: torch.Tensor, factors: list[float]) -> torch.Tensor:
+    """Return degenerate + factor * (images - degenerate) as uint8, of float32 images."""
+    return cut((images - degenerate).mul_(per_image(factors, images)).add_(degenerate))
+
+
+def auto_contrast(images: torch.Tensor, _: list[float]) -> torch.Tensor:
+    pixels = images.flatten(2)
+    low, high = pixels.amin(2)[..., None, None].float(), pixels.amax(2)[..., None, None].float()
+    flat = (low == high).float()  # a channel of one value stays as it is
+    scale = (1 - flat) * 255 / (high - low + flat) + flat
+    return cut(images.float().sub_(low * (1 - flat)).mul_(scale))
+
+
+def equalize(images: torch.Tensor, _: list[float]) -> torch.Tensor:
+    channels, device = images.shape[0] * 3, images.device
+    values = torch.arange(256, dtype=torch.int32, device=device)
+    cells = (
+        images.reshape(channels, -1) + torch.arange(channels, dtype=torch.int32, device=device)[:, None] * 256
+    )
+    cells = cells.view(-1)
+    if images.is_cuda:  # where bincount would make the host wait
+        counts = torch.zeros(channels * 256, dtype=torch.int32, device=device)
+        counts.scatter_add_(0, cells.long(), torch.ones_like(cells))
+    else:
+        counts = torch.bincount(cells, minlength=channels * 256)
+    counts = counts.view(channels, 256)
+    last = torch.where(counts > 0, values, 0).amax(1, keepdim=True)
+    step = (counts.sum(1, keepdim=True) - counts.gather(1, last.long())) // 255
+    table = (step // 2 + counts.cumsum(1) - counts) // step.clamp(min=1)
+    table = torch.where(step > 0, table.clamp(max=255), values).byte()  # too few values: unchanged
+    return table.view(-1).index_select(0, cells).view_as(images)
+
+
+def invert(images: torch.Tensor, _: list[float]) -> torch.Tensor:
+    return ~images
+
+
+def posterize(images: torch.Tensor, bits: list[float]) -> torch.Tensor:
+    return images & per_image([256 - 2 ** (8 - kept) for kept in bits], images).byte()
+
+
+def solarize(images: torch.Tensor, thresholds: list[float]) -> torch.Tensor:
+    below = beyond(images.short() - per_image(thresholds, images).short(), 256)
+    return images ^ ~below  # x ^ 255 is 255 - x
+
+
+def solarize_add(images: torch.Tensor, addends: list[float]) -> torch.Tensor:
+    below = 1 - (images >> 7)  # 1 below 128: at most 127 + 110, no overflow
+    return images + below * per_image(addends, images).byte()
+
+
+def color(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
+    exact = images.float()
+    red, green, blue = exact.split(1, dim=1)
+    luma = (red * 19595 + 32768).add_(green, alpha=38470).add_(blue, alpha=7471).div_(65536).floor_()
+    return blend(luma, exact, factors)
+
+
+def contrast(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
+    exact = images.float()
+    # Pillow rounds every pixel's luma before it takes the mean; on average that is nothing.
+    luma = (exact.flatten(2).mean(2) * exact.new_tensor([0.299, 0.587, 0.114])).sum(1)
+    return blend(torch.floor(luma + 0.5).view(-1, 1, 1, 1), exact, factors)
+
+
+def brightness(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
+    return cut(images.float().mul_(per_image(factors, images)))
+
+
+def sharpness(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
+    wide = images.short()
+    smooth = (wide[..., :-2] + wide[..., 1:-1]).add_(wide[..., 2:])
+    smooth = (smooth[..., :-2, :] + smooth[..., 1:-1, :]).add_(smooth[..., 2:, :])
+    exact = images[..., 1:-1, 1:-1].float()
+    smooth = smooth.float().add_(exact, alpha=4).div_(13).add_(0.5).floor_()
+    result = images.clone()  # Pillow's smoothing filter leaves the border as it is
+    result[..., 1:-1, 1:-1] = blend(smooth, exact, factors)
+    return result
+
+
+def rotate(images: torch.Tensor, degrees: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
+    """Rotate about the centre. Bicubic is torch's kernel (a = -0.75), a bit softer than Pillow's (a = -1)."""
+    count, _, height, width = images.shape
+    radians = torch.deg2rad(per_image(degrees, images)[:, 0])
+    cos, sin = torch.cos(radians), torch.sin(radians)
+    y = torch.arange(height, device=images.device)[:, None] + (0.5 - height / 2)
+    x = torch.arange(width, device=images.device) + (0.5 - width / 2)
+    source = torch.empty(count, 2, height, width, device=images.device)  # x and y, -1..1
+    torch.sub(cos * (x * 2 / width), sin * (y * 2 / width), out=source[:, 0])
+    torch.add(sin * (x * 2 / height), cos * (y * 2 / height), out=source[:, 1])
+    mode, grid = "bicubic" if bicubic else "bilinear", source.permute(0, 2, 3, 1)
+    rotated = F.grid_sample(images.float(), grid, mode, padding_mode="border", align_corners=False)
+    outside = source.abs_().amax(1, keepdim=True) > 1
+    return choose(-outside.view(torch.uint8), fill, cut(rotated))
+
+
+def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
+    """Take row y of image n from `offsets[n, y]` pixels further right, offsets (N, H) or (N, 1).
+
+    One gather brings a row's neighbours along; the filter's taps are then slices. Taps beyond the edge repeat
+    it. Bilinear, whole numbers with weights of 1/128 are as good: less than a grey level off.
+    """
+    width, device = images.shape[3], images.device
+    whole = np.floor(offsets)
+    d = offsets - whole
+
+    def per_row(values: np.ndarray, dtype: type) -> torch.Tensor:
+        return torch.from_numpy(values.astype(dtype)[:, None, :, None]).to(device)  # (N, 1, H, 1)
+
+    reach = 3 if bicubic else 1
+    columns = torch.arange(width + reach, dtype=torch.int16, device=device)
+    source = (columns + per_row(whole - reach // 2, np.int16)).clamp_(0, width - 1).long()
+    taps = images.gather(3, source.expand(len(images), 3, images.shape[2], -1))  # (N, 3, H, W + reach)
+    if bicubic:  # Pillow's kernel, a = -1
+        taps = taps.float()
+        moved = taps[..., :width] * per_row(-d + 2 * d**2 - d**3, np.float32)
+        for tap, weights in enumerate((1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2), start=1):
+            moved.addcmul_(taps[..., tap : tap + width], per_row(weights, np.float32))
+        moved = cut(moved)
+    else:
+        taps = taps.short()
+        near, far = taps[..., :width], taps[..., 1:]
+        moved = ((far - near).mul_(per_row(np.round(128 * d), np.int16)) >> 7).add_(near).byte()
+    outside = beyond(columns[:width] + per_row(np.floor(offsets + 0.5), np.int16), width)
+    return choose(outside, fill, moved)
+
+
+def shear_x(images: torch.Tensor, factors: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
+    return slide(images, np.array(factors)[:, None] * (np.arange(images.shape[2]) + 0.5), fill, bicubic)
+
+
+def shear_y(images: torch.Tensor, factors: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
+    return shear_x(images.transpose(2, 3), factors, fill, bicubic).transpose(2, 3)
+
+
+def translate_x(images: torch.Tensor, shares: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
+    return slide(images, np.array(shares)[:, None] * images.shape[3], fill, bicubic)
+
+
+def translate_y(images: torch.Tensor, shares: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
+    return translate_x(images.transpose(2, 3), shares, fill, bicubic).transpose(2, 3)
+
+
+def enhancement(magnitude: float, sign: int) -> float:
+    return max(0.1, 1 + sign * magnitude / 10 * 0.9)
+
+
+# Each with its argument as a function of the magnitude, 0..10, and of a random sign: timm's scales.
+OPERATIONS = (
+    (auto_contrast, lambda magnitude, sign: 0),
+    (equalize, lambda magnitude, sign: 0),
+    (invert, lambda magnitude, sign: 0),
+    (rotate, lambda magnitude, sign: sign * magnitude / 10 * 30),  # degrees
+    (posterize, lambda magnitude, sign: 4 - int(magnitude / 10 * 4)),  # bits kept
+    (solarize, lambda magnitude, sign: 256 - int(magnitude / 10 * 256)),  # threshold
+    (solarize_add, lambda magnitude, sign: int(magnitude / 10 * 110)),  # added below 128
+    (color, enhancement),
+    (contrast, enhancement),
+    (brightness, enhancement),
+    (sharpness, enhancement),
+    (shear_x, lambda magnitude, sign: sign * magnitude / 10 * 0.3),
+    (shear_y, lambda magnitude, sign: sign * magnitude / 10 * 0.3),
+    (translate_x, lambda magnitude, sign: sign * magnitude / 10 * 0.45),  # share of the width
+    (translate_y, lambda magnitude, sign: sign * magnitude / 10 * 0.45),  # share of the height
+)
+GEOMETRIC = (rotate, shear_x, shear_y, translate_x, translate_y)  # these also take a fill colour and a filter
+
+
+class Draws(NamedTuple):
+    """RandAugment's random choices for a batch, each (layers, N)."""
+
+    operation: np.ndarray  # index into OPERATIONS, -1 where none is applied
+    magnitude: np.ndarray  # 0..10
+    sign: np.ndarray  # -1 | 1
+    bicubic: np.ndarray  # bool
+
+
+def draw_operations(count: int, augment: Augmentation, rng: np.random.Generator) -> Draws:
+    """Draw RandAugment's choices for `count` images: operations with replacement, each applied or not."""
+    shape = (augment.layers, count)
+    operation = rng.integers(len(OPERATIONS), size=shape)
+    applied = rng.random(shape) < augment.probability
+    magnitude = rng.normal(augment.magnitude, augment.magnitude_std, shape).clip(0, 10)
+    sign = rng.integers(2, size=shape) * 2 - 1
+    bicubic = rng.random(shape) < {"bilinear": 0, "random": 0.5, "bicubic": 1}[augment.interpolation]
+    return Draws(np.where(applied, operation, -1), magnitude, sign, bicubic)
+
+
+def apply_operation(images: torch.Tensor, choice: int, arguments: list, fill: torch.Tensor, bicubic: bool):
+    """Return uint8 (N, 3, H, W) after OPERATIONS[choice], one argument per image; fill is uint8 (3, 1, 1)."""
+    operation = OPERATIONS[choice][0]
+    return operation(images, arguments, *([fill, bicubic] if operation in GEOMETRIC else []))
+
+
+def rand_augment(images: torch.Tensor, draws: Draws, fill: torch.Tensor) -> torch.Tensor:
+    """Apply the drawn operations to uint8 (B, 3, H, W), in place, and return it.
+
+    Images that share an operation (and its filter) go through it together, as many at once as a processor's
+    cache holds. fill: uint8 (3, 1, 1), the colour of what a rotation, shear or translation uncovers.
+    """
+    at_once = len(images) if images.is_cuda else max(1, CACHE // images[0].numel())
+    for operation, magnitude, sign, bicubic in zip(*(choice.tolist() for choice in draws), strict=True):
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for n, choice in enumerate(operation):
+            if choice >= 0:
+                groups.setdefault((choice, bicubic[n] and OPERATIONS[choice][0] in GEOMETRIC), []).append(n)
+        for (choice, smooth), group in groups.items():
+            for members in (group[start : start + at_once] for start in range(0, len(group), at_once)):
+                arguments = [OPERATIONS[choice][1](magnitude[n], sign[n]) for n in members]
+                if len(members) == 1:
+                    place = images[members[0] : members[0] + 1]
+                    place.copy_(apply_operation(place, choice, arguments, fill, smooth))
+                else:
+                    index = torch.tensor(members, device=images.device)
+                    images[index] = apply_operation(images[index], choice, arguments, fill, smooth)
+    return images
+
+
+def fill_colour(mean: tuple[float, float, float]) -> torch.Tensor:
+    """Return a data set's mean colour as uint8 (3, 1, 1)."""
+    return torch.tensor([min(255, round(255 * m)) for m in mean], dtype=torch.uint8).view(3, 1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -179,7 +440,7 @@ def crop_and_flip(images: torch.Tensor, augment: Augmentation, rng: np.random.Ge
 
 
 class Job(NamedTuple):
-    """One batch to make: images `indices` of a split; a training batch also carries the key of its random stream."""
+    """One batch to make: images `indices` of a split, and the key of a training batch's random stream."""
 
     split: str
     indices: np.ndarray  # int64 (B,)
@@ -189,9 +450,9 @@ class Job(NamedTuple):
 def train_stream(count: int, repeats: int, seed_epoch: tuple[int, int], place: tuple[int, int]) -> np.ndarray:
     """Return the indices of the images that virtual rank `place` = (rank, world) sees in an epoch, int64.
 
-    With repeats, the stream of timm's RepeatAugSampler: shuffled by the epoch alone, each index repeated in place,
-    padded, strided over the ranks (so that copies of an image land on different ranks), cut to about an epoch.
-    Without, every rank's stride of one permutation by (seed, epoch), the uneven end dropped.
+    With repeats, the stream of timm's RepeatAugSampler: shuffled by the epoch alone, each index repeated in
+    place, padded, strided over the ranks (so that an image's copies land on different ranks), cut to about an
+    epoch. Without, the rank's stride of one permutation by (seed, epoch), the uneven end dropped.
     """
     seed, epoch = seed_epoch
     rank, world = place
@@ -213,22 +474,23 @@ def train_stream(count: int, repeats: int, seed_epoch: tuple[int, int], place: t
 class TensorSource:
     """A small set held as uint8 tensors on the device, augmented there a whole batch at a time."""
 
-    def __init__(self, splits: dict, device: torch.device, augment: Augmentation):
-        self.splits = {k: (x.to(device), y.to(device)) for k, (x, y) in splits.items()}
+    def __init__(self, splits: dict, device: torch.device, augment: Augmentation, mean: tuple):
+        self.splits = {split: (x.to(device), y.to(device)) for split, (x, y) in splits.items()}
+        self.counts = {split: len(y) for split, (_, y) in splits.items()}
         self.device = device
         self.augment = augment
+        self.fill = fill_colour(mean).to(device)
         self.bad: dict[str, str] = {}
 
-    def count(self, split: str) -> int:
-        return len(self.splits[split][1])
-
-    def batches(self, jobs: Iterator[Job]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, jobs: Iterator[Job]) -> Batches:
         for job in jobs:
             images, labels = self.splits[job.split]
             indices = torch.from_numpy(job.indices).to(self.device)
-            images, labels = images[indices], labels[indices]
+            images, labels = images.index_select(0, indices), labels.index_select(0, indices)
             if job.key is not None:
-                images = crop_and_flip(images, self.augment, np.random.default_rng(job.key))
+                rng = np.random.default_rng(job.key)
+                images = crop_and_flip(images, self.augment, rng)
+                images = rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill)
             yield images, labels
 
     def close(self) -> None:
@@ -236,17 +498,15 @@ class TensorSource:
 
 
 def resize_all(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize uint8 (N, 3, H, W) to (N, 3, size, size), bilinear and antialiased, in parts that fit in memory."""
+    """Resize uint8 (N, 3, H, W) to (N, 3, size, size), bilinear and antialiased, part by part."""
     if images.shape[-1] == size:
         return images
-    parts = [
-        F.interpolate(part, (size, size), mode="bilinear", antialias=True) for part in images.split(4096)
-    ]
-    return torch.cat(parts)
+    parts = images.split(4096)
+    return torch.cat([F.interpolate(part, (size, size), mode="bilinear", antialias=True) for part in parts])
 
 
 def load_digits(size: int) -> tuple[dict, tuple[str, ...]]:
-    """Return scikit-learn's 8 x 8 digits at (size, size) in three fixed, stratified splits, and the class names."""
+    """Return scikit-learn's 8 x 8 digits at (size, size) in three fixed, stratified splits; and classes."""
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ImportError as error:
@@ -267,35 +527,32 @@ def load_digits(size: int) -> tuple[dict, tuple[str, ...]]:
 
 
 def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
-    """Return CIFAR at (size, size): train (45,000), val (the last 5,000 of the training set), test; and the class names.
+    """Return CIFAR at (size, size) in three splits, val being the last 5,000 training images; and classes.
 
     Read from `root`, or downloaded there by whichever process comes first. DataError where neither works.
     """
     import torchvision
 
     dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    Path(root).mkdir(parents=True, exist_ok=True)
-    with open(Path(root, ".download.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with open(Path(root, ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             train, test = (dataset(root, train=part, download=True) for part in (True, False))
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{name} is not in {root!r} and could not be downloaded ({error}): "
-                f"put torchvision's {name} files there or name their folder with --root"
-            ) from error
-    images, labels = {}, {}
-    for split, part in (("train", train), ("test", test)):
-        images[split] = resize_all(
-            torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2))), size
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{name} is not in {root!r} and could not be downloaded ({error}): "
+            "put torchvision's files there, or name the folder that has them with --root"
+        ) from error
+    (images, labels), tested = (
+        (
+            resize_all(torch.from_numpy(part.data.transpose(0, 3, 1, 2).copy()), size),
+            torch.tensor(part.targets),
         )
-        labels[split] = torch.tensor(part.targets)
-    cut = len(labels["train"]) - 5000
-    splits = {
-        "train": (images["train"][:cut], labels["train"][:cut]),
-        "val": (images["train"][cut:], labels["train"][cut:]),
-        "test": (images["test"], labels["test"]),
-    }
+        for part in (train, test)
+    )
+    cut = len(labels) - 5000
+    splits = {"train": (images[:cut], labels[:cut]), "val": (images[cut:], labels[cut:]), "test": tested}
     return splits, tuple(train.classes)
 
 
@@ -312,37 +569,39 @@ def natural_key(name: str) -> list:
 class FileList:
     """The images below a folder of class folders, held without one Python object per file.
 
-    A list of strings would be copied into every worker, page by page, as reference counts change: here the names
-    are one array of bytes that workers share for good.
+    A list of strings would be copied into every worker, page by page, as reference counts change: here the
+    names are one array of bytes that workers share for good.
     """
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise DataError(
-                f"there is no folder {str(folder)!r}: give a folder that holds one sub-folder a class"
+                f"there is no folder {str(folder)!r}: name one that holds a sub-folder for each class"
             )
         self.folder = os.fsencode(folder)
         self.classes = tuple(sorted((e.name for e in os.scandir(folder) if e.is_dir()), key=natural_key))
         if not self.classes:
-            raise DataError(f"{str(folder)!r} has no class folders: it needs one sub-folder a class")
+            raise DataError(f"{str(folder)!r} has no class folders: it needs a sub-folder for each class")
         names, labels = [], []
         for label, name in enumerate(self.classes):
             files = find_images(folder, name)
             if not files:
+                known = ", ".join(EXTENSIONS)
                 raise DataError(
-                    f"class folder {str(folder / name)!r} holds no image ({', '.join(EXTENSIONS)}): fill or remove it"
+                    f"class folder {str(folder / name)!r} holds no image ({known}): fill or remove it"
                 )
             names += files
             labels += [label] * len(files)
         encoded = [os.fsencode(name) for name in names]
         self.ends = np.cumsum([len(name) for name in encoded])
         self.names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.labels = np.array(labels, dtype=np.int32)
+        self.labels = np.array(labels, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def path(self, index: int) -> str:
+        """Return the path of image `index`."""
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(os.path.join(self.folder, self.names[start : self.ends[index]].tobytes()))
 
@@ -356,62 +615,158 @@ def find_images(folder: Path, name: str) -> list[str]:
     return sorted(found, key=natural_key)
 
 
-def decode(path: str) -> torch.Tensor:
-    """Return the file's image as uint8 (3, H, W). OSError or ValueError where PIL cannot read it either."""
-    data = np.fromfile(path, dtype=np.uint8)
-    if data[:3].tobytes() == b"\xff\xd8\xff" and data[-2:].tobytes() == b"\xff\xd9":
+def baseline_frame(data: bytearray | memoryview) -> tuple[int, int, int, int] | None:
+    """Return (height, width, rows of a block, where the height stands) of a baseline JPEG with a single scan.
+
+    In such a file the rows follow each other. None for any other, such as a progressive one.
+    """
+    at, frame, channels = 2, None, 0
+    while at + 19 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in (0xC0, 0xC1):
+            channels = data[at + 9]
+            rows = 8 * max(data[at + 11 + 3 * channel] & 15 for channel in range(channels))
+            height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
+            frame = height, width, rows, at + 5
+        elif marker == 0xDA:
+            return frame if data[at + 4] == channels else None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def decode(data: bytearray | memoryview) -> torch.Tensor:
+    """Return a file's image as uint8 (3, H, W), as PIL decodes it; raises what PIL raises where it cannot.
+
+    torchvision's JPEG decoder gives PIL's very pixels, for gray, CMYK and progressive files too. What it
+    refuses (other formats, whatever their name; truncated files) is PIL's to read or to refuse.
+    """
+    if data[:3] == b"\xff\xd8\xff":
         with contextlib.suppress(RuntimeError):
-            return decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
-    image = Image.open(io.BytesIO(data.tobytes())).convert("RGB")
+            # The operator itself: torchvision's function around it warns at every call since version 0.29.
+            return torch.ops.image.decode_jpeg(
+                torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, False
+            )
+    image = Image.open(io.BytesIO(data)).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+@contextlib.contextmanager
+def silent_decoder(stderr: int, null: int) -> Iterator[None]:
+    """Send file descriptor 2, on which libjpeg prints its warnings, to `null` for the time of a call.
+
+    For worker processes alone: they have one thread, so that nobody else's output can be lost meanwhile.
+    """
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+
+
 def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """Resize uint8 (3, H, W) to (3, *size) with antialiasing, as PIL does to within rounding."""
-    return F.interpolate(image[None], size, mode=interpolation, antialias=True)[0]
+    """Resize uint8 (3, H, W) to (3, *size) with antialiasing, as PIL does to within a grey level or so."""
+    # On dense pixels in RGBRGB order torch's kernel takes half the time that it takes on a view of them.
+    image = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(image, size, mode=interpolation, antialias=True)[0]
 
 
 class FolderDataset(Dataset):
-    """Makes whole batches in DataLoader workers: the sampler hands over `Job`s."""
+    """Makes whole batches in DataLoader workers: the sampler hands over `Job`s.
+
+    RandAugment runs here too. It is a fifth of the work on a batch (`python bench.py data`); on the device it
+    would be some 300 small kernels a batch in the way of the model's: workers scale, the device does not.
+    """
 
     def __init__(self, files: dict[str, FileList], transform: EvalTransform, augment: Augmentation):
         self.files = files
         self.transform = transform
         self.augment = augment
+        self.fill = fill_colour(transform.mean)
+        self.buffer = bytearray(2**20)
+        self.silence = contextlib.nullcontext
 
-    def __getitem__(self, job: Job):
-        """Return (images uint8 (B, 3, S, S), labels int64 (B,), [(path, reason) of bad files])."""
-        make = self.evaluation_image if job.key is None else self.training_image
-        files = self.files[job.split]
+    def own_process(self, _worker: int = 0) -> None:
+        """Say that this process only makes batches: then a crop's file is decoded no further than it reaches.
+
+        That saves an eighth of the decoding, but libjpeg wonders aloud about the rows that nobody asked for.
+        """
+        descriptors = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        self.silence = lambda: silent_decoder(*descriptors)
+
+    def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, str]]]:
+        """Return images uint8 (B, 3, S, S), labels int64 (B,) and the (path, reason) of bad files."""
+        images = torch.empty(len(job.indices), 3, self.transform.size, self.transform.size, dtype=torch.uint8)
+        files, bad = self.files[job.split], []
+        if job.key is None:
+            taken = []
+            for index in job.indices:
+                if self.make(files.path(index), None, images[len(taken)], bad):
+                    taken.append(index)
+            return images[: len(taken)], torch.from_numpy(files.labels[taken]), bad
         rng = np.random.default_rng(job.key)
-        draws = rng.random((len(job.indices), 24))
-        images, labels, bad = [], [], []
-        for position, index in enumerate(job.indices):
-            tries = [index] if job.key is None else [index, *rng.permutation(job.indices)]
-            for candidate in tries:
-                try:
-                    images.append(make(files.path(candidate), draws[position]))
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    bad.append((files.path(candidate), f"{type(error).__name__}: {error}"))
-                else:
-                    labels.append(int(files.labels[candidate]))
-                    break
-        size = self.transform.size
-        stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return stacked, torch.tensor(labels, dtype=torch.int64), bad
+        draws = rng.random((len(images), CROP_DRAWS)).tolist()
+        taken = job.indices.copy()
+        for position, image in enumerate(images):
+            substitutes = self.substitutes(job, position)
+            while not self.make(files.path(taken[position]), draws[position], image, bad):
+                taken[position] = next(substitutes)
+        images = rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill)
+        return images, torch.from_numpy(files.labels[taken]), bad
 
-    def training_image(self, path: str, draws: np.ndarray) -> torch.Tensor:
-        image = decode(path)
-        top, left, height, width = crop_box(*image.shape[1:], self.augment, draws[:22])
+    def make(self, path: str, draws: list[float] | None, place: torch.Tensor, bad: list) -> bool:
+        """Put the crop of a file's image into `place`; note a file that cannot be read in `bad`: False."""
+        try:
+            data = self.read(path)
+            place.copy_(self.centre_crop(data) if draws is None else self.random_crop(data, draws))
+        except Exception as error:  # there is hardly a type that PIL's decoders do not raise on broken files
+            bad.append((path, f"{type(error).__name__}: {error}"))
+            return False
+        return True
+
+    def read(self, path: str) -> memoryview:
+        """Return a file's content, valid until the next call (fresh memory costs more than reading)."""
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > len(self.buffer):
+                self.buffer = bytearray(size)
+            content = memoryview(self.buffer)[:size]
+            return content[: file.readinto(content)]
+
+    def substitutes(self, job: Job, position: int) -> Iterator[int]:
+        """Yield training images to take a bad one's place, drawn by the batch's key and the position."""
+        files = self.files[job.split]
+        yield from np.random.default_rng([*job.key, position]).integers(len(files), size=MAX_SUBSTITUTES)
+        folder = os.fsdecode(files.folder)
+        raise DataError(f"{MAX_SUBSTITUTES} files in a row of {folder!r} cannot be read: are they images?")
+
+    def random_crop(self, data: bytearray | memoryview, draws: list[float]) -> torch.Tensor:
+        """Return the random resized crop of a file's image, flipped at random, uint8 (3, S, S)."""
+        frame = baseline_frame(data) if self.silence is not contextlib.nullcontext else None
+        if frame and data[-2:] == b"\xff\xd9":  # a file that is not truncated
+            height, width, block, place = frame
+            box = crop_box(height, width, self.augment, draws)
+            rows = (
+                (box[0] + box[2]) // block + 2
+            ) * block  # one block more: chroma is smoothed across blocks
+            if rows < height:
+                data[place : place + 2] = rows.to_bytes(2, "big")
+            with self.silence():
+                image = decode(data)
+        else:
+            image = decode(data)
+            box = crop_box(*image.shape[1:], self.augment, draws)
+        top, left, height, width = box
         interpolation = self.augment.interpolation
         if interpolation == "random":
             interpolation = "bicubic" if draws[22] < 0.5 else "bilinear"
         image = image[:, top : top + height, left : left + width]
-        image = resize(image, (self.transform.size,) * 2, interpolation)
+        image = resize(image, (self.transform.size, self.transform.size), interpolation)
         return image.flip(-1) if draws[23] < self.augment.flip else image
 
-    def evaluation_image(self, path: str, _draws: np.ndarray) -> torch.Tensor:
-        image = decode(path)
+    def centre_crop(self, data: bytearray | memoryview) -> torch.Tensor:
+        """Return the resized centre crop of a file's image, uint8 (3, S, S)."""
+        with self.silence():
+            image = decode(data)
         height, width = self.transform.resized(*image.shape[1:])
         image = resize(image, (height, width), self.transform.interpolation)
         top, left = self.transform.corner(height, width)
@@ -419,24 +774,26 @@ class FolderDataset(Dataset):
 
 
 class JobSampler:
-    """What the DataLoader iterates: the jobs of the current epoch, replaced without starting workers anew."""
+    """What the DataLoader iterates: the jobs at hand, replaced without starting workers anew."""
 
     def __init__(self):
         self.jobs: Iterator[Job] = iter(())
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Job]:
         return self.jobs
 
 
 class FolderSource:
-    """Image folders, read by DataLoader workers that are started once and serve training and evaluation alike."""
+    """Image folders, read by DataLoader workers that are started once, for training and evaluation alike."""
 
     def __init__(self, dataset: FolderDataset, workers: int, device: torch.device, max_bad_files: int):
         self.splits = dataset.files
+        self.counts = {split: len(files) for split, files in dataset.files.items()}
         self.augment = dataset.augment
         self.device = device
         self.max_bad_files = max_bad_files
-        self.bad: dict[str, str] = {}
+        self.bad: dict[str, str] = {}  # path -> reason
+        self.iteration = 0
         self.sampler = JobSampler()
         self.loader = DataLoader(
             dataset,
@@ -444,32 +801,36 @@ class FolderSource:
             sampler=self.sampler,
             num_workers=workers,
             collate_fn=lambda batch: batch,
+            worker_init_fn=dataset.own_process,
             persistent_workers=workers > 0,
             prefetch_factor=WORKERS_AHEAD if workers else None,
             pin_memory=device.type == "cuda",
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            multiprocessing_context="fork"
+            if workers and sys.platform == "linux"
+            else None,  # no imports anew
         )
 
-    def count(self, split: str) -> int:
-        return len(self.splits[split])
+    def batches(self, jobs: Iterator[Job]) -> Batches:
+        return ahead_on_device(self.checked(jobs), self.device)
 
-    def batches(self, jobs: Iterator[Job]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def checked(self, jobs: Iterator[Job]) -> Batches:
+        """Yield the jobs' batches in order; name bad files in the log, and stop at the limit."""
         self.sampler.jobs = jobs
-        yield from ahead_on_device(self.checked(self.loader), self.device)
-
-    def checked(self, batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Name new bad files in the log and stop at the limit."""
-        for images, labels, bad in batches:
+        self.iteration += 1
+        mine = self.iteration
+        for images, labels, bad in self.loader:
             for path, reason in bad:
                 if path not in self.bad:
-                    self.bad[path] = reason
                     log.warning("cannot read %s (%s)", path, reason)
+                self.bad[path] = reason
             if len(self.bad) > self.max_bad_files:
-                listed = ", ".join(self.bad)
                 raise DataError(
-                    f"{len(self.bad)} files cannot be read, more than {self.max_bad_files}: {listed}"
+                    f"{len(self.bad)} files cannot be read and {self.max_bad_files} are allowed: mend or "
+                    f"remove them, or allow more: {', '.join(self.bad)}"
                 )
             yield images, labels
+            if mine != self.iteration:
+                raise RuntimeError("another iteration over this data began before this one had ended")
 
     def close(self) -> None:
         iterator, self.loader._iterator = self.loader._iterator, None
@@ -477,7 +838,17 @@ class FolderSource:
             iterator._shutdown_workers()
 
 
-def ahead_on_device(batches, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def check_shared_memory(workers: int, batch: int, size: int) -> None:
+    """Raise DataError where the batches of the workers do not fit into a container's shared memory."""
+    needed = workers * (WORKERS_AHEAD + 1) * batch * 3 * size**2
+    if workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
+        raise DataError(
+            f"{workers} workers need {needed / 2**20:.0f} MiB in /dev/shm, more than is free: use fewer with "
+            "--workers, or start the container with a larger --shm-size"
+        )
+
+
+def ahead_on_device(batches: Batches, device: torch.device) -> Batches:
     """Copy batches to a GPU one ahead of use, on a stream of its own; elsewhere pass them on."""
     if device.type != "cuda":
         yield from batches
@@ -495,10 +866,8 @@ def ahead_on_device(batches, device: torch.device) -> Iterator[tuple[torch.Tenso
         yield arrived(*waiting)
 
 
-def arrived(
-    copies: tuple[torch.Tensor, torch.Tensor], done: torch.cuda.Event
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make the current stream wait for a copy, and the allocator know that it is used there."""
+def arrived(copies: tuple[torch.Tensor, ...], done: torch.cuda.Event) -> tuple[torch.Tensor, ...]:
+    """Make the current stream wait for the copies, and tell the allocator that they are used there."""
     current = torch.cuda.current_stream(copies[0].device)
     current.wait_event(done)
     for tensor in copies:
@@ -544,13 +913,13 @@ class Data:
         self.steps = len(self._stream(0, plan.rank)) // plan.batch
         if not self.steps:
             raise DataError(
-                f"{name} has {self.count('train')} training images, too few for one step of "
-                f"{plan.world} x {plan.batch} x {plan.accumulate} images: take a smaller batch"
+                f"{name} has {self.count('train')} training images, too few for one step of {plan.world} x "
+                f"{plan.batch} x {plan.accumulate} (processes x batch x accumulation): take a smaller batch"
             )
 
     def count(self, split: str) -> int:
         """Return the number of images in a split, over all ranks."""
-        return self.source.count(split)
+        return self.source.counts[split]
 
     def tensors(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a small set's images, uint8 (N, 3, H, W), and labels, int64 (N,), on the device."""
@@ -561,16 +930,17 @@ class Data:
         """The (path, reason) of every unreadable file that this process has met."""
         return list(self.source.bad.items())
 
-    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def train_batches(self, epoch: int, first_step: int = 0) -> Batches:
         """Yield an epoch's augmented micro-batches, uint8 (B, 3, H, W) and int64 (B,), on the device.
 
-        `accumulate` of them make an optimizer step, each from a virtual rank of its own: micro-batch k of process r
-        is virtual rank r + world * k. An epoch begun at `first_step` goes on as if it had run from its start.
+        `accumulate` of them make an optimizer step, each from a virtual rank of its own: micro-batch k of
+        process r is virtual rank r + world * k. An epoch begun at `first_step` goes on as if it had run from
+        its start. An unreadable file is replaced by another training image.
         """
         yield from self._timed(self.source.batches(self._train_jobs(epoch, first_step)))
 
-    def eval_batches(self, split: str = "val") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield this rank's share of a split, uint8 (B, 3, H, W) and int64 (B,): over all ranks, every image once.
+    def eval_batches(self, split: str = "val") -> Batches:
+        """Yield a rank's share of a split, uint8 (B, 3, H, W), int64 (B,): every image once over all ranks.
 
         Batches may be short, and ranks may get different numbers of them. Unreadable files are left out.
         """
@@ -581,10 +951,8 @@ class Data:
         self.source.close()
 
     def _stream(self, epoch: int, virtual_rank: int) -> np.ndarray:
-        virtual_world = self.plan.world * self.plan.accumulate
-        return train_stream(
-            self.count("train"), self.augment.repeats, (self.plan.seed, epoch), (virtual_rank, virtual_world)
-        )
+        place = virtual_rank, self.plan.world * self.plan.accumulate
+        return train_stream(self.count("train"), self.augment.repeats, (self.plan.seed, epoch), place)
 
     def _train_jobs(self, epoch: int, first_step: int) -> Iterator[Job]:
         plan = self.plan
@@ -595,7 +963,7 @@ class Data:
                 indices = streams[rank][step * plan.batch : (step + 1) * plan.batch]
                 yield Job("train", indices, (plan.seed, epoch, rank, step))
 
-    def _timed(self, batches: Iterator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _timed(self, batches: Batches) -> Batches:
         while True:
             started = time.perf_counter()
             batch = next(batches, None)
@@ -606,6 +974,7 @@ class Data:
 
 
 def eval_jobs(split: str, count: int, plan: Plan) -> Iterator[Job]:
+    """Yield the batches of one rank's share of a split."""
     indices = np.arange(plan.rank, count, plan.world)
     for start in range(0, len(indices), plan.eval_batch):
         yield Job(split, indices[start : start + plan.eval_batch], None)
@@ -629,69 +998,66 @@ def open_data(
 ) -> Data:
     """Open `digits`, `cifar10`, `cifar100` or the path of an image folder (train/ and val|validation|test/).
 
-    size: of the images, pixels (32 for the small sets, 224 for folders). batch: images in a micro-batch; world x
-    batch x accumulate make an optimizer step. workers: of each process, for folders (None: one a CPU core that this
-    process may use, shared among the machine's processes). root: folder of CIFAR's files. DataError for everything
-    a user did wrong.
+    size: of the images, pixels (32 for the small sets, 224 for folders). batch: images in a micro-batch;
+    world x batch x accumulate make an optimizer step. workers: of each process, for folders (None: one a CPU
+    core that the process may use, shared among the machine's processes; 0: none). root: folder of CIFAR's
+    files. DataError for everything a user did wrong.
     """
     device = torch.device(device)
     augment = augment or default_augmentation(source)
     plan = Plan(batch, accumulate, eval_batch or batch, seed, rank, world)
     if source in SMALL_SETS:
-        splits, classes = (
-            load_digits(size or 32) if source == "digits" else load_cifar(source, size or 32, root)
-        )
+        size = size or 32
+        splits, classes = load_digits(size) if source == "digits" else load_cifar(source, size, root)
         mean, std = SMALL_SETS[source]
-        transform = EvalTransform(size or 32, 1.0, "bilinear", mean, std)
-        return Data(source, TensorSource(splits, device, augment), classes, transform, plan)
+        transform = EvalTransform(size, 1.0, "bilinear", mean, std)
+        return Data(source, TensorSource(splits, device, augment, mean), classes, transform, plan)
     files = find_splits(Path(source))
     transform = EvalTransform(size or 224)
-    if workers is None:
-        workers = default_workers(world)
-    dataset = FolderDataset(files, transform, augment)
-    opened = FolderSource(dataset, workers, device, max_bad_files)
+    workers = default_workers(world) if workers is None else workers
+    check_shared_memory(workers, max(batch, plan.eval_batch), transform.size)
+    opened = FolderSource(FolderDataset(files, transform, augment), workers, device, max_bad_files)
     return Data(source, opened, files["train"].classes, transform, plan)
 
 
 def find_splits(folder: Path) -> dict[str, FileList]:
     """Return the files of train/ and of val/, validation/ or test/ below a folder, classes checked."""
     if not folder.is_dir():
-        raise DataError(
-            f"there is no folder {str(folder)!r}, and the sets with a name are {', '.join(SMALL_SETS)}"
-        )
-    if not (folder / "train").is_dir():
-        raise DataError(
-            f"{str(folder)!r} has no folder train/: it needs train/ and val/ with a sub-folder a class"
-        )
+        raise DataError(f"there is no folder {str(folder)!r}, and it is none of {', '.join(SMALL_SETS)}")
     found = {split: folder / name for split, name in SPLIT_FOLDERS if (folder / name).is_dir()}
-    if len(found) == 1:
-        raise DataError(f"{str(folder)!r} has train/ but none of val/, validation/ and test/ to evaluate on")
-    if "val" not in found:
-        found["val"] = found["test"]
+    if "val" not in found and "test" in found:
+        found["val"] = found.pop("test")
+    if set(found) < {"train", "val"}:
+        raise DataError(
+            f"{str(folder)!r} lacks a folder to {'learn from' if 'train' not in found else 'evaluate on'}: "
+            "it needs train/ and one of val/, validation/ and test/, each with a sub-folder for each class"
+        )
     files = {split: FileList(path) for split, path in found.items()}
     classes = files["train"].classes
     if len(classes) == 1:
         raise DataError(
-            f"{str(folder / 'train')!r} has one class only ({classes[0]!r}): nothing can be learnt"
+            f"{str(found['train'])!r} has one class only ({classes[0]!r}): there is nothing to learn"
         )
     for split, listed in files.items():
         if listed.classes != classes:
-            missing, extra = set(classes) - set(listed.classes), set(listed.classes) - set(classes)
+            lacking, unknown = (
+                sorted(set(a) - set(b))[:5] for a, b in ((classes, listed.classes), (listed.classes, classes))
+            )
             raise DataError(
-                f"the classes of {str(found[split])!r} differ from those of train/: "
-                f"missing {sorted(missing)[:5]}, unknown {sorted(extra)[:5]}"
+                f"{str(found[split])!r} has other classes than train/: it lacks {lacking} and has {unknown}, "
+                "which train/ lacks (the first five of each)"
             )
     return files
 
 
 def default_workers(world: int) -> int:
-    """Return the number of workers a process gets by itself: the cores it may use, shared among local processes."""
+    """Return a process's number of workers: the cores it may use, shared among the machine's processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
 
 
 class EvalFolder:
-    """One folder of class folders to evaluate on: iterate for uint8 (B, 3, S, S), int64 (B,). See `eval_folder`.
+    """One folder of class folders to evaluate on: iterate for uint8 (B, 3, S, S), int64 (B,).
 
     Attributes: classes (names of the sub-folders), count (images over all ranks).
     """
@@ -703,7 +1069,7 @@ class EvalFolder:
         self.classes = self.files.classes
         self.count = len(self.files)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Batches:
         return self.source.batches(eval_jobs("val", self.count, self.plan))
 
     def paths(self, index: int) -> str:
@@ -731,9 +1097,12 @@ def eval_folder(
     world: int = 1,
     max_bad_files: int = 50,
 ) -> EvalFolder:
-    """Open one folder of class folders for evaluation: every image once over all ranks, unreadable ones left out."""
+    """Open a folder of class folders to evaluate on: over all ranks every image once, bad files left out."""
     files = {"val": FileList(Path(path))}
-    dataset = FolderDataset(files, transform, Augmentation())
     workers = default_workers(world) if workers is None else workers
-    source = FolderSource(dataset, workers, torch.device(device), max_bad_files)
-    return EvalFolder(source, Plan(batch, 1, batch, 0, rank, world))
+    check_shared_memory(workers, batch, transform.size)
+    dataset = FolderDataset(files, transform, Augmentation())
+    return EvalFolder(
+        FolderSource(dataset, workers, torch.device(device), max_bad_files),
+        Plan(batch, 1, batch, 0, rank, world),
+    )

@@ -1,0 +1,676 @@
+"""data.py against Pillow, timm and the properties that it promises."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import multiprocessing
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+import data
+from data import Augmentation, DataError, EvalTransform, FileList, open_data
+
+auto_augment = pytest.importorskip("timm.data.auto_augment")
+FILL = (124, 116, 104)  # round(255 * ImageNet's mean)
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    return Image.fromarray(load_sample_image("china.jpg"))
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **{"quality": 90, **options})
+    return file.getvalue()
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def make_folder(root: Path, counts: dict[str, int], classes=("red", "blue"), side=24) -> Path:
+    """An image folder whose images show their class: red or blue, in a shade of their own."""
+    for split, count in counts.items():
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for n in range(count):
+                colour = [0, 0, 0]
+                colour[2 * (label % 2)] = 100 + n
+                image = Image.new("RGB", (side + n % 3, side), tuple(colour))
+                image.save(root / split / name / f"{n}.jpg", quality=95)
+    return root
+
+
+PLAIN = Augmentation(layers=0, flip=0, repeats=1)
+
+
+def batches_equal(left, right) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(left, right, strict=True)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# RandAugment
+# ----------------------------------------------------------------------------------------------------------
+
+
+def grey_levels_apart(monkeypatch, image, choice, magnitudes, bicubic):
+    """Largest and mean distance between our operation on a batch and timm's on each image of it."""
+    monkeypatch.setattr(auto_augment, "_randomly_negate", lambda value: value * sign)
+    name = auto_augment._RAND_INCREASING_TRANSFORMS[choice]
+    fill, worst, means = data.fill_colour(data.IMAGENET_MEAN), 0, []
+    for sign in (-1, 1):
+        arguments = [data.OPERATIONS[choice][1](magnitude, sign) for magnitude in magnitudes]
+        batch = as_tensor(image)[None].repeat(len(magnitudes), 1, 1, 1)
+        ours = data.apply_operation(batch, choice, arguments, fill, bicubic)
+        for magnitude, output in zip(magnitudes, ours, strict=True):
+            level = auto_augment.LEVEL_TO_ARG[name]
+            drawn = level(magnitude, {}) if level else ()
+            filters = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+            theirs = auto_augment.NAME_TO_OP[name](image, *drawn, fillcolor=FILL, resample=filters)
+            apart = (output.int() - as_tensor(theirs).int()).abs()
+            worst = max(worst, int(apart.max()))
+            means.append(float(apart.float().mean()))
+    return worst, max(means)
+
+
+@pytest.mark.parametrize("bicubic", [False, True])
+@pytest.mark.parametrize("choice", range(15), ids=[f.__name__ for f, _ in data.OPERATIONS])
+def test_operation_is_within_a_grey_level_of_timms(monkeypatch, photograph, choice, bicubic):
+    function = data.OPERATIONS[choice][0]
+    if bicubic and function not in data.GEOMETRIC:
+        pytest.skip("has no filter")
+    # Pillow refuses to posterize to 0 bits, which is what magnitude 10 asks for.
+    magnitudes = (0, 0.3, 2.5, 4.9, 6.4, 7, 9.1, 9.9 if function is data.posterize else 10)
+    for size in ((224, 224), (32, 32), (57, 40)):
+        image = photograph.resize(size, Image.Resampling.BICUBIC)
+        worst, mean = grey_levels_apart(monkeypatch, image, choice, magnitudes, bicubic)
+        if function is data.rotate and bicubic:  # torch's cubic kernel has a = -0.75, Pillow's a = -1
+            assert worst <= 40
+            assert mean < 1.5
+        else:
+            assert worst <= 1
+
+
+def test_operations_on_flat_and_on_extreme_images(monkeypatch):
+    two = Image.fromarray(np.array([[[0, 7, 255], [0, 9, 255]]] * 2, dtype=np.uint8))
+    for image in (Image.new("RGB", (16, 16), (3, 200, 90)), two.resize((16, 16), Image.Resampling.NEAREST)):
+        for choice, (function, _) in enumerate(data.OPERATIONS):
+            if function is not data.rotate:
+                assert grey_levels_apart(monkeypatch, image, choice, (3, 7, 9.9), False)[0] <= 1, function
+
+
+def test_operations_act_on_each_image_alone(photograph):
+    images = torch.stack([as_tensor(photograph.resize((48, 48))), as_tensor(photograph.crop((0, 0, 48, 48)))])
+    fill = data.fill_colour(data.IMAGENET_MEAN)
+    for choice, (function, argument) in enumerate(data.OPERATIONS):
+        arguments = [argument(7, 1), argument(5, -1)]
+        together = data.apply_operation(images, choice, arguments, fill, True)
+        alone = [
+            data.apply_operation(images[n : n + 1], choice, arguments[n : n + 1], fill, True) for n in (0, 1)
+        ]
+        assert torch.equal(together, torch.cat(alone)), function
+
+
+def test_rand_augment_applies_what_was_drawn(photograph):
+    images = as_tensor(photograph.resize((40, 40)))[None].repeat(30, 1, 1, 1)
+    fill = data.fill_colour(data.IMAGENET_MEAN)
+    draws = data.draw_operations(30, Augmentation(), np.random.default_rng(3))
+    together = data.rand_augment(images.clone(), draws, fill)
+    for n in range(30):
+        expected = images[n : n + 1]
+        for layer in range(2):
+            choice = draws.operation[layer, n]
+            if choice >= 0:
+                argument = data.OPERATIONS[choice][1](draws.magnitude[layer, n], draws.sign[layer, n])
+                expected = data.apply_operation(expected, choice, [argument], fill, draws.bicubic[layer, n])
+        assert torch.equal(together[n], expected[0])
+    assert torch.equal(images, as_tensor(photograph.resize((40, 40)))[None].expand_as(images))
+
+
+def test_statistics_of_the_draws_are_timms():
+    """Operation, magnitude and sign over many draws, beside timm's transform with its operations recorded."""
+    recipe = auto_augment.rand_augment_transform(
+        "rand-m7-mstd0.5-inc1", {"img_mean": FILL, "translate_const": 100}
+    )
+    names, seen = [op.name for op in recipe.ops], []
+    for op in recipe.ops:
+        op.aug_fn = lambda image, *arguments, name=op.name, **_: seen.append((name, arguments)) or image
+    random.seed(0)
+    np.random.seed(0)
+    count = 20000
+    for _ in range(count):
+        recipe(None)
+    draws = data.draw_operations(count, Augmentation(), np.random.default_rng(0))
+    assert draws.operation.shape == (2, count)
+    chosen = draws.operation[draws.operation >= 0]
+    error = math.sqrt(2 * count * 0.5 / 15)  # one standard deviation of an operation's count
+    for choice, name in enumerate(names):
+        theirs = [arguments for n, arguments in seen if n == name]
+        assert abs((chosen == choice).sum() - len(theirs)) < 5 * error * math.sqrt(2), name
+        if name not in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel", "ColorIncreasing"):
+            continue
+        mine = draws.operation == choice
+        ours = [
+            data.OPERATIONS[choice][1](m, s)
+            for m, s in zip(draws.magnitude[mine], draws.sign[mine], strict=True)
+        ]
+        centre = 1 if name == "ColorIncreasing" else 0
+        ours, theirs = np.array(ours) - centre, np.array(theirs)[:, 0] - centre
+        assert abs((ours > 0).mean() - (theirs > 0).mean()) < 0.1
+        assert np.abs(ours).mean() == pytest.approx(np.abs(theirs).mean(), rel=0.02)
+        assert np.abs(ours).std() == pytest.approx(np.abs(theirs).std(), rel=0.15)
+    assert abs(draws.bicubic.mean() - 0.5) < 0.01
+    assert draws.magnitude.min() >= 0
+    assert draws.magnitude.max() <= 10
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Crops, and the evaluation transform
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 333), (40, 400), (1, 7)])
+def test_random_crops_are_distributed_as_timms(size):
+    from timm.data.transforms import RandomResizedCropAndInterpolation
+
+    random.seed(0)
+    image, count = Image.new("L", size[::-1]), 8000
+    theirs = [
+        RandomResizedCropAndInterpolation.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(count)
+    ]
+    rng = np.random.default_rng(0)
+    ours = [data.crop_box(*size, Augmentation(), rng.random(22).tolist()) for _ in range(count)]
+    ours, theirs = np.array(ours, dtype=float), np.array(theirs, dtype=float)
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= size[0]).all()
+    assert (ours[:, 1] + ours[:, 3] <= size[1]).all()
+    for column in range(4):
+        error = max(theirs[:, column].std() / math.sqrt(count), 1e-3)
+        assert abs(ours[:, column].mean() - theirs[:, column].mean()) < 6 * error
+        assert abs(ours[:, column].std() - theirs[:, column].std()) < 6 * error
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (300, 300), (40, 500), (60, 50)])
+def test_evaluation_transform_is_timms(photograph, size, interpolation):
+    from timm.data import create_transform
+
+    image = photograph.resize(size)
+    theirs = create_transform((3, 224, 224), crop_pct=0.95, interpolation=interpolation)
+    ours = EvalTransform(interpolation=interpolation)
+    assert torch.allclose(ours(image), theirs(image), atol=1e-5)
+    assert EvalTransform.from_dict(ours.to_dict()) == ours
+    dataset = data.FolderDataset({}, ours, Augmentation())
+    fast = dataset.centre_crop(bytearray(jpeg(image))).int()
+    slow = ours.crop(Image.open(io.BytesIO(jpeg(image)))).int()
+    assert (fast - slow).abs().max() <= 2
+    assert (fast - slow).float().abs().mean() < 0.1
+
+
+def test_normalize_is_torchvisions(photograph):
+    images = as_tensor(photograph)[None]
+    ours = data.normalize(images, data.IMAGENET_MEAN, data.IMAGENET_STD)
+    theirs = torchvision.transforms.functional.normalize(images / 255, data.IMAGENET_MEAN, data.IMAGENET_STD)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert data.normalize(images, (0, 0, 0), (1, 1, 1), torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_small_crops_are_windows_of_the_padded_image():
+    images = torch.randint(1, 256, (64, 3, 8, 10), dtype=torch.uint8)
+    augment = Augmentation(padding=2, flip=0.5)
+    cropped = data.crop_and_flip(images, augment, np.random.default_rng(0))
+    found = set()
+    for image, output in zip(images, cropped, strict=True):
+        padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
+        fits = [
+            (top, left, flip)
+            for top in range(5)
+            for left in range(5)
+            for flip in (False, True)
+            for window in [padded[:, top : top + 8, left : left + 10]]
+            if torch.equal(output, window.flip(-1) if flip else window)
+        ]
+        assert len(fits) == 1
+        found.update(fits)
+    assert len(found) > 25  # of the 50 possible ones
+    still = Augmentation(padding=0, flip=0)
+    assert torch.equal(data.crop_and_flip(images, still, np.random.default_rng(0)), images)
+    mirror = Augmentation(padding=0, flip=1)
+    assert torch.equal(data.crop_and_flip(images, mirror, np.random.default_rng(0)), images.flip(-1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Which images make a batch
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [100, 256, 1000, 1797])
+@pytest.mark.parametrize("world", [1, 2, 4, 7])
+def test_repeated_augmentation_streams_are_timms(count, world):
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    for rank in range(world):
+        sampler = RepeatAugSampler(range(count), num_replicas=world, rank=rank)
+        for epoch in (0, 5):
+            sampler.set_epoch(epoch)
+            ours = data.train_stream(count, 3, (17, epoch), (rank, world))
+            assert ours.tolist() == list(sampler)
+
+
+def test_plain_streams_share_a_permutation():
+    streams = [data.train_stream(103, 1, (0, 2), (rank, 4)) for rank in range(4)]
+    assert {len(stream) for stream in streams} == {25}
+    assert len(set(np.concatenate(streams).tolist())) == 100
+    assert not np.array_equal(streams[0], data.train_stream(103, 1, (0, 3), (0, 4)))
+    assert not np.array_equal(streams[0], data.train_stream(103, 1, (1, 2), (0, 4)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images"), {"train": 12, "val": 7})
+
+
+def epoch_of(source, epoch=1, first_step=0, **options):
+    opened = open_data(str(source), size=16, batch=4, seed=3, **options)
+    batches = [(x.clone(), y.clone()) for x, y in opened.train_batches(epoch, first_step)]
+    opened.close()
+    return batches
+
+
+def test_folder_batches_do_not_depend_on_workers_or_on_the_first_step(folder):
+    expected = epoch_of(folder, workers=0)
+    assert len(expected) == 6
+    assert expected[0][0].shape == (4, 3, 16, 16)
+    assert expected[0][0].dtype == torch.uint8
+    assert expected[0][1].dtype == torch.int64
+    for workers in (1, 3):
+        assert batches_equal(epoch_of(folder, workers=workers), expected)
+    assert batches_equal(epoch_of(folder, workers=2, first_step=4), expected[4:])
+    assert not batches_equal(epoch_of(folder, workers=0, epoch=2), expected)
+
+
+@pytest.mark.parametrize("source", ["digits", "folder"])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_processes_and_accumulation_share_the_virtual_ranks(folder, source, repeats):
+    source = folder if source == "folder" else source
+    augment = replace(data.default_augmentation(str(source)), repeats=repeats, layers=2)
+    options = {"augment": augment, "workers": 0}
+    alone = epoch_of(source, accumulate=4, **options)
+    for world in (2, 4):
+        accumulate = 4 // world
+        ranks = [
+            epoch_of(source, accumulate=accumulate, rank=rank, world=world, **options)
+            for rank in range(world)
+        ]
+        steps = len(alone) // 4
+        assert all(len(batches) == steps * accumulate for batches in ranks)
+        for step in range(steps):
+            together = [ranks[k % world][step * accumulate + k // world] for k in range(4)]
+            assert batches_equal(together, alone[4 * step : 4 * step + 4])
+
+
+def test_tensor_batches_resume_within_an_epoch():
+    expected = epoch_of("digits", accumulate=2)
+    assert batches_equal(epoch_of("digits", accumulate=2, first_step=7), expected[14:])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("source", ["digits", "folder"])
+def test_evaluation_sees_every_image_once(folder, source, world):
+    source = folder if source == "folder" else source
+    images = []
+    for rank in range(world):
+        opened = open_data(
+            str(source), size=16, batch=4, eval_batch=5, rank=rank, world=world, workers=rank % 2
+        )
+        for batch, labels in opened.eval_batches("val"):
+            assert 1 <= len(batch) <= 5
+            assert len(batch) == len(labels)
+            images += [
+                (image.numpy().tobytes(), int(label)) for image, label in zip(batch, labels, strict=True)
+            ]
+        count = opened.count("val")
+        opened.close()
+    assert len(images) == count
+    expected = list(open_data(str(source), size=16, batch=4, eval_batch=5, workers=0).eval_batches("val"))
+    expected = [(i.numpy().tobytes(), int(n)) for x, y in expected for i, n in zip(x, y, strict=True)]
+    assert sorted(images) == sorted(expected)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Small sets
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_split_for_good():
+    first, second = open_data("digits", batch=32), open_data("digits", batch=8, seed=5)
+    assert first.splits == ("train", "val", "test")
+    assert sum(first.count(split) for split in first.splits) == 1797
+    assert first.classes == tuple("0123456789")
+    rows = []
+    for split in first.splits:
+        images, labels = first.tensors(split)
+        assert torch.equal(images, second.tensors(split)[0])
+        assert images.shape[1:] == (3, 32, 32)
+        shares = torch.bincount(labels, minlength=10) / len(labels)
+        assert (shares - 0.1).abs().max() < 0.01  # stratified
+        rows += [image.numpy().tobytes() for image in images]
+    assert len(set(rows)) > 1750  # no image is in two splits (a few of the digits are drawn alike)
+    images = first.tensors("train")[0].float() / 255
+    assert float(images.mean()) == pytest.approx(first.mean[0], abs=0.002)
+    assert float(images.std()) == pytest.approx(first.std[0], abs=0.002)
+    assert first.steps == first.count("train") // 32
+
+
+class MadeCifar:
+    """Stands in for torchvision's CIFAR: 6,000 training and 100 test images."""
+
+    def __init__(self, root, train, download):
+        count = 6000 if train else 100
+        self.data = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        self.targets = [n % 10 for n in range(count)]
+        self.classes = [f"class {n}" for n in range(10)]
+
+
+def test_cifar_keeps_its_last_training_images_for_validation(monkeypatch, tmp_path):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", MadeCifar)
+    opened = open_data("cifar10", batch=100, root=str(tmp_path))
+    assert [opened.count(split) for split in opened.splits] == [1000, 5000, 100]
+    source = MadeCifar(None, True, True)
+    assert torch.equal(opened.tensors("val")[0][0], torch.from_numpy(source.data[1000]).permute(2, 0, 1))
+    assert opened.classes[3] == "class 3"
+    assert len(list(opened.train_batches(0))) == opened.steps == 10
+    resized = open_data("cifar10", batch=100, size=16, root=str(tmp_path))
+    assert resized.tensors("test")[0].shape == (100, 3, 16, 16)
+
+
+def test_cifar_that_cannot_be_had_is_a_clear_error(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", fail)
+    with pytest.raises(DataError, match=r"cifar100 is not in .*no network.*--root"):
+        open_data("cifar100", root=str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Image folders: files, decoding, workers
+# ----------------------------------------------------------------------------------------------------------
+
+
+def odd_files(photograph) -> dict[str, bytes]:
+    """Files of every kind that a folder of photographs holds, by a name that says which."""
+    image = photograph.resize((250, 190))
+    rotated = Image.Exif()
+    rotated[0x112] = 6
+    files = {
+        "444": jpeg(image, subsampling=0),
+        "422": jpeg(image, subsampling=1),
+        "420": jpeg(image, subsampling=2),
+        "gray": jpeg(image.convert("L")),
+        "cmyk": jpeg(image.convert("CMYK")),
+        "progressive": jpeg(image, progressive=True),
+        "restarts": jpeg(image, restart_marker_blocks=5),
+        "rotated": jpeg(image, exif=rotated),
+        "trailing": jpeg(image) + b"trailing bytes",
+        "tiny": jpeg(image.resize((1, 1))),
+        "tall": jpeg(image.resize((33, 417))),
+    }
+    for kind, converted in (
+        ("PNG", image),
+        ("WEBP", image),
+        ("PNG", image.convert("RGBA")),
+        ("PNG", image.convert("P")),
+        ("PNG", image.convert("1")),
+        ("BMP", image),
+    ):
+        file = io.BytesIO()
+        converted.save(file, kind)
+        files[f"{kind} {converted.mode}"] = file.getvalue()
+    return files
+
+
+def test_files_decode_as_pil_decodes_them(photograph):
+    for kind, content in odd_files(photograph).items():
+        expected = as_tensor(Image.open(io.BytesIO(content)).convert("RGB"))
+        assert torch.equal(data.decode(bytearray(content)), expected), kind
+
+
+def test_decoding_only_the_crops_rows_changes_nothing(photograph, capfd):
+    whole = data.FolderDataset({}, EvalTransform(size=64), Augmentation())
+    partial = data.FolderDataset({}, EvalTransform(size=64), Augmentation())
+    partial.own_process()
+    rng, shortened = np.random.default_rng(0), 0
+    for kind, content in odd_files(photograph).items():
+        for _ in range(12):
+            draws, passed = rng.random(data.CROP_DRAWS).tolist(), bytearray(content)
+            expected = whole.random_crop(bytearray(content), draws)
+            assert torch.equal(partial.random_crop(passed, draws), expected), kind
+            shortened += passed != content
+    assert shortened > 40  # the frame really was cut in many of them
+    assert data.baseline_frame(bytearray(odd_files(photograph)["progressive"])) is None
+    os.write(2, b"still heard")
+    assert capfd.readouterr().err == "still heard"  # libjpeg's warnings are not
+
+
+def test_crops_are_resized_as_pil_resizes_them(photograph):
+    dataset = data.FolderDataset({}, EvalTransform(size=96), Augmentation())
+    content = jpeg(photograph)
+    for seed in range(20):
+        draws = np.random.default_rng(seed).random(data.CROP_DRAWS).tolist()
+        ours = dataset.random_crop(bytearray(content), draws)
+        image = Image.open(io.BytesIO(content))
+        top, left, height, width = data.crop_box(image.height, image.width, Augmentation(), draws)
+        image = image.crop((left, top, left + width, top + height))
+        image = image.resize((96, 96), data.PIL_FILTERS["bicubic" if draws[22] < 0.5 else "bilinear"])
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[23] < 0.5 else image
+        apart = (ours.int() - as_tensor(image).int()).abs()
+        assert apart.max() <= 2
+        assert apart.float().mean() < 0.1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_are_named_replaced_and_counted(tmp_path, caplog, photograph, workers):
+    make_folder(tmp_path, {"train": 10, "val": 5})
+    photograph.resize((60, 50)).save(tmp_path / "photograph.png")
+    content = jpeg(photograph.resize((200, 150)))
+    bad = {
+        "train/red/3.jpg": content[: len(content) // 2],
+        "train/blue/0.jpg": b"",
+        "train/blue/5.jpg": b"not an image",
+        "val/red/2.jpg": content[:-1],
+        "val/blue/1.jpg": b"\xff\xd8\xff\xd9",
+    }
+    for name, broken in bad.items():
+        (tmp_path / name).write_bytes(broken)
+    opened = open_data(str(tmp_path), size=16, batch=5, workers=workers, augment=PLAIN)
+    with caplog.at_level(logging.WARNING):
+        batches = [batch for epoch in range(2) for batch in opened.train_batches(epoch)]
+        evaluated = list(opened.eval_batches("val"))
+    opened.close()
+    assert len(batches) == 2 * opened.steps == 8
+    for images, labels in batches + evaluated:
+        assert len(images) == len(labels)
+        blue = images[:, 2].flatten(1).float().mean(1) > images[:, 0].flatten(1).float().mean(1)
+        named = [opened.classes[n] == "blue" for n in labels]
+        assert blue.tolist() == named  # the label is the substitute's own
+    assert all(len(images) == 5 for images, _ in batches)
+    assert sum(len(images) for images, _ in evaluated) == 8
+    assert sorted(path for path, _ in opened.bad_files) == sorted(str(tmp_path / name) for name in bad)
+    for name in bad:
+        assert sum(str(tmp_path / name) in record.getMessage() for record in caplog.records) == 1
+    again = open_data(str(tmp_path), size=16, batch=5, workers=0, augment=PLAIN)
+    assert batches_equal([b for epoch in range(2) for b in again.train_batches(epoch)], batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_broken_files_stop_the_run(tmp_path, workers):
+    make_folder(tmp_path, {"train": 10, "val": 2})
+    for n in range(4):
+        (tmp_path / "train/red" / f"{n}.jpg").write_bytes(b"broken")
+    opened = open_data(str(tmp_path), size=16, batch=5, workers=workers, max_bad_files=3)
+    with pytest.raises(DataError, match=r"4 files cannot be read and 3 are allowed.*red/0\.jpg"):
+        for epoch in range(5):
+            list(opened.train_batches(epoch))
+    opened.close()
+    for path in (tmp_path / "train").rglob("*.jpg"):
+        path.write_bytes(b"broken")
+    opened = open_data(str(tmp_path), size=16, batch=5, workers=workers)
+    with pytest.raises(DataError, match=r"files in a row of .* cannot be read"):
+        list(opened.train_batches(0))
+    opened.close()
+
+
+def test_file_lists_are_sorted_and_hold_no_python_strings(tmp_path):
+    for name in ("n10", "n2"):
+        for path in ("10.jpg", "9.JPEG", "deeper/1.png", "notes.txt", "é.webp"):
+            file = tmp_path / name / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    files = FileList(tmp_path)
+    assert files.classes == ("n2", "n10")
+    expected = ["9.JPEG", "10.jpg", "deeper/1.png", "é.webp"]
+    assert [files.path(n) for n in range(8)] == [
+        str(tmp_path / c / f) for c in files.classes for f in expected
+    ]
+    assert files.labels.tolist() == [0] * 4 + [1] * 4
+    held = [value for value in vars(files).values() if not isinstance(value, (bytes, tuple))]
+    assert all(isinstance(value, np.ndarray) and value.dtype != object for value in held)
+    from timm.data.readers.reader_image_folder import find_images_and_targets
+
+    (tmp_path / "n2/é.webp").unlink(), (tmp_path / "n10/é.webp").unlink()  # timm has no .webp
+    for path in tmp_path.glob("*/deeper/1.png"):  # nor classes with sub-folders
+        path.unlink()
+    theirs, _ = find_images_and_targets(str(tmp_path))
+    files = FileList(tmp_path)
+    assert [(files.path(n), files.labels[n]) for n in range(len(files))] == theirs
+
+
+def private_memory(pid: int) -> int:
+    """Kilobytes that a process shares with no other."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup")
+def test_workers_start_once_and_their_memory_stays_flat(tmp_path):
+    make_folder(tmp_path, {"train": 1, "val": 4}, side=8)
+    for name in ("red", "blue"):  # 6,000 files by hard links
+        for n in range(1, 3000):
+            os.link(tmp_path / "train" / name / "0.jpg", tmp_path / "train" / name / f"image_{n}.jpg")
+    opened = open_data(str(tmp_path), size=8, batch=100, workers=2, augment=PLAIN)
+    workers, memory = set(), []
+    for epoch in range(4):
+        assert sum(len(labels) for _, labels in opened.train_batches(epoch)) == 6000
+        assert sum(len(labels) for _, labels in opened.eval_batches()) == 8
+        children = {child.pid for child in multiprocessing.active_children()}
+        workers |= children
+        memory.append(sum(private_memory(pid) for pid in children))
+    opened.close()
+    assert len(workers) == 2
+    assert memory[-1] - memory[0] < 2000
+    assert not {child.pid for child in multiprocessing.active_children()} & workers
+
+
+def test_an_iteration_left_early_harms_nothing_and_a_second_one_at_once_is_refused(folder):
+    opened = open_data(str(folder), size=16, batch=4, workers=2, seed=3)
+    expected = epoch_of(folder, workers=0)
+    first = opened.train_batches(1)
+    next(first)
+    assert sum(len(labels) for _, labels in opened.eval_batches()) == 14
+    with pytest.raises(RuntimeError, match="another iteration"):
+        next(first)
+    assert batches_equal(list(opened.train_batches(1)), expected)
+    assert opened.wait_seconds > 0
+    opened.close()
+
+
+def test_eval_folder_gives_every_image_and_its_path(folder):
+    transform = EvalTransform(size=16)
+    found = data.eval_folder(str(folder / "val"), transform, batch=4, workers=1)
+    labels = torch.cat([labels for _, labels in found])
+    found.close()
+    assert found.classes == ("blue", "red")
+    assert found.count == len(labels) == 14
+    names = [Path(found.paths(n)).parent.name for n in range(found.count)]
+    assert [found.classes[n] for n in labels] == names
+    image = next(iter(data.eval_folder(str(folder / "val"), transform, batch=4, workers=0)))[0][1]
+    slow = transform.crop(Image.open(found.paths(1)))
+    assert (image.int() - slow.int()).abs().max() <= 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What users do wrong
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_said_before_any_training(tmp_path):
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere.* none of digits, cifar10, cifar100"):
+        open_data(str(tmp_path / "nowhere"))
+    root = make_folder(tmp_path / "no-val", {"train": 4})
+    with pytest.raises(DataError, match="lacks a folder to evaluate on"):
+        open_data(str(root))
+    root = make_folder(tmp_path / "no-train", {"val": 4})
+    with pytest.raises(DataError, match="lacks a folder to learn from"):
+        open_data(str(root))
+    root = make_folder(tmp_path / "one", {"train": 4, "val": 4}, classes=("only",))
+    with pytest.raises(DataError, match=r"has one class only \('only'\)"):
+        open_data(str(root))
+    root = make_folder(tmp_path / "empty", {"train": 4, "val": 4})
+    (root / "train/green").mkdir()
+    with pytest.raises(DataError, match=r"class folder '.*green' holds no image"):
+        open_data(str(root))
+    root = make_folder(tmp_path / "differ", {"train": 4, "val": 4})
+    (root / "val/red").rename(root / "val/green")
+    with pytest.raises(DataError, match=r"lacks \['red'\] and has \['green'\]"):
+        open_data(str(root))
+    root = make_folder(tmp_path / "few", {"train": 4, "val": 4})
+    with pytest.raises(DataError, match="has 8 training images, too few for one step of 1 x 64 x 2"):
+        open_data(str(root), accumulate=2)
+    (tmp_path / "flat").mkdir()
+    with pytest.raises(DataError, match="has no class folders"):
+        data.eval_folder(str(tmp_path / "flat"), EvalTransform())
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "test"])
+def test_folders_to_evaluate_on_go_by_three_names(tmp_path, name):
+    opened = open_data(str(make_folder(tmp_path, {"train": 6, name: 3})), batch=4, workers=0)
+    assert opened.splits == ("train", "val")
+    assert opened.count("val") == 6
+    assert (opened.size, opened.transform) == (224, EvalTransform())
+
+
+def test_shared_memory_that_is_too_small_is_a_clear_error(monkeypatch, folder):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: type("usage", (), {"free": 2**20}))
+    monkeypatch.setattr(data.os.path, "isdir", lambda _: True)
+    with pytest.raises(DataError, match=r"8 workers need 220 MiB in /dev/shm.*--workers.*--shm-size"):
+        data.check_shared_memory(8, 64, 224)
+    data.check_shared_memory(0, 64, 224)
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_of_the_cpu(folder):
+    on_cpu = epoch_of(folder, workers=2)
+    on_gpu = epoch_of(folder, workers=2, device="cuda")
+    assert all(images.is_cuda for images, _ in on_gpu)
+    assert batches_equal([(images.cpu(), labels.cpu()) for images, labels in on_gpu], on_cpu)
+    augment = Augmentation(padding=2, repeats=1)
+    on_cpu, on_gpu = (epoch_of("digits", augment=augment, device=device) for device in ("cpu", "cuda"))
+    for (left, _), (right, _) in zip(on_cpu, on_gpu, strict=True):
+        assert (
+            left.int() - right.cpu().int()
+        ).abs().float().mean() < 0.05  # float32 rounds differently there
