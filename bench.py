@@ -1380,6 +1380,76 @@ def check_outputs(path: Path, wanted: np.ndarray, run: Callable, images: torch.T
 # lamb: the optimizer's step
 
 
+@dataclass
+class LambOptions:
+    """Milliseconds of an optimizer step: ours beside timm's Lamb and PyTorch's fused AdamW."""
+
+    model: str = option("nexception_t", f"whose parameters to step: {', '.join(MODELS)}, or a JSON config")
+    repetitions: int = option(50, "timed steps of each; they take turns")
+    device: str = option("", "cpu, cuda ... (default: a GPU where there is one)")
+    threads: int = option(0, "CPU threads; 0: PyTorch's own choice")
+    out: str = option("results", "folder of the JSON and Markdown files")
+
+
+def step_seconds(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
+    """Seconds of one step, from an idle device to an idle device."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    begun = time.perf_counter()
+    optimizer.step()
+    synchronize()
+    return time.perf_counter() - begun
+
+
+def lamb(options: LambOptions) -> None:
+    """Time steps of the optimizers in turn, each on its own copy of the parameters; write and print a table."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    if device.type == "cpu":
+        keep_large_buffers()
+    torch.manual_seed(0)
+    model = create_model(options.model).to(device)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) / parameter.numel() ** 0.5
+    makers = {"Lamb, ours": Lamb, "AdamW, PyTorch, fused": functools.partial(torch.optim.AdamW, fused=True)}
+    if importlib.util.find_spec("timm"):
+        from timm.optim import Lamb as TimmLamb
+
+        makers["Lamb, timm"] = TimmLamb
+        makers["Lamb, timm, foreach"] = functools.partial(TimmLamb, foreach=True)
+    optimizers = {name: make(_stepped_groups(model), lr=2e-3) for name, make in makers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
+    for repetition in range(options.repetitions + 3):
+        for name, optimizer in optimizers.items():
+            taken = step_seconds(optimizer, device)
+            if repetition >= 3:  # the first steps make the moments
+                seconds[name].append(taken)
+    ours = seconds["Lamb, ours"]
+    rows = []
+    for name, times in seconds.items():
+        ratios = sorted(a / b for a, b in zip(times, ours, strict=True))
+        spread = f"{statistics.mean(times) * 1e3:.2f} ± {statistics.pstdev(times) * 1e3:.2f}"
+        median = f"{statistics.median(times) * 1e3:.2f}"
+        rows.append([name, spread, median, f"{statistics.median(ratios):.2f}"])
+    table = markdown_table(["optimizer", "ms a step", "median", "times ours"], rows)
+    print(f"{options.model}, {count_parameters(model):,} parameters, {options.repetitions} steps in turn\n")
+    print(table)
+    record = {"options": asdict(options), "machine": machine(device), "seconds": seconds}
+    name = f"lamb-{Path(options.model).stem}-{device.type}"
+    write_json(Path(options.out) / f"{name}.json", record)
+    write_result(Path(options.out) / f"{name}.md", table)
+
+
+def _stepped_groups(model: nn.Module) -> list[dict]:
+    """Parameter groups as in training, on copies of the parameters and gradients."""
+    groups = parameter_groups(copy.deepcopy(model), 0.02)
+    for group, original in zip(groups, parameter_groups(model, 0.02), strict=True):
+        for mine, given in zip(group["params"], original["params"], strict=True):
+            mine.grad = given.grad.clone()
+    return groups
+
+
 # --------------------------------------------------------------------------------------------------
 # trial: one trial of the search
 
