@@ -1300,7 +1300,7 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> None:
-    """Write `<checkpoint>.pt2`, `.onnx` and `.json` (classes and transform); the batch size stays free."""
+    """Write NAME.pt2, NAME.onnx and NAME.export.json (classes, transform); the batch size stays free."""
     unknown = set(options.formats) - {"program", "onnx"}
     if unknown or not options.formats:
         raise UsageError(f"--formats {','.join(options.formats)}: choose from program, onnx")
@@ -1311,20 +1311,20 @@ def export(options: ExportOptions) -> None:
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     folder = Path(options.out) if options.out else Path(options.checkpoint).parent
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / Path(options.checkpoint).stem
+    program_file, onnx_file, facts_file = (
+        folder / (Path(options.checkpoint).stem + suffix) for suffix in (".pt2", ".onnx", ".export.json")
+    )
     with torch.no_grad():
         wanted = model(images).numpy()
     if "program" in options.formats:
-        with written_whole(stem.with_suffix(".pt2")) as file:
+        with written_whole(program_file) as file:
             torch.export.save(program, file)
-        reloaded = torch.export.load(stem.with_suffix(".pt2")).module()
-        check_outputs(
-            stem.with_suffix(".pt2"), wanted, lambda x: reloaded(torch.from_numpy(x)).numpy(), images
-        )
+        reloaded = torch.export.load(program_file).module()
+        check_outputs(program_file, wanted, lambda x: reloaded(torch.from_numpy(x)).numpy(), images)
     if "onnx" in options.formats:
-        export_onnx(program, stem.with_suffix(".onnx"), wanted, images)
+        export_onnx(program, onnx_file, wanted, images)
     transform = replace(model.transform, size=size).to_dict()
-    write_json(stem.with_suffix(".json"), {"classes": model.classes, "transform": transform})
+    write_json(facts_file, {"classes": model.classes, "transform": transform})
 
 
 @contextlib.contextmanager

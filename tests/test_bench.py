@@ -410,10 +410,10 @@ def test_export_computes_what_the_checkpoint_does(checkpoint, tmp_path, capsys):
         torch.testing.assert_close(
             program(images), models.load_checkpoint(checkpoint)(images), rtol=1e-4, atol=1e-4
         )
-    side = json.loads((tmp_path / "files" / "best.json").read_text())
+    side = json.loads((tmp_path / "files" / "best.export.json").read_text())
     assert side["classes"] == ["ant", "bee", "cat", "dog"]
     assert EvalTransform.from_dict(side["transform"]) == EvalTransform(32, 0.875, "bilinear")
-    assert {path.name for path in (tmp_path / "files").iterdir()} == {"best.pt2", "best.json"}
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {"best.pt2", "best.export.json"}
 
 
 def test_export_to_onnx_or_says_what_it_needs(checkpoint, tmp_path, capsys):
