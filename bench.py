@@ -4,6 +4,7 @@
     python bench.py accuracy CHECKPOINT imagenet=/data/imagenet/val imagenet-a=/data/imagenet-a
     python bench.py figures    # the paper's figures 2 and 3; with measured speed: results/speed-*.json
     python bench.py export CHECKPOINT
+    python bench.py data [PATH]  # images/s of the input pipeline beside timm's, and how many workers you need
 
 `python bench.py COMMAND --help` lists a command's options. What was measured goes to `results/` as JSON
 (every sample, versions, hardware, command line) with a Markdown table beside it.
@@ -16,8 +17,10 @@ import contextlib
 import copy
 import ctypes
 import functools
+import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,6 +33,7 @@ import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import typing
 from collections.abc import Callable
@@ -39,12 +43,28 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops.misc import Permute
 from tqdm import tqdm
 
-from data import EvalFolder, EvalTransform, eval_folder, natural_key, normalize
+import data as pipeline
+from data import (
+    Augmentation,
+    Data,
+    EvalFolder,
+    EvalTransform,
+    FileList,
+    FolderDataset,
+    FolderSource,
+    Job,
+    Plan,
+    TensorSource,
+    eval_folder,
+    natural_key,
+    normalize,
+)
 from model import (
     MODELS,
     ModelConfig,
@@ -1376,6 +1396,340 @@ def check_outputs(path: Path, wanted: np.ndarray, run: Callable, images: torch.T
 # data: the input pipeline
 
 
+@dataclass
+class DataOptions:
+    """Images/s of the input pipeline, a core and by number of workers, beside timm's with the same recipe."""
+
+    path: str = argument("a folder of class folders, or one with train/; none: photographs made here", "")
+    batch: int = option(64, "images in a batch")
+    size: int = option(224, "pixels a side")
+    repetitions: int = option(20, "turns of each, a batch a turn in one process")
+    workers: tuple[str, ...] = option(
+        (), "numbers of workers to time, 1,2,...; empty: 1, 2, 4, ... all cores"
+    )
+    seconds: float = option(
+        10.0, "least time of one turn with workers, in seconds; they take three turns each"
+    )
+    rate: float = option(1000.0, "images/s at which a GPU trains, for the advice on workers")
+    name: str = option("", "the machine's name in the files written; empty: cores and processor family")
+    out: str = option("results", "folder of the JSON and Markdown files")
+
+
+# Sizes of made photographs and how often: ImageNet's commonest ones.
+PHOTOGRAPH_SIZES = {
+    (500, 375): 11,
+    (500, 333): 4,
+    (375, 500): 3,
+    (333, 500): 1,
+    (640, 480): 1,
+}  # width, height
+
+
+def make_photographs(folder: Path, count: int = 300, links: int = 8) -> None:
+    """Write `count` JPEG files, about 110 KB each, cut from scikit-learn's and scikit-image's photographs.
+
+    Crops, zooms, flips and a little sensor noise make them differ; every file is linked `links` times, so
+    that an epoch is long enough to time.
+    """
+    import skimage.data
+    from sklearn.datasets import load_sample_image
+
+    photographs = [load_sample_image("china.jpg"), load_sample_image("flower.jpg"), skimage.data.astronaut()]
+    photographs += [
+        skimage.data.coffee(),
+        skimage.data.chelsea(),
+        skimage.data.rocket(),
+        skimage.data.retina(),
+    ]
+    photographs += [*skimage.data.stereo_motorcycle()[:2], skimage.data.hubble_deep_field()]
+    rng = np.random.default_rng(0)
+    sizes = [size for size, weight in PHOTOGRAPH_SIZES.items() for _ in range(weight)]
+    for n in range(count):
+        image = Image.fromarray(photographs[n % len(photographs)])
+        width, height = sizes[rng.integers(len(sizes))]
+        part = min(image.width / width, image.height / height) * rng.uniform(0.7, 1)
+        left, top = rng.uniform(0, image.width - part * width), rng.uniform(0, image.height - part * height)
+        box = (left, top, left + part * width, top + part * height)
+        pixels = np.asarray(
+            image.resize((width, height), Image.Resampling.BICUBIC, box=box), dtype=np.float32
+        )
+        pixels = (pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255)[:, :: rng.choice([-1, 1])]
+        place = folder / f"class_{n % 10}" / f"{n}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(place, quality=95)
+        for link in range(1, links):
+            os.link(place, place.with_name(f"{n}_{link}.jpg"))
+
+
+class Pipelines:
+    """Our pipeline and timm's on the same files, each as functions of the indices of a batch."""
+
+    def __init__(self, folder: Path, options: DataOptions):
+        files = {"train": FileList(folder), "val": FileList(folder)}
+        transform = EvalTransform(size=options.size)
+        self.files = files["train"]
+        self.dataset = FolderDataset(files, transform, Augmentation(repeats=1))
+        self.plain = FolderDataset(files, transform, Augmentation(layers=0))
+        self.options = options
+        self.timm = {}
+        with contextlib.suppress(ModuleNotFoundError):
+            from timm.data import create_dataset, create_transform
+
+            shape = {"input_size": (3, options.size, options.size), "use_prefetcher": True}
+            recipe = {"auto_augment": "rand-m7-mstd0.5-inc1", "interpolation": "random"}
+            made = {"training": create_transform(**shape, is_training=True, **recipe)}
+            made["evaluation"] = create_transform(**shape, interpolation="bicubic", crop_pct=0.95)
+            for use, images in made.items():
+                self.timm[use] = create_dataset("", root=str(folder), transform=images)
+
+    def decode(self, indices: np.ndarray) -> None:
+        for index in indices:
+            pipeline.decode(self.dataset.read(self.files.path(index)))
+
+    def ours(self, use: str, indices: np.ndarray, turn: int, dataset: FolderDataset | None = None) -> None:
+        job = Job("train", indices, (0, 0, 0, turn)) if use == "training" else Job("val", indices, None)
+        _, _, bad = (dataset or self.dataset)[job]
+        if bad:
+            raise RunError(f"{bad[0][0]} cannot be read ({bad[0][1]}): time it on whole files")
+
+    def theirs(self, use: str, indices: np.ndarray) -> None:
+        from timm.data.loader import fast_collate
+
+        fast_collate([self.timm[use][index] for index in indices])
+
+
+def time_core(pipelines: Pipelines, options: DataOptions) -> dict[str, list[float]]:
+    """Images/s of one process with one thread, one figure a turn; all take turns on the same images."""
+    rng, rates = np.random.default_rng(0), {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for turn in range(-1, options.repetitions):  # the first turn warms up
+        indices = rng.permutation(len(pipelines.files))[: options.batch]
+        runs = {"decoding alone": lambda i=indices: pipelines.decode(i)}
+        for use in ("training", "evaluation"):
+            runs[use] = lambda i=indices, u=use, t=turn: pipelines.ours(u, i, t + 1)
+            if use in pipelines.timm:
+                runs[f"timm {use}"] = lambda i=indices, u=use: pipelines.theirs(u, i)
+        runs["without RandAugment"] = lambda i=indices, t=turn: pipelines.ours(
+            "training", i, t + 1, pipelines.plain
+        )
+        for name, run in runs.items():
+            begun = time.perf_counter()
+            run()
+            if turn >= 0:
+                rates.setdefault(name, []).append(len(indices) / (time.perf_counter() - begun))
+    torch.set_num_threads(threads)
+    return rates
+
+
+def time_stages(pipelines: Pipelines, options: DataOptions) -> dict[str, float]:
+    """Share of each stage in the time of a training batch, in one process with one thread."""
+    spent: dict[str, float] = {}
+
+    def timed(stage: str, function: Callable) -> Callable:
+        def run(*arguments):
+            begun = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                spent[stage] = spent.get(stage, 0) + time.perf_counter() - begun
+
+        return run
+
+    threads, rng = torch.get_num_threads(), np.random.default_rng(1)
+    torch.set_num_threads(1)
+    batches = [rng.permutation(len(pipelines.files))[: options.batch] for _ in range(options.repetitions)]
+    pipelines.ours("training", batches[0], 0)
+    stages = {"decode": "decoding", "resize": "crop and resize", "rand_augment": "RandAugment"}
+    kept = {name: getattr(pipeline, name) for name in stages}
+    read = pipelines.dataset.read
+    try:
+        pipelines.dataset.read = timed("reading", read)
+        for name, stage in stages.items():
+            setattr(pipeline, name, timed(stage, kept[name]))
+        begun = time.perf_counter()
+        for turn, indices in enumerate(batches):
+            pipelines.ours("training", indices, turn)
+        total = time.perf_counter() - begun
+    finally:
+        pipelines.dataset.read = read
+        for name, function in kept.items():
+            setattr(pipeline, name, function)
+        torch.set_num_threads(threads)
+    shares = {stage: seconds / total for stage, seconds in spent.items()}
+    return shares | {"the rest": 1 - sum(shares.values())}
+
+
+def time_workers(pipelines: Pipelines, workers: int, options: DataOptions) -> dict[str, list[float]]:
+    """Training images/s through `workers` processes, ours and timm's by turns."""
+    plan = Plan(options.batch, 1, options.batch, 0, 0, 1)
+    source = FolderSource(pipelines.dataset, workers, torch.device("cpu"), max_bad_files=0)
+    data = Data("photographs", source, pipelines.files.classes, pipelines.dataset.transform, plan)
+    endless = {"ours": itertools.chain.from_iterable(map(data.train_batches, itertools.count()))}
+    if pipelines.timm:
+        from timm.data.loader import fast_collate
+
+        loader = torch.utils.data.DataLoader(
+            pipelines.timm["training"], batch_size=options.batch, shuffle=True, num_workers=workers,
+            collate_fn=fast_collate, drop_last=True, persistent_workers=True,
+        )  # fmt: skip
+        endless["timm"] = itertools.chain.from_iterable(itertools.repeat(loader))
+    rates: dict[str, list[float]] = {}
+    for turn in range(4):
+        for name, batches in endless.items():
+            # What was prepared while the other one was being timed is not counted.
+            for _ in range(3 * workers):
+                next(batches)
+            begun, count = time.perf_counter(), 0
+            while time.perf_counter() - begun < (options.seconds if turn else 1):
+                count += len(next(batches)[0])
+            if turn:
+                rates.setdefault(name, []).append(count / (time.perf_counter() - begun))
+    data.close()
+    return rates
+
+
+def time_small(options: DataOptions) -> dict[str, list[float]]:
+    """Images/s of 32 x 32 training batches in one thread, ours and timm's by turns; two recipes."""
+    from sklearn.datasets import load_sample_image
+
+    keep_large_buffers()  # as training on a CPU does
+    photograph = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)
+    images = photograph.unfold(1, 32, 8).unfold(2, 32, 8).flatten(1, 2).transpose(0, 1).contiguous()
+    labels, pixels = torch.zeros(len(images), dtype=torch.int64), images.permute(0, 2, 3, 1).numpy()
+    rng, rates = np.random.default_rng(0), {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    batch, recipes = 512, {"crop and flip": 0, "crop, flip and RandAugment": 2}
+    sources, theirs = {}, {}
+    for name, layers in recipes.items():
+        augment = Augmentation(padding=4, layers=layers, repeats=1)
+        sources[name] = TensorSource(
+            {"train": (images, labels)}, torch.device("cpu"), augment, (0.5, 0.5, 0.5)
+        )
+        with contextlib.suppress(ModuleNotFoundError):
+            from timm.data.auto_augment import rand_augment_transform
+            from timm.data.transforms import ToNumpy
+
+            steps = [
+                torchvision.transforms.RandomCrop(32, padding=4),
+                torchvision.transforms.RandomHorizontalFlip(),
+            ]
+            if layers:
+                steps.append(rand_augment_transform("rand-m7-mstd0.5-inc1", {"img_mean": (128, 128, 128)}))
+            theirs[name] = torchvision.transforms.Compose([*steps, ToNumpy()])
+    for turn in range(-1, options.repetitions):
+        for name, source in sources.items():
+            jobs = [Job("train", rng.permutation(len(images))[:batch], (0, 0, 0, n)) for n in range(8)]
+            begun = time.perf_counter()
+            for _ in source.batches(iter(jobs)):
+                pass
+            if turn >= 0:
+                rates.setdefault(name, []).append(8 * batch / (time.perf_counter() - begun))
+            if name in theirs:
+                from timm.data.loader import fast_collate
+
+                begun = time.perf_counter()
+                fast_collate([(theirs[name](Image.fromarray(pixels[n])), 0) for n in jobs[0].indices])
+                if turn >= 0:
+                    rates.setdefault(f"timm {name}", []).append(batch / (time.perf_counter() - begun))
+    torch.set_num_threads(threads)
+    return rates
+
+
+def with_deviation(samples: list[float]) -> str:
+    return "{:,.0f} ± {:,.0f}".format(*mean_and_deviation(samples))
+
+
+def data_rows(rates: dict[str, list[float]], names: dict[str, str]) -> list[list[str]]:
+    """Rows of what, our images/s, timm's, and the median ratio of a turn; names: our key -> timm's key."""
+    rows = []
+    for ours, theirs in names.items():
+        row = [ours, with_deviation(rates[ours]), "", ""]
+        if theirs in rates:
+            ratios = [a / b for a, b in zip(rates[ours], rates[theirs], strict=True)]
+            row[2:] = with_deviation(rates[theirs]), f"{statistics.median(ratios):.2f}"
+        rows.append(row)
+    return rows
+
+
+def advice(by_workers: dict[int, dict[str, list[float]]], rate: float) -> str:
+    """How many workers feed a GPU that trains at `rate` images/s, from the best rate per worker measured."""
+    means = {workers: statistics.mean(rates["ours"]) for workers, rates in by_workers.items()}
+    enough = [workers for workers, mean in sorted(means.items()) if mean >= rate]
+    if enough:
+        return f"A GPU that trains at {rate:,.0f} images/s is fed by --workers {enough[0]} here (measured)."
+    workers, mean = max(means.items(), key=lambda entry: entry[1])
+    needed, cores = math.ceil(rate * workers / mean), machine(torch.device("cpu"))["cores"]
+    return (
+        f"A GPU that trains at {rate:,.0f} images/s needs --workers {needed} on as many processor cores: one "
+        f"gives {mean / workers:,.0f} images/s here, and this machine's {cores} give {mean:,.0f}."
+    )
+
+
+def data(options: DataOptions) -> None:
+    """Time the input pipeline; print and write the table, the stages and the advice."""
+    cores = machine(torch.device("cpu"))["cores"]
+    counts = [int(n) for n in options.workers] or sorted({2**n for n in range(8) if 2**n < cores} | {cores})
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(options.path or made)
+        if not options.path:
+            print("making photographs ...", flush=True)
+            make_photographs(folder)
+        folder = folder / "train" if (folder / "train").is_dir() else folder
+        pipelines = Pipelines(folder, options)
+        sizes = [os.path.getsize(pipelines.files.path(n)) for n in range(min(2000, len(pipelines.files)))]
+        by_workers = {
+            n: time_workers(pipelines, n, options) for n in counts
+        }  # forked before a thread is started
+        pipelines.dataset.own_process()
+        pipelines.plain.own_process()
+        core, small = time_core(pipelines, options), time_small(options)
+        shares = time_stages(pipelines, options)
+    names = {
+        name: f"timm {name}" for name in ("training", "evaluation", "without RandAugment", "decoding alone")
+    }
+    rows = data_rows(core, names)
+    for n, rates in by_workers.items():
+        rows += [
+            [f"training, {n} worker{'s' * (n > 1)}", *row[1:]] for row in data_rows(rates, {"ours": "timm"})
+        ]
+    rows += [
+        [f"32 x 32: {row[0]}", *row[1:]]
+        for row in data_rows(small, {n: f"timm {n}" for n in list(small)[::2]})
+    ]
+    table = markdown_table(["images/s", "ours", "timm", "ratio"], rows)
+    stages = ", ".join(f"{stage} {100 * share:.0f}%" for stage, share in shares.items())
+    table += f"\nStages of a training batch: {stages}.\n\n{advice(by_workers, options.rate)}\n"
+    print(table)
+    record = {
+        "options": asdict(options),
+        "machine": machine(torch.device("cpu")),
+        "mean_file_bytes": sum(sizes) / len(sizes),
+    }
+    record |= {"core": core, "workers": by_workers, "small": small, "stages": shares}
+    record["versions"] = {name: version(name) for name in ("torchvision", "pillow", "timm")}
+    name = "data-" + (options.name or machine_name())
+    write_json(Path(options.out) / f"{name}.json", record)
+    write_result(Path(options.out) / f"{name}.md", table)
+
+
+def version(package: str) -> str | None:
+    """An installed package's version, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine_name() -> str:
+    """A plain description such as `2-core-xeon`."""
+    described = machine(torch.device("cpu"))
+    families = ("xeon", "epyc", "ryzen", "core", "apple", "neoverse")
+    family = next((f for f in families if f in described["processor"].lower()), platform.machine())
+    return f"{described['cores']}-core-{family}"
+
+
 # --------------------------------------------------------------------------------------------------
 # lamb: the optimizer's step
 
@@ -1462,6 +1816,7 @@ COMMANDS: dict[str, tuple[Callable, type]] = {
     "accuracy": (accuracy, AccuracyOptions),
     "figures": (figures, FiguresOptions),
     "export": (export, ExportOptions),
+    "data": (data, DataOptions),
 }
 
 
