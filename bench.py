@@ -5,6 +5,8 @@
     python bench.py figures    # the paper's figures 2 and 3; with measured speed: results/speed-*.json
     python bench.py export CHECKPOINT
     python bench.py data [PATH]  # images/s of the input pipeline beside timm's, and how many workers you need
+    python bench.py lamb       # milliseconds of a LAMB step beside timm's and PyTorch's fused AdamW
+    python bench.py trial      # seconds of a trial of search.py, beside timm's loader and a plain loop
 
 `python bench.py COMMAND --help` lists a command's options. What was measured goes to `results/` as JSON
 (every sample, versions, hardware, command line) with a Markdown table beside it.
@@ -1808,6 +1810,130 @@ def _stepped_groups(model: nn.Module) -> list[dict]:
 # trial: one trial of the search
 
 
+@dataclass
+class TrialOptions:
+    """Seconds of a trial of `search.py`, beside the same training by timm's loader and a plain loop."""
+
+    data: str = option("digits", "digits, cifar10 or cifar100: 32 x 32 images")
+    root: str = option("data", "folder of CIFAR's files")
+    model: str = option(
+        "nexception_reduced", "the trial's macro-architecture (the default is the paper's width)"
+    )
+    epochs: int = option(1, "epochs of a trial")
+    batch: int = option(64, "images in a training batch")
+    workers: int = option(2, "processes of timm's loader")
+    repetitions: int = option(3, "trials of each kind; they take turns")
+    device: str = option("auto", "auto, cpu or cuda")
+    out: str = option("results", "folder of the JSON and Markdown files")
+
+
+class SmallImages(torch.utils.data.Dataset):
+    """A split of a small set as (PIL image, label), the form that loaders of image files work on."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, transform: Callable | None = None):
+        self.images, self.labels = images.permute(0, 2, 3, 1).cpu().numpy(), labels.tolist()
+        self.transform = transform  # timm's loader sets it
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def plain_trial(config: dict, seed: int, budget: float, settings: dict):
+    """`search.train` as it is commonly written: timm's loader, mixup, loss and LAMB, a plain loop.
+
+    Takes and returns what `search.train` does, so that the same trial process can run either.
+    """
+    import timm.data
+    from timm.loss import BinaryCrossEntropy
+    from timm.optim import Lamb as TimmLamb
+
+    import search
+
+    device = torch.device(settings["device"])
+    torch.set_num_threads(settings["threads"] or torch.get_num_threads())
+    recipe = search.trial_options(settings, round(budget), seed)
+    data = search.opened(recipe, device)
+    begun = time.perf_counter()
+    torch.manual_seed(seed)
+    network = search.model_config(config, settings["model"])
+    network = create_model(network, num_classes=len(data.classes), input_size=data.size).to(device)
+    shape = {"input_size": (3, data.size, data.size), "mean": data.mean, "std": data.std}
+    shape |= {"batch_size": recipe.batch, "num_workers": settings["workers"], "device": device}
+    loader = timm.data.create_loader(
+        SmallImages(*data.tensors("train")), is_training=True, hflip=0.0, scale=(0.8, 1.0), **shape
+    )
+    scored = timm.data.create_loader(SmallImages(*data.tensors("val")), is_training=False, **shape)
+    classes = len(data.classes)
+    mixup = timm.data.Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=classes)
+    loss_of = BinaryCrossEntropy(target_threshold=recipe.loss_threshold, smoothing=0.0)
+    optimizer = TimmLamb(parameter_groups(network, recipe.weight_decay), lr=recipe.lr)
+    for _ in range(recipe.epochs):
+        network.train()
+        for images, labels in loader:
+            images, targets = mixup(*on_device(images, labels, device))
+            loss = loss_of(network(images), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"diverged: the loss is {loss.item()}")
+        network.eval()
+        hits = 0
+        with torch.no_grad():
+            for images, labels in scored:
+                images, labels = on_device(images, labels, device)
+                hits += (network(images).argmax(1) == labels).sum().item()
+    top1 = 100 * hits / data.count("val")
+    return 1 - top1 / 100, {"top1": top1, "seconds": time.perf_counter() - begun}
+
+
+def on_device(images: torch.Tensor, labels: torch.Tensor, device: torch.device):
+    return images.to(device), labels.to(device)
+
+
+def trial(options: TrialOptions) -> None:
+    """Run trials of both kinds by turns, each in a warm process of its own; write and print the seconds."""
+    import search
+
+    found = torch.device(search.trial_devices(search.Options(device=options.device))[0][0])
+    settings = {
+        "data": options.data, "root": options.root, "model": options.model, "batch": options.batch,
+        "device": str(found), "threads": torch.get_num_threads(), "workers": options.workers,
+        "compile": False, "objectives": ["accuracy"], "split": "val",
+    }  # fmt: skip
+    job = {"config": search.POINTS["NEXcepTion"], "seed": 1, "budget": options.epochs, "settings": settings}
+    job |= {"time_limit": math.inf, "memory_limit": math.inf}
+    targets = {"search.py": "search:train", "timm's loader, plain loop": "bench:plain_trial"}
+    path = [str(Path(__file__).parent), *(entry for entry in sys.path if entry)]
+    processes = {name: search.TrialProcess(path, settings["threads"]) for name in targets}
+    runs: dict[str, list[dict]] = {name: [] for name in targets}
+    try:
+        for repetition in range(options.repetitions):
+            for name, process in processes.items():
+                outcome = process.run({**job, "target": targets[name]})
+                if outcome["status"] != "success":
+                    raise RunError(f"{name}: {outcome['info']['error']}")
+                runs[name].append({key: outcome["info"][key] for key in ("seconds", "top1")})
+                print(f"{repetition + 1}/{options.repetitions} {name}: {runs[name][-1]}", flush=True)
+    finally:
+        for process in processes.values():
+            process.kill()
+    times = {name: [run["seconds"] for run in results] for name, results in runs.items()}
+    ours, plain = times.values()
+    ratios = [b / a for a, b in zip(ours, plain, strict=True)]
+    rows = [[n, f"{statistics.mean(t):.2f}", f"{statistics.pstdev(t):.2f}"] for n, t in times.items()]
+    table = markdown_table(["a trial", "seconds", "±"], rows)
+    table += f"\n{statistics.mean(ratios):.2f} ± {statistics.pstdev(ratios):.2f} times as fast\n"
+    print(table)
+    record = {"options": asdict(options), "machine": machine(found), "runs": runs, "times_as_fast": ratios}
+    name = f"search-trial-{found.type}"
+    write_json(Path(options.out) / f"{name}.json", record)
+    write_result(Path(options.out) / f"{name}.md", table)
+
+
 # --------------------------------------------------------------------------------------------------
 
 # name -> (function of its options, options dataclass)
@@ -1817,6 +1943,8 @@ COMMANDS: dict[str, tuple[Callable, type]] = {
     "figures": (figures, FiguresOptions),
     "export": (export, ExportOptions),
     "data": (data, DataOptions),
+    "lamb": (lamb, LambOptions),
+    "trial": (trial, TrialOptions),
 }
 
 

@@ -382,12 +382,14 @@ def resolve(target: str):
 
 def serve_trials() -> None:
     """What a trial process runs: one JSON answer for each JSON job on standard input, until that closes."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers, questions = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0), "rb")
     os.dup2(2, 1)  # what a trial prints must not mix with the answers
+    # A forked loader worker closes sys.stdin, and would wait for ever on the thread that reads it.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     jobs: queue.Queue[dict] = queue.Queue()
 
     def read():
-        for line in sys.stdin:
+        for line in questions:
             jobs.put(json.loads(line))
         os._exit(0)  # whoever asked is gone: nobody waits for the trial that may be running
 
@@ -427,11 +429,10 @@ class TrialProcess:
 
     def __init__(self, path: list[str], threads: int):
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path),
-            **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
-        }
+        # OpenMP's threads spin while they wait: beside another busy process two take ten times as long.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": os.pathsep.join(path)}
+        if threads:
+            environment["OMP_NUM_THREADS"] = str(threads)
         self.process = subprocess.Popen(
             [sys.executable, "-c", "import search; search.serve_trials()"],
             stdin=subprocess.PIPE,
