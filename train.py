@@ -717,6 +717,7 @@ class Folder:
         curves += rates.plot(column["epoch"], column["lr"], color="0.6", label="learning rate")
         left.legend(handles=curves, frameon=False)
         left.set(xlabel="epoch", ylabel="training loss")
+        left.minorticks_off()
         rates.set(ylabel="learning rate")
         rates.ticklabel_format(style="sci", axis="y", scilimits=(0, 0))
         for name, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
@@ -968,9 +969,9 @@ class Run:
         self.progress.begin(self.epoch, self.checked)
         losses = train_one_epoch(self.training, self.data, self.epoch, self.losses, self.after_step)
         self.losses = self.process.mean(losses.clone())
-        speed = self.progress.end()
-        self.check(self.losses.tolist(), "the loss", 0)
+        self.check(self.losses.tolist(), "the loss", 0)  # waits for the device, so before the clock is read
         self.check_weights()
+        speed = self.progress.end()
         if len(self.losses) < self.data.steps:
             raise Stopped
         result = evaluate(self.training.scored, self.data, "val", self.training.amp, self.stop)
@@ -1081,7 +1082,8 @@ def evaluate_checkpoint(options: Options, process: Process) -> None:
     result = evaluate(model, data, split, amp_dtype(options.amp, process.device))
     data.close()
     if process.first:
-        print(f"{options.eval} on the {result['count']} images of {options.data} ({split}):")
+        left_out = f", {result['unreadable']} unreadable left out" if result["unreadable"] else ""
+        print(f"{options.eval} on {result['count']} images of {options.data} ({split}{left_out})")
         print(f"top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  loss {result['loss']:.4f}")
 
 
