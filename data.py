@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode
@@ -165,26 +166,34 @@ def crop_box(height: int, width: int, augment: Augmentation, draws: list[float])
 
 def crop_and_flip(images: torch.Tensor, augment: Augmentation, rng: np.random.Generator) -> torch.Tensor:
     """Pad uint8 (B, 3, H, W) with black, crop each image at random to (H, W) and flip it at random."""
-    count, _, height, width = images.shape
-    padding = augment.padding
-    top, left = rng.integers(0, 2 * padding + 1, (2, count, 1))
-    flip = rng.random((count, 1)) < augment.flip
-    if not padding and not flip.any():
+    corners = rng.integers(0, 2 * augment.padding + 1, (len(images), 2))
+    flips = rng.random(len(images)) < augment.flip
+    if not augment.padding and not flips.any():
         return images
-    padded = F.pad(images, (padding,) * 4)
-    if not images.is_cuda:  # copying each window takes a third of the time of a gather
-        pixels, result = padded.numpy(), np.empty(images.shape, dtype=np.uint8)
-        for n, (y, x, mirror) in enumerate(
-            zip(top[:, 0].tolist(), left[:, 0].tolist(), flip[:, 0].tolist(), strict=True)
-        ):
-            window = pixels[n, :, y : y + height, x : x + width]
-            result[n] = window[:, :, ::-1] if mirror else window
-        return torch.from_numpy(result)
-    rows = (top + np.arange(height)) * (width + 2 * padding)
-    columns = left + np.where(flip, np.arange(width)[::-1], np.arange(width))
-    rows, columns = (torch.from_numpy(i).to(images.device) for i in (rows, columns))
-    places = (rows[:, None, :, None] + columns[:, None, None, :]).view(count, 1, -1)
-    return padded.flatten(2).gather(2, places.expand(-1, 3, -1)).view_as(images)
+    padded = F.pad(images, (augment.padding,) * 4)
+    # On a CPU, copying window by window takes a third of the time of a gather.
+    windows = copy_windows if images.device.type == "cpu" else gather_windows
+    return windows(padded, corners, flips, images.shape[2:])
+
+
+def copy_windows(padded: torch.Tensor, corners: np.ndarray, flips: np.ndarray, size: tuple) -> torch.Tensor:
+    """Return the windows of `size` at corners (B, 2), flipped or not, of images in main memory."""
+    pixels, (height, width) = padded.numpy(), size
+    result = np.empty((*padded.shape[:2], height, width), dtype=np.uint8)
+    for n, ((y, x), flip) in enumerate(zip(corners.tolist(), flips.tolist(), strict=True)):
+        window = pixels[n, :, y : y + height, x : x + width]
+        result[n] = window[:, :, ::-1] if flip else window
+    return torch.from_numpy(result)
+
+
+def gather_windows(padded: torch.Tensor, corners: np.ndarray, flips: np.ndarray, size: tuple) -> torch.Tensor:
+    """Return what `copy_windows` returns, on any device."""
+    height, width = size
+    rows = (corners[:, :1] + np.arange(height)) * padded.shape[3]
+    columns = corners[:, 1:] + np.where(flips[:, None], np.arange(width)[::-1], np.arange(width))
+    rows, columns = (torch.from_numpy(i).to(padded.device) for i in (rows, columns))
+    places = (rows[:, None, :, None] + columns[:, None, None, :]).flatten(2)  # (B, 1, H * W)
+    return padded.flatten(2).gather(2, places.expand(-1, 3, -1)).unflatten(2, (height, width))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -234,19 +243,12 @@ def auto_contrast(images: torch.Tensor, _: list[float]) -> torch.Tensor:
 
 def equalize(images: torch.Tensor, _: list[float]) -> torch.Tensor:
     channels, device = images.shape[0] * 3, images.device
-    values = torch.arange(256, dtype=torch.int32, device=device)
-    cells = (
-        images.reshape(channels, -1) + torch.arange(channels, dtype=torch.int32, device=device)[:, None] * 256
-    )
-    cells = cells.view(-1)
-    if images.is_cuda:  # where bincount would make the host wait
-        counts = torch.zeros(channels * 256, dtype=torch.int32, device=device)
-        counts.scatter_add_(0, cells.long(), torch.ones_like(cells))
-    else:
-        counts = torch.bincount(cells, minlength=channels * 256)
-    counts = counts.view(channels, 256)
+    values = torch.arange(256, device=device)
+    offsets = torch.arange(channels, dtype=torch.int32, device=device)[:, None] * 256
+    cells = (images.reshape(channels, -1) + offsets).view(-1)
+    counts = torch.bincount(cells, minlength=channels * 256).view(channels, 256)
     last = torch.where(counts > 0, values, 0).amax(1, keepdim=True)
-    step = (counts.sum(1, keepdim=True) - counts.gather(1, last.long())) // 255
+    step = (counts.sum(1, keepdim=True) - counts.gather(1, last)) // 255
     table = (step // 2 + counts.cumsum(1) - counts) // step.clamp(min=1)
     table = torch.where(step > 0, table.clamp(max=255), values).byte()  # too few values: unchanged
     return table.view(-1).index_select(0, cells).view_as(images)
@@ -419,8 +421,9 @@ def rand_augment(images: torch.Tensor, draws: Draws, fill: torch.Tensor) -> torc
     Images that share an operation (and its filter) go through it together, as many at once as a processor's
     cache holds. fill: uint8 (3, 1, 1), the colour of what a rotation, shear or translation uncovers.
     """
-    at_once = len(images) if images.is_cuda else max(1, CACHE // images[0].numel())
-    pixels = images if images.is_cuda else images.numpy()  # NumPy's indexing is eight times as fast
+    on_cpu = images.device.type == "cpu"
+    at_once = max(1, CACHE // images[0].numel()) if on_cpu else len(images)
+    pixels = images.numpy() if on_cpu else images  # NumPy's indexing is eight times as fast
     for operation, magnitude, sign, bicubic in zip(*(choice.tolist() for choice in draws), strict=True):
         groups: dict[tuple[int, bool], list[int]] = {}
         for n, choice in enumerate(operation):
@@ -537,8 +540,6 @@ def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
 
     Read from `root`, or downloaded there by whichever process comes first. DataError where neither works.
     """
-    import torchvision
-
     dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
@@ -550,15 +551,12 @@ def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
             f"{name} is not in {root!r} and could not be downloaded ({error}): "
             "put torchvision's files there, or name the folder that has them with --root"
         ) from error
-    (images, labels), tested = (
-        (
-            resize_all(torch.from_numpy(part.data.transpose(0, 3, 1, 2).copy()), size),
-            torch.tensor(part.targets),
-        )
-        for part in (train, test)
+    images, tested = (
+        resize_all(torch.from_numpy(part.data.transpose(0, 3, 1, 2).copy()), size) for part in (train, test)
     )
-    cut = len(labels) - 5000
-    splits = {"train": (images[:cut], labels[:cut]), "val": (images[cut:], labels[cut:]), "test": tested}
+    labels = torch.tensor(train.targets)
+    splits = {"train": (images[:-5000], labels[:-5000]), "val": (images[-5000:], labels[-5000:])}
+    splits["test"] = tested, torch.tensor(test.targets)
     return splits, tuple(train.classes)
 
 
@@ -627,7 +625,7 @@ def baseline_frame(data: bytearray | memoryview) -> tuple[int, int, int, int] | 
     In such a file the rows follow each other. None for any other, such as a progressive one.
     """
     at, frame, channels = 2, None, 0
-    while at + 19 < len(data) and data[at] == 0xFF:
+    while at + 24 < len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker in (0xC0, 0xC1):
             channels = data[at + 9]
@@ -747,21 +745,17 @@ class FolderDataset(Dataset):
 
     def random_crop(self, data: bytearray | memoryview, draws: list[float]) -> torch.Tensor:
         """Return the random resized crop of a file's image, flipped at random, uint8 (3, S, S)."""
-        frame = baseline_frame(data) if self.silence is not contextlib.nullcontext else None
-        if frame and data[-2:] == b"\xff\xd9":  # a file that is not truncated
+        box = None
+        alone = self.silence is not contextlib.nullcontext
+        if alone and data[-2:] == b"\xff\xd9" and (frame := baseline_frame(data)):  # whole, not truncated
             height, width, block, place = frame
             box = crop_box(height, width, self.augment, draws)
-            rows = (
-                (box[0] + box[2]) // block + 2
-            ) * block  # one block more: chroma is smoothed across blocks
+            rows = ((box[0] + box[2]) // block + 2) * block  # one block more: chroma is smoothed across them
             if rows < height:
                 data[place : place + 2] = rows.to_bytes(2, "big")
-            with self.silence():
-                image = decode(data)
-        else:
+        with self.silence():
             image = decode(data)
-            box = crop_box(*image.shape[1:], self.augment, draws)
-        top, left, height, width = box
+        top, left, height, width = box or crop_box(*image.shape[1:], self.augment, draws)
         interpolation = self.augment.interpolation
         if interpolation == "random":
             interpolation = "bicubic" if draws[22] < 0.5 else "bilinear"
@@ -789,6 +783,11 @@ class JobSampler:
         return self.jobs
 
 
+def unchanged(batch):
+    """What the DataLoader does to a batch that is one already."""
+    return batch
+
+
 class FolderSource:
     """Image folders, read by DataLoader workers that are started once, for training and evaluation alike."""
 
@@ -801,19 +800,18 @@ class FolderSource:
         self.bad: dict[str, str] = {}  # path -> reason
         self.iteration = 0
         self.sampler = JobSampler()
+        context = "fork" if workers and sys.platform == "linux" else None  # a worker need not import anything
         self.loader = DataLoader(
             dataset,
             batch_size=None,
             sampler=self.sampler,
             num_workers=workers,
-            collate_fn=lambda batch: batch,
+            collate_fn=unchanged,
             worker_init_fn=dataset.own_process,
             persistent_workers=workers > 0,
             prefetch_factor=WORKERS_AHEAD if workers else None,
             pin_memory=device.type == "cuda",
-            multiprocessing_context="fork"
-            if workers and sys.platform == "linux"
-            else None,  # no imports anew
+            multiprocessing_context=context,
         )
 
     def batches(self, jobs: Iterator[Job]) -> Batches:

@@ -247,6 +247,10 @@ def test_small_crops_are_windows_of_the_padded_image():
         assert len(fits) == 1
         found.update(fits)
     assert len(found) > 25  # of the 50 possible ones
+    rng, padded = np.random.default_rng(1), torch.nn.functional.pad(images, (2,) * 4)
+    corners, flips = rng.integers(0, 5, (64, 2)), rng.random(64) < 0.5
+    ways = [way(padded, corners, flips, (8, 10)) for way in (data.copy_windows, data.gather_windows)]
+    assert torch.equal(*ways)
     still = Augmentation(padding=0, flip=0)
     assert torch.equal(data.crop_and_flip(images, still, np.random.default_rng(0)), images)
     mirror = Augmentation(padding=0, flip=1)
