@@ -1409,9 +1409,7 @@ class DataOptions:
     workers: tuple[str, ...] = option(
         (), "numbers of workers to time, 1,2,...; empty: 1, 2, 4, ... all cores"
     )
-    seconds: float = option(
-        10.0, "least time of one turn with workers, in seconds; they take three turns each"
-    )
+    seconds: float = option(6.0, "least time of one turn with workers, in seconds; they take five turns each")
     rate: float = option(1000.0, "images/s at which a GPU trains, for the advice on workers")
     name: str = option("", "the machine's name in the files written; empty: cores and processor family")
     out: str = option("results", "folder of the JSON and Markdown files")
@@ -1501,7 +1499,10 @@ class Pipelines:
 
 
 def time_core(pipelines: Pipelines, options: DataOptions) -> dict[str, list[float]]:
-    """Images/s of one process with one thread, one figure a turn; all take turns on the same images."""
+    """Images a CPU second of one process with one thread; all take turns on the same images.
+
+    CPU seconds, because what other processes of the machine take meanwhile should not count.
+    """
     rng, rates = np.random.default_rng(0), {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -1516,10 +1517,10 @@ def time_core(pipelines: Pipelines, options: DataOptions) -> dict[str, list[floa
             "training", i, t + 1, pipelines.plain
         )
         for name, run in runs.items():
-            begun = time.perf_counter()
+            begun = time.process_time()
             run()
             if turn >= 0:
-                rates.setdefault(name, []).append(len(indices) / (time.perf_counter() - begun))
+                rates.setdefault(name, []).append(len(indices) / (time.process_time() - begun))
     torch.set_num_threads(threads)
     return rates
 
@@ -1530,11 +1531,11 @@ def time_stages(pipelines: Pipelines, options: DataOptions) -> dict[str, float]:
 
     def timed(stage: str, function: Callable) -> Callable:
         def run(*arguments):
-            begun = time.perf_counter()
+            begun = time.process_time()
             try:
                 return function(*arguments)
             finally:
-                spent[stage] = spent.get(stage, 0) + time.perf_counter() - begun
+                spent[stage] = spent.get(stage, 0) + time.process_time() - begun
 
         return run
 
@@ -1549,10 +1550,10 @@ def time_stages(pipelines: Pipelines, options: DataOptions) -> dict[str, float]:
         pipelines.dataset.read = timed("reading", read)
         for name, stage in stages.items():
             setattr(pipeline, name, timed(stage, kept[name]))
-        begun = time.perf_counter()
+        begun = time.process_time()
         for turn, indices in enumerate(batches):
             pipelines.ours("training", indices, turn)
-        total = time.perf_counter() - begun
+        total = time.process_time() - begun
     finally:
         pipelines.dataset.read = read
         for name, function in kept.items():
@@ -1577,7 +1578,7 @@ def time_workers(pipelines: Pipelines, workers: int, options: DataOptions) -> di
         )  # fmt: skip
         endless["timm"] = itertools.chain.from_iterable(itertools.repeat(loader))
     rates: dict[str, list[float]] = {}
-    for turn in range(4):
+    for turn in range(6):
         for name, batches in endless.items():
             # What was prepared while the other one was being timed is not counted.
             for _ in range(3 * workers):
@@ -1592,7 +1593,7 @@ def time_workers(pipelines: Pipelines, workers: int, options: DataOptions) -> di
 
 
 def time_small(options: DataOptions) -> dict[str, list[float]]:
-    """Images/s of 32 x 32 training batches in one thread, ours and timm's by turns; two recipes."""
+    """Images/s of 32 x 32 training batches in one thread (CPU seconds), ours and timm's by turns."""
     from sklearn.datasets import load_sample_image
 
     keep_large_buffers()  # as training on a CPU does
@@ -1623,18 +1624,18 @@ def time_small(options: DataOptions) -> dict[str, list[float]]:
     for turn in range(-1, options.repetitions):
         for name, source in sources.items():
             jobs = [Job("train", rng.permutation(len(images))[:batch], (0, 0, 0, n)) for n in range(8)]
-            begun = time.perf_counter()
+            begun = time.process_time()
             for _ in source.batches(iter(jobs)):
                 pass
             if turn >= 0:
-                rates.setdefault(name, []).append(8 * batch / (time.perf_counter() - begun))
+                rates.setdefault(name, []).append(8 * batch / (time.process_time() - begun))
             if name in theirs:
                 from timm.data.loader import fast_collate
 
-                begun = time.perf_counter()
+                begun = time.process_time()
                 fast_collate([(theirs[name](Image.fromarray(pixels[n])), 0) for n in jobs[0].indices])
                 if turn >= 0:
-                    rates.setdefault(f"timm {name}", []).append(batch / (time.perf_counter() - begun))
+                    rates.setdefault(f"timm {name}", []).append(batch / (time.process_time() - begun))
     torch.set_num_threads(threads)
     return rates
 
@@ -1710,6 +1711,7 @@ def data(options: DataOptions) -> None:
         "mean_file_bytes": sum(sizes) / len(sizes),
     }
     record |= {"core": core, "workers": by_workers, "small": small, "stages": shares}
+    record["load_average"] = os.getloadavg() if hasattr(os, "getloadavg") else None
     record["versions"] = {name: version(name) for name in ("torchvision", "pillow", "timm")}
     name = "data-" + (options.name or machine_name())
     write_json(Path(options.out) / f"{name}.json", record)
@@ -1758,7 +1760,7 @@ def step_seconds(optimizer: torch.optim.Optimizer, device: torch.device) -> floa
 
 
 def lamb(options: LambOptions) -> None:
-    """Time steps of the optimizers in turn, each on its own copy of the parameters; write and print a table."""
+    """Time steps of the optimizers in turn, each on a copy of the parameters; write and print a table."""
     if options.threads:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)

@@ -495,3 +495,48 @@ def test_labels_do_not_overlap(case):
     ]
     assert overlapping == []
     assert all(frame.contains(*box.p0) and frame.contains(*box.p1) for box in boxes)
+
+
+# --------------------------------------------------------------------------------------------------
+# data
+
+
+def test_data_times_the_input_pipeline(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "set" / "train" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / "train" / name / f"{i}.jpg")
+    short = ["--size", 32, "--batch", 4, "--repetitions", 1, "--seconds", 0.05, "--workers", "1,2"]
+    assert run("data", tmp_path / "set", *short, "--name", "here", "--rate", 1e6, "--out", tmp_path) == 0
+    record = json.loads((tmp_path / "data-here.json").read_text())
+    assert set(record["workers"]) == {"1", "2"}
+    for rates in (record["core"], record["small"], *record["workers"].values()):
+        assert all(rate > 0 for samples in rates.values() for rate in samples)
+    assert sum(record["stages"].values()) == pytest.approx(1)
+    table = (tmp_path / "data-here.md").read_text()
+    assert "training, 2 workers" in table
+    assert "A GPU that trains at 1,000,000 images/s needs --workers" in table
+    assert table in capsys.readouterr().out
+    assert bench.advice({1: {"ours": [100.0]}, 2: {"ours": [190.0]}}, 150).endswith(
+        "--workers 2 here (measured)."
+    )
+
+
+def test_data_refuses_a_missing_folder_and_a_broken_file(tmp_path, capsys):
+    assert run("data", tmp_path / "nowhere") == 2
+    assert "there is no folder" in capsys.readouterr().err
+    for name in ("ant", "bee"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "1.jpg").write_bytes(b"not an image")
+    assert run("data", tmp_path / "set", "--batch", 1, "--workers", "1", "--out", tmp_path) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_made_photographs_are_as_large_as_imagenets(tmp_path):
+    bench.make_photographs(tmp_path, count=12, links=2)
+    files = sorted(tmp_path.rglob("*.jpg"))
+    assert len(files) == 24
+    assert 60_000 < np.mean([file.stat().st_size for file in files]) < 180_000
+    assert {Image.open(file).size for file in files} <= set(bench.PHOTOGRAPH_SIZES)
