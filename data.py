@@ -61,7 +61,6 @@ class DataError(ValueError):
 
 # ----------------------------------------------------------------------------------------------------------
 # Evaluation transform and normalisation
-# ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,6 @@ def normalize(images: torch.Tensor, mean, std, dtype: torch.dtype = torch.float3
 
 # ----------------------------------------------------------------------------------------------------------
 # Training augmentation
-# ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,6 @@ def gather_windows(padded: torch.Tensor, corners: np.ndarray, flips: np.ndarray,
 # Each takes images, uint8 (N, 3, H, W), and one argument per image, and returns new uint8 images. Pillow's
 # arithmetic is followed, down to its cutting off of fractions where one would expect rounding. The ways round
 # torch.where, comparisons and direct conversions are there because these take 5 to 20 times longer on a CPU.
-# ----------------------------------------------------------------------------------------------------------
 
 CACHE = 2**17  # bytes of images that go through an operation at once on a CPU
 ALMOST = 1e-3  # added before fractions are cut off, so that float32's 253.99999 is 254 as in Pillow's doubles
@@ -445,7 +442,6 @@ def fill_colour(mean: tuple[float, float, float]) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------------------------------
 # Which images make a batch
-# ----------------------------------------------------------------------------------------------------------
 
 
 class Job(NamedTuple):
@@ -477,7 +473,6 @@ def train_stream(count: int, repeats: int, seed_epoch: tuple[int, int], place: t
 
 # ----------------------------------------------------------------------------------------------------------
 # Small sets: uint8 tensors on the device
-# ----------------------------------------------------------------------------------------------------------
 
 
 class TensorSource:
@@ -562,7 +557,6 @@ def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
 
 # ----------------------------------------------------------------------------------------------------------
 # Image folders: files, decoding, workers
-# ----------------------------------------------------------------------------------------------------------
 
 
 def natural_key(name: str) -> list:
@@ -773,16 +767,6 @@ class FolderDataset(Dataset):
         return image[:, top : top + self.transform.size, left : left + self.transform.size]
 
 
-class JobSampler:
-    """What the DataLoader iterates: the jobs at hand, replaced without starting workers anew."""
-
-    def __init__(self):
-        self.jobs: Iterator[Job] = iter(())
-
-    def __iter__(self) -> Iterator[Job]:
-        return self.jobs
-
-
 def unchanged(batch):
     """What the DataLoader does to a batch that is one already."""
     return batch
@@ -799,12 +783,12 @@ class FolderSource:
         self.max_bad_files = max_bad_files
         self.bad: dict[str, str] = {}  # path -> reason
         self.iteration = 0
-        self.sampler = JobSampler()
+        self.jobs: list[Job] = []  # what the loader iterates: replaced without starting workers anew
         context = "fork" if workers and sys.platform == "linux" else None  # a worker need not import anything
         self.loader = DataLoader(
             dataset,
             batch_size=None,
-            sampler=self.sampler,
+            sampler=self.jobs,
             num_workers=workers,
             collate_fn=unchanged,
             worker_init_fn=dataset.own_process,
@@ -819,7 +803,7 @@ class FolderSource:
 
     def checked(self, jobs: Iterator[Job]) -> Batches:
         """Yield the jobs' batches in order; name bad files in the log, and stop at the limit."""
-        self.sampler.jobs = jobs
+        self.jobs[:] = jobs
         self.iteration += 1
         mine = self.iteration
         for images, labels, bad in self.loader:
@@ -881,7 +865,6 @@ def arrived(copies: tuple[torch.Tensor, ...], done: torch.cuda.Event) -> tuple[t
 
 # ----------------------------------------------------------------------------------------------------------
 # What the scripts use
-# ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
