@@ -55,26 +55,14 @@ from smac.main.exceptions import ConfigurationSpaceExhaustedException
 from smac.model.random_forest.random_forest import RandomForest
 from smac.multi_objective.parego import ParEGO
 from smac.random_design import ProbabilityRandomDesign
-from smac.runhistory import StatusType, TrialValue
+from smac.runhistory import StatusType, TrialInfo, TrialValue
 from smac.runhistory.encoder import RunHistoryEncoder
 from tqdm import tqdm
 
+import train as recipe
 from data import Data, normalize, open_data
 from model import MODELS, ModelConfig, count_macs, count_parameters, create_model, keep_large_buffers
-from train import Options as TrainingOptions
-from train import (
-    Process,
-    RunError,
-    Training,
-    UsageError,
-    augmentation,
-    evaluate,
-    option,
-    parse,
-    train_one_epoch,
-    write_whole,
-)
-from train import resolve as resolve_training
+from train import RunError, UsageError, option, parse, write_whole
 
 ETA = 3  # Hyperband keeps the best third for three times the epochs
 OBJECTIVES = ("accuracy", "throughput", "macs", "parameters")
@@ -152,35 +140,25 @@ class Options:
     data: str = option("digits", "digits, cifar10, cifar100, or an image folder with train/ and val/")
     root: str = option("data", "folder of CIFAR's files")
     model: str = option(
-        "", "macro-architecture of the trials (default: nexception_nano for digits, else _reduced)"
+        "", "the trials' shape (default: nexception_nano for digits, else nexception_reduced)"
     )
     out: str = option("", "run folder (default: runs/search-DATA)")
     trials: int = option(0, "stop after so many trials in all (default: none but the wall time)")
-    walltime: str = option(
-        "", "stop after so long in all: 90s, 10m, 12h, 3d (default without --trials: 7m or 3d)"
-    )
+    walltime: str = option("", "stop after so long in all: 90s, 10m, 3d (default without --trials: 7m or 3d)")
     min_epochs: int = option(0, "lowest budget, epochs (default: 1 for digits, else 5)")
     max_epochs: int = option(0, "highest budget, epochs: the lowest times a power of 3 (default: times 9)")
     single_fidelity: bool = option(False, "every trial runs the highest budget")
-    objectives: str = option(
-        "accuracy", "accuracy, or accuracy with throughput, macs or parameters: the Pareto front"
-    )
+    objectives: str = option("accuracy", "for a Pareto front: accuracy,throughput or macs or parameters")
     priors: bool = option(True, "begin with NEXcepTion's and Xception's own choices")
     batch: int = option(64, "images in a training batch")
-    workers: int = option(1, "trials at once: one a GPU, or sharing the CPU's cores")
+    workers: int = option(0, "trials at once (default: one a GPU, or one a CPU core up to four)")
     workers_per_gpu: int = option(1, "trials at once on each GPU")
     scheduler: str = option("", "address of a Dask cluster that runs the trials, tcp://host:8786")
     time_limit: str = option("", "end a trial that takes longer (default: 2m for digits, else 2h)")
-    memory_limit: float = option(
-        0.0, "end a trial whose process grows beyond this, GB (default: 0.9 of RAM / workers)"
-    )
-    compile: bool = option(
-        False, "torch.compile each trial's network: pays on GPUs from some ten epochs a trial"
-    )
+    memory_limit: float = option(0.0, "end a trial whose process takes more, GB (default: 0.9 RAM / workers)")
+    compile: bool = option(False, "torch.compile each trial's network; pays in long trials on GPUs")
     device: str = option("auto", "auto (every GPU, else the CPU), cpu or cuda")
-    grow: str = option(
-        "", "write the network found as a -T, -S or -TP: t, s or tp", choices=("", "t", "s", "tp")
-    )
+    grow: str = option("", "write the network found as a -T, -S or -TP", choices=("", "t", "s", "tp"))
     seed: int = option(0, "of SMAC; the trials' own is drawn from it")
 
     def resolved(self) -> Options:
@@ -202,11 +180,9 @@ class Options:
             )
         if o.model not in MODELS:
             raise UsageError(f"--model {o.model}: is none of {', '.join(MODELS)}")
-        for name in ("workers", "workers_per_gpu", "batch", "min_epochs"):
-            if getattr(o, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(o, name)}: must be at least 1")
-        if o.trials < 0:
-            raise UsageError(f"--trials {o.trials}: must be at least 1, or left out")
+        for name in ("trials", "workers", "workers_per_gpu", "batch", "min_epochs"):
+            if getattr(self, name) < (name in ("workers_per_gpu", "batch")):
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         return o
 
 
@@ -263,31 +239,24 @@ def train(config: dict, seed: int, budget: float, settings: dict):
     costs, one an objective (1 - top-1, -images/s, millions of MACs and of parameters), and what else is
     worth knowing. Raises FloatingPointError when the loss is not finite.
     """
-    name = "cuda" if torch.cuda.is_available() else "cpu"
-    epochs, device = round(budget), torch.device(name if settings["device"] == "auto" else settings["device"])
-    if device.type == "cpu":
-        torch.set_num_threads(settings["threads"] or torch.get_num_threads())
-        keep_large_buffers()
-    else:
-        torch.cuda.reset_peak_memory_stats(device)
+    epochs, device = round(budget), prepared_device(settings)
     options = trial_options(settings, epochs, seed)
     data = opened(options, device)
     torch.manual_seed(seed)
-    network = create_model(
-        model_config(config, settings["model"]), num_classes=len(data.classes), input_size=data.size
-    )
-    training = Training(network, options, Process(device=device))
+    network = model_config(config, settings["model"])
+    network = create_model(network, num_classes=len(data.classes), input_size=data.size)
+    training = recipe.Training(network, options, recipe.Process(device=device))
     curve, spent, begun = [], 0.0, time.perf_counter()
     for epoch in range(epochs):
         epoch_begun = time.perf_counter()
-        loss = train_one_epoch(training, data, epoch).mean().item()
+        loss = recipe.train_one_epoch(training, data, epoch).mean().item()
         spent += time.perf_counter() - epoch_begun
         if not math.isfinite(loss):
             raise FloatingPointError(f"diverged: the mean loss of epoch {epoch + 1} is {loss}")
-        scores = evaluate(network, data, "val", training.amp)
+        scores = recipe.evaluate(network, data, "val", training.amp)
         curve.append([round(loss, 5), round(scores["top1"], 3)])
     if settings["split"] in data.splits and settings["split"] != "val":
-        scores = evaluate(network, data, settings["split"], training.amp)
+        scores = recipe.evaluate(network, data, settings["split"], training.amp)
     info = {
         "top1": scores["top1"],
         "parameters": count_parameters(network),
@@ -296,58 +265,51 @@ def train(config: dict, seed: int, budget: float, settings: dict):
         "inference_images_per_second": inference_speed(network, data, training.amp),
         "seconds": time.perf_counter() - begun,
         "curve": curve,  # of each epoch: mean training loss, validation top-1 in percent
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": f"cpu, {torch.get_num_threads()} threads",
     }
     if device.type == "cuda":
+        info["device"] = torch.cuda.get_device_name(device)
         info["peak_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
-    costs = {
-        "accuracy": 1 - info["top1"] / 100,
-        "throughput": -info["inference_images_per_second"],
-        "macs": info["macs"] / 1e6,
-        "parameters": info["parameters"] / 1e6,
-    }
+    costs = {"accuracy": 1 - info["top1"] / 100, "throughput": -info["inference_images_per_second"]}
+    costs |= {"macs": info["macs"] / 1e6, "parameters": info["parameters"] / 1e6}
     return [costs[name] for name in settings["objectives"]], info
 
 
 TRAIN = f"{train.__module__}:{train.__qualname__}"
 
 
-def trial_options(settings: dict, epochs: int, seed: int) -> TrainingOptions:
+def prepared_device(settings: dict) -> torch.device:
+    """The device of a trial, with threads, allocator and counters as the trial wants them."""
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name if settings["device"] == "auto" else settings["device"])
+    if device.type == "cpu":
+        torch.set_num_threads(settings["threads"] or torch.get_num_threads())
+        keep_large_buffers()
+    else:
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats(device)
+    return device
+
+
+def trial_options(settings: dict, epochs: int, seed: int) -> recipe.Options:
     """The recipe of `train.py` for the data, its cosine over the trial's epochs, a quarter of it warm-up."""
-    recipe = resolve_training(TrainingOptions(data=settings["data"], model=settings["model"]))
+    usual = recipe.resolve(recipe.Options(data=settings["data"], model=settings["model"]))
     return replace(
-        recipe,
-        epochs=epochs,
-        warmup_epochs=min(recipe.warmup_epochs, epochs // 4),
-        cooldown_epochs=0,
-        batch=settings["batch"],
-        accumulate=1,
-        repeats=1,
-        seed=seed,
-        channels_last=True,
-        compile=settings["compile"],
-        root=settings["root"],
-    )
+        usual, epochs=epochs, warmup_epochs=min(usual.warmup_epochs, epochs // 4), cooldown_epochs=0,
+        batch=settings["batch"], accumulate=1, repeats=1, seed=seed, channels_last=True,
+        compile=settings["compile"], root=settings["root"],
+    )  # fmt: skip
 
 
-def opened(options: TrainingOptions, device: torch.device) -> Data:
+def opened(o: recipe.Options, device: torch.device) -> Data:
     """The data set, opened once a process and kept for its next trials."""
-    key = (options.data, options.root, options.size, options.batch, options.seed, device)
+    key = (o.data, o.root, o.size, o.batch, o.seed, device)
     if key not in _opened:
         for data in _opened.values():
             data.close()
         _opened.clear()
-        places = {"device": device, "root": options.root}
-        _opened[key] = open_data(
-            options.data,
-            size=options.size,
-            batch=options.batch,
-            augment=augmentation(options),
-            seed=options.seed,
-            **places,
-        )
+        shape = {"size": o.size, "batch": o.batch, "augment": recipe.augmentation(o)}
+        _opened[key] = open_data(o.data, seed=o.seed, device=device, root=o.root, **shape)
     return _opened[key]
 
 
@@ -591,9 +553,14 @@ class Journal:
         self.file.seek(len(whole))
 
     def append(self, row: dict) -> None:
-        self.file.write(json.dumps(row).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.file.name}: {error.strerror}; make room and start again"
+            ) from None
         self.rows.append(row)
 
     def set_aside(self) -> None:
@@ -787,19 +754,30 @@ def best_rows(rows: list[dict], budget: float) -> list[dict]:
 def trial_devices(o: Options) -> list[tuple[str, int]]:
     """Where each of the trials at once runs: (device, threads; 0 is as many as torch likes)."""
     if o.scheduler:
-        return [("auto", 0)] * o.workers
+        return [("auto", 0)] * (o.workers or 1)
     gpus = torch.cuda.device_count() if o.device != "cpu" else 0
     if o.device == "cuda" and not gpus:
         raise UsageError("--device cuda: torch finds no GPU here")
     if gpus:
-        if o.workers > gpus * o.workers_per_gpu:
+        workers = o.workers or gpus * o.workers_per_gpu
+        if workers > gpus * o.workers_per_gpu:
             raise UsageError(
                 f"--workers {o.workers}: {gpus} GPUs with --workers-per-gpu {o.workers_per_gpu} take "
                 f"{gpus * o.workers_per_gpu}"
             )
-        return [(f"cuda:{i % gpus}", 1) for i in range(o.workers)]
+        return [(f"cuda:{i % gpus}", 1) for i in range(workers)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [("cpu", max(1, cores // o.workers))] * o.workers
+    workers = o.workers or min(cores, 4)
+    return [("cpu", max(1, cores // workers))] * workers
+
+
+def trial_value(row: dict) -> TrialValue:
+    """A row of the journal as SMAC wants to be told it."""
+    return TrialValue(
+        cost=row["cost"] if len(row["cost"]) > 1 else row["cost"][0], time=row["end"] - row["start"],
+        status=StatusType[row["status"].upper()], starttime=row["start"], endtime=row["end"],
+        additional_info=row["info"],
+    )  # fmt: skip
 
 
 def replay(smac: MultiFidelityFacade, rows: list[dict], state: dict) -> None:
@@ -812,18 +790,8 @@ def replay(smac: MultiFidelityFacade, rows: list[dict], state: dict) -> None:
     for row in rows:
         config = Configuration(space, row["config"], origin=row["origin"])
         smac.optimizer._start_time = time.time() - row["elapsed"]  # of the trajectory that SMAC keeps
-        cost = row["cost"] if len(row["cost"]) > 1 else row["cost"][0]
-        smac.runhistory.add(
-            config,
-            cost,
-            time=row["end"] - row["start"],
-            status=StatusType[row["status"].upper()],
-            seed=row["seed"],
-            budget=row["budget"],
-            starttime=row["start"],
-            endtime=row["end"],
-            additional_info=row["info"],
-        )
+        info = TrialInfo(config, seed=row["seed"], budget=row["budget"])
+        smac.runhistory.add_trial(info, trial_value(row))
         intensifier.update_incumbents(config)
     try:
         intensifier.set_state(state["intensifier"])
@@ -865,7 +833,7 @@ class Search:
         self.trials, self.seconds = o.trials or math.inf, seconds(o.walltime)
         self.limits = {"time_limit": seconds(o.time_limit), "memory_limit": o.memory_limit * 1e9}
         if not o.memory_limit:
-            self.limits["memory_limit"] = 0.9 * psutil.virtual_memory().total / o.workers
+            self.limits["memory_limit"] = 0.9 * psutil.virtual_memory().total / len(self.devices)
         self.failed = crash_costs(self.settings["objectives"], o.model)
         self.folder = Path(o.out)
         check_unchanged(self.folder, self.settings)
@@ -875,6 +843,7 @@ class Search:
         self.running: dict = {}  # future -> (TrialInfo, (device, threads))
         self.outcomes: list[dict] = []  # of this start
         self.smac_seconds, self.saved_at, self.exhausted, self.signal = 0.0, 0.0, False, 0
+        self.bar = tqdm(disable=None, total=100, bar_format="{percentage:3.0f}%|{bar:40}| {postfix}")
         self.restore()
 
     # What is known
@@ -922,7 +891,7 @@ class Search:
     def run(self) -> int:
         """Search until the trials or the time are used up, then compare and explain; 130 after Ctrl-C."""
         with self.signals():
-            with dask_client(self.options) as client:
+            with dask_client(self.options.scheduler, len(self.devices)) as client:
                 self.executor = client.get_executor(pure=False)
                 try:
                     while not self.signal:
@@ -934,6 +903,7 @@ class Search:
                     if not self.signal:
                         conclude(self)
                 finally:
+                    self.bar.close()
                     close_trial_processes()
                     if self.options.scheduler:
                         client.run(close_trial_processes)
@@ -980,17 +950,9 @@ class Search:
     def submit(self, config: dict, seed: int, budget: float, split: str, trial) -> None:
         """Send a trial to the next free worker; `trial` comes back with its outcome from `finished`."""
         device, threads = self.devices.pop()
-        job = {
-            "target": self.target,
-            "config": config,
-            "seed": seed,
-            "budget": budget,
-            "device": device,
-            "threads": threads,
-            "path": [str(Path(__file__).parent), *(entry for entry in sys.path if entry)],
-            "settings": None,
-            **self.limits,
-        }
+        path = [str(Path(__file__).parent), *(entry for entry in sys.path if entry)]
+        job = {"target": self.target, "config": config, "seed": seed, "budget": budget, "settings": None}
+        job |= {"device": device, "threads": threads, "path": path, **self.limits}
         if self.target == TRAIN:
             job["settings"] = {
                 **{name: self.settings[name] for name in ("data", "model", "batch", "objectives")},
@@ -1024,26 +986,15 @@ class Search:
     def collect(self) -> None:
         """Write down what has finished, then tell SMAC."""
         for trial, outcome in self.finished():
-            names = ("status", "cost", "start", "end", "info")
             row = {
                 "config": {name: str(value) for name, value in trial.config.items()},
-                "seed": int(trial.seed),
-                "budget": float(trial.budget),
-                **{name: outcome[name] for name in names},
+                **{"seed": int(trial.seed), "budget": float(trial.budget), "origin": trial.config.origin},
+                **{name: outcome[name] for name in ("status", "cost", "start", "end", "info")},
                 "elapsed": self.elapsed,
-                "origin": trial.config.origin,
             }
             self.journal.append(row)
             begun = time.monotonic()
-            value = TrialValue(
-                cost=row["cost"] if len(row["cost"]) > 1 else row["cost"][0],
-                time=row["end"] - row["start"],
-                status=StatusType[row["status"].upper()],
-                starttime=row["start"],
-                endtime=row["end"],
-                additional_info=row["info"],
-            )
-            self.smac.tell(trial, value, save=False)
+            self.smac.tell(trial, trial_value(row), save=False)
             self.smac_seconds += time.monotonic() - begun
             self.outcomes.append(row)
             say(self, row)
@@ -1068,45 +1019,41 @@ def save_smac(smac: MultiFidelityFacade) -> None:
 
 
 @contextlib.contextmanager
-def dask_client(o: Options):
-    """A Dask client: of the cluster that --scheduler names, or of one in this process, a thread a trial.
+def dask_client(scheduler: str, workers: int):
+    """A Dask client: of the cluster that exists at `scheduler`, or of one in this process, a thread a trial.
 
     The threads only watch trial processes, so they need no process of their own. Dask's chatter about closing
     connections is no news.
     """
     for name in ("distributed", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    if o.scheduler:
+    if scheduler:
         try:
-            client = Client(o.scheduler, timeout=SCHEDULER_PATIENCE)
+            client = Client(scheduler, timeout=SCHEDULER_PATIENCE)
         except (OSError, ValueError) as error:
-            raise UsageError(
-                f"--scheduler {o.scheduler}: no Dask scheduler answers there ({error})"
-            ) from None
+            raise UsageError(f"--scheduler {scheduler}: no Dask scheduler answers there: {error}") from None
         with client:
             yield client
         return
-    cluster = LocalCluster(n_workers=1, threads_per_worker=o.workers, processes=False, dashboard_address=None)
+    here = {"processes": False, "dashboard_address": "127.0.0.1:0"}
+    cluster = LocalCluster(n_workers=1, threads_per_worker=workers, **here)
     with cluster, Client(cluster) as client:
         yield client
 
 
 def say(search: Search, row: dict) -> None:
-    """One line about a trial that has finished."""
-    n, best = len(search.rows), search.incumbents()
+    """One line about a trial that has finished, and how long the search will go on."""
+    n, best, objectives = len(search.rows), search.incumbents(), search.settings["objectives"]
+    failure = f"{row['status']}: {row['info'].get('error', '').split(chr(10))[0][:80]}"
+    result = result_text(row["cost"], objectives) if row["status"] == "success" else failure
+    spent = clock(row["end"] - row["start"])
     done = f"{n}/{search.trials}" if search.trials < math.inf else f"{n}"
-    if row["status"] == "success":
-        result = result_text(row["cost"], search.settings["objectives"])
-    else:
-        result = f"{row['status']}: {row['info']['error'].splitlines()[0][:80]}"
-    epochs = f"{row['budget']:3g} epochs"
-    line = f"{done:>7} {short(row['config']):58} {epochs} {result:>8} {clock(row['end'] - row['start']):>8}"
-    if best:
-        line += f"  best {result_text(best[0]['cost'][:1], ['accuracy'])}"
-    left = [(search.seconds - search.elapsed)] if search.seconds < math.inf else []
-    if search.trials < math.inf:
-        left.append(search.elapsed / n * (search.trials - n))
-    tqdm.write(f"{line}  left {clock(max(0.0, min(left)))}")
+    line = f"{done:>7} {short(row['config']):58} {row['budget']:3g} epochs {result:>8} {spent:>8}"
+    line += f"  best {result_text(best[0]['cost'][:1], objectives)}" if best else ""
+    left = max(0.0, min(search.seconds - search.elapsed, search.elapsed / n * (search.trials - n)))
+    search.bar.n = 100 * search.elapsed / (search.elapsed + left)
+    search.bar.set_postfix_str(f"{clock(left)} left")
+    tqdm.write(line if search.bar.disable is False else f"{line}  left {clock(left)}")
     sys.stdout.flush()
 
 
@@ -1118,7 +1065,7 @@ def result_text(costs: list[float], objectives: list[str]) -> str:
         "macs": lambda c: f"{c:.1f} MMACs",
         "parameters": lambda c: f"{c:.3f} M parameters",
     }
-    return "  ".join(forms[name](cost) for name, cost in zip(objectives, costs, strict=True))
+    return "  ".join(forms[name](cost) for name, cost in zip(objectives, costs, strict=False))
 
 
 def show_incumbents(search: Search) -> None:
@@ -1201,9 +1148,8 @@ def importances(codes: np.ndarray, costs: np.ndarray, sizes: list[int], seed: in
     forest.fit(one_hot(codes, sizes), costs)
     incumbent, points = codes[np.argmin(costs)], every_point(sizes)
     around = np.repeat(incumbent[None], sum(sizes), axis=0)
-    around[np.arange(sum(sizes)), np.repeat(np.arange(len(sizes)), sizes)] = np.concatenate(
-        [np.arange(size) for size in sizes]
-    )
+    choice, value = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(n) for n in sizes])
+    around[np.arange(sum(sizes)), choice] = value
     around, everywhere, edges = one_hot(around, sizes), one_hot(points, sizes), np.cumsum(sizes)[:-1]
     local, effects = np.zeros((TREES, len(sizes))), np.zeros((TREES, len(sizes)))
     for t, tree in enumerate(forest.estimators_):
@@ -1221,7 +1167,7 @@ def importance(folder: Path) -> dict:
 
     UsageError when no budget has twice as many trials as there are choices: a forest of fewer says nothing.
     """
-    settings, least = settings_of(folder), 0
+    settings = settings_of(folder)
     space = settings["space"]
     least, sizes, found, few = 2 * len(space), [len(values) for values in space.values()], {}, []
     for budget in settings["budgets"]:
@@ -1378,10 +1324,9 @@ def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
     plt = pyplot()
     budgets = settings["budgets"]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    hours = rows[-1]["elapsed"] > 2 * 3600
     colours = plt.colormaps["viridis"](np.linspace(0.75, 0.15, len(budgets)))
-    scales = {"trials": range(1, len(rows) + 1), "hours" if hours else "minutes": []}
-    scales["hours" if hours else "minutes"] = [row["elapsed"] / (3600 if hours else 60) for row in rows]
+    unit, length = ("hours", 3600) if rows[-1]["elapsed"] > 2 * 3600 else ("minutes", 60)
+    scales = {"trials": range(1, len(rows) + 1), unit: [row["elapsed"] / length for row in rows]}
     for axis, (name, places) in zip(axes, scales.items(), strict=True):
         for budget, colour in zip(budgets, colours, strict=True):
             dots = [
@@ -1415,16 +1360,12 @@ def draw_front(rows: list[dict], front: list[dict], settings: dict, path: Path) 
     done = [row for row in rows if row["status"] == "success" and row["budget"] == budget]
     for i, (axis, name) in enumerate(zip(axes[0], others, strict=True), start=1):
         sign = -1 if name == "throughput" else 1
-        for group, style in (
-            (done, {"color": "0.7"}),
-            (front, {"color": "crimson", "label": "Pareto front"}),
-        ):
+        for group, colour, label in ((done, "0.7", "other trials"), (front, "crimson", "Pareto front")):
             points = sorted((sign * row["cost"][i], 100 - 100 * row["cost"][0]) for row in group)
-            axis.plot(*zip(*points, strict=True), "o", markersize=5, **style)
+            axis.plot(*zip(*points, strict=True), "o", markersize=5, color=colour, label=label)
         if len(others) == 1:
-            axis.step(
-                *zip(*points, strict=True), where="pre" if sign < 0 else "post", color="crimson", linewidth=1
-            )
+            where = "pre" if sign < 0 else "post"
+            axis.step(*zip(*points, strict=True), where=where, color="crimson", linewidth=1)
         axis.set(xlabel=units[name], ylabel="validation top-1, %")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, -1].legend(frameon=False)

@@ -85,8 +85,8 @@ def finished_line(line):
     return head[1] if len(parts) > 1 and "/" in head[0] and head[0].split("/")[0].isdigit() else None
 
 
-def killed(out, trials, workers, wait, from_first_word=True):
-    """A search, SIGKILLed `wait` seconds after its first word or its start (None: it ends by itself).
+def killed(out, trials, workers, wait, from_first_trial=True):
+    """A search, SIGKILLed `wait` seconds after its first trial or its start (None: it ends by itself).
 
     Returns its exit status and what it said, line by line.
     """
@@ -95,12 +95,13 @@ def killed(out, trials, workers, wait, from_first_word=True):
     def read():
         for line in search.stdout:
             said.append(line.rstrip())
-            spoke.set()
+            if finished_line(line):
+                spoke.set()
 
     reader = threading.Thread(target=read)
     reader.start()
     if wait is not None:
-        if from_first_word:
+        if from_first_trial:
             spoke.wait(120)
         try:
             search.wait(wait)

@@ -134,7 +134,7 @@ def test_times(text, value):
         (["--objectives", "macs"], "accuracy first"),
         (["--objectives", "accuracy,beauty"], "throughput, macs, parameters"),
         (["--model", "resnet"], "none of"),
-        (["--workers", "0"], "at least 1"),
+        (["--workers", "-1"], "at least 1"),
         (["--trials", "-3"], "at least 1"),
         (["--tirals", "3"], "unrecognized"),
         (["--data", "nowhere"], "no folder"),
@@ -368,7 +368,7 @@ def test_a_search_whose_first_trials_all_fail_stops_with_the_first_error(tmp_pat
 
 def test_a_dask_cluster_that_exists_runs_the_trials(tmp_path):
     with LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", dashboard_address=None
+        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", dashboard_address="127.0.0.1:0"
     ) as cluster:
         status, rows = run(tmp_path / "run", 6, workers=2, scheduler=cluster.scheduler_address)
     assert status == 0 and len(rows) == 6
