@@ -886,7 +886,8 @@ class Run:
         self.folder = Folder(options.out)
         checkpoint = process.from_first(lambda: self.folder.open(self.record))
         if checkpoint is None and options.init_weights:
-            load_weights(model, options.init_weights)
+            with contextlib.redirect_stdout(sys.stdout if process.first else io.StringIO()):
+                load_weights(model, options.init_weights)
         self.training = Training(model, options, process)
         self.loggers = open_loggers(options) if process.first else []
         self.introduce()
@@ -1018,9 +1019,8 @@ class Run:
     def finish(self) -> None:
         """Score the best weights on the test split, once in a run's life."""
         if "epoch" in self.metrics[-1] and "test" in self.data.splits:
-            if self.process.world > 1:
-                dist.barrier()  # until the first process has written best.pt
-            best = load_checkpoint(self.folder.best).to(self.process.device)
+            best = copy.deepcopy(self.training.model)
+            best.load_state_dict(self.process.from_first(lambda: read_checkpoint(self.folder.best)["model"]))
             result = evaluate(best, self.data, "test", self.training.amp, self.stop)
             self.metrics.append({f"test_{name}": result[name] for name in ("top1", "top5", "loss", "count")})
             self.save()

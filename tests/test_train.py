@@ -673,20 +673,20 @@ def test_two_processes_learn_what_one_does(tiny, tmp_path):
 def test_torchrun_restarts_after_a_killed_rank(tiny, tmp_path):
     out = tmp_path / "run"
     process = torchrun(
-        tmp_path, "--max-restarts=1", str(ROOT / "train.py"), *arguments(tiny, out, "--epochs", "4")
+        tmp_path, "--max-restarts=1", str(ROOT / "train.py"), *arguments(tiny, out, "--epochs", "30")
     )
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("epoch 2/4"):
+        if line.startswith("epoch 2/30"):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
             break
     output, error = process.communicate(timeout=120)
     output = "".join(lines) + output
     assert process.returncode == 0, error
-    assert re.search(r"going on at epoch [34]/4", output), output
-    assert learnt(out)["epoch"] == 4
+    assert re.search(r"going on at epoch \d+/30", output), output
+    assert learnt(out)["epoch"] == 30
     assert "test top-1" in output
 
 
