@@ -613,19 +613,17 @@ def find_images(folder: Path, name: str) -> list[str]:
     return sorted(found, key=natural_key)
 
 
-def baseline_frame(data: bytearray | memoryview) -> tuple[int, int, int, int] | None:
-    """Return (height, width, rows of a block, where the height stands) of a baseline JPEG with a single scan.
+def baseline_frame(data: bytearray | memoryview) -> tuple[int, int, int] | None:
+    """Return (height, width, where the height stands) of a baseline JPEG with a single scan.
 
     In such a file the rows follow each other. None for any other, such as a progressive one.
     """
     at, frame, channels = 2, None, 0
-    while at + 24 < len(data) and data[at] == 0xFF:
+    while at + 10 < len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker in (0xC0, 0xC1):
-            channels = data[at + 9]
-            rows = 8 * max(data[at + 11 + 3 * channel] & 15 for channel in range(channels))
             height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
-            frame = height, width, rows, at + 5
+            frame, channels = (height, width, at + 5), data[at + 9]
         elif marker == 0xDA:
             return frame if data[at + 4] == channels else None
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
@@ -742,9 +740,9 @@ class FolderDataset(Dataset):
         box = None
         alone = self.silence is not contextlib.nullcontext
         if alone and data[-2:] == b"\xff\xd9" and (frame := baseline_frame(data)):  # whole, not truncated
-            height, width, block, place = frame
+            height, width, place = frame
             box = crop_box(height, width, self.augment, draws)
-            rows = ((box[0] + box[2]) // block + 2) * block  # one block more: chroma is smoothed across them
+            rows = box[0] + box[2] + 4  # chroma is smoothed with the next row's, up to 4 pixels below
             if rows < height:
                 data[place : place + 2] = rows.to_bytes(2, "big")
         with self.silence():
