@@ -1426,7 +1426,7 @@ PHOTOGRAPH_SIZES = {
 
 
 def make_photographs(folder: Path, count: int = 300, links: int = 8) -> None:
-    """Write `count` JPEG files, about 110 KB each, cut from scikit-learn's and scikit-image's photographs.
+    """Write `count` JPEG files, about 100 KB each, cut from scikit-learn's and scikit-image's photographs.
 
     Crops, zooms, flips and a little sensor noise make them differ; every file is linked `links` times, so
     that an epoch is long enough to time.
