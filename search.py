@@ -1206,13 +1206,14 @@ def draw_importance(found: dict, path: Path) -> None:
             means, deviations = zip(*(result[kind][name] for name in names), strict=True)
             places = np.arange(len(names)) + thickness * ((len(found) - 1) / 2 - i)
             label = f"{budget:g} epoch{'s' * (budget != 1)}, {result['trials']} trials"
-            lower = np.minimum(deviations, means)  # no bar of deviation reaches below nothing
+            means, deviations = np.array(means), np.array(deviations)
+            spread = np.minimum(deviations, means), np.minimum(deviations, 1 - means)  # a share is in [0, 1]
             axis.barh(
-                places, means, thickness, xerr=[lower, deviations], color=colours[i], label=label,
+                places, means, thickness, xerr=spread, color=colours[i], label=label,
                 error_kw={"elinewidth": 0.8, "ecolor": "0.4"},
             )  # fmt: skip
         axis.set_title(title, fontsize=10)
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.02)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes[1].legend(frameon=False, fontsize=9, loc="lower right")
@@ -1334,8 +1335,9 @@ def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
                 for x, row in zip(places, rows, strict=True)
                 if row["status"] == "success" and row["budget"] == budget
             ]
+            label = f"{budget:g} epoch{'s' * (budget != 1)}"
             if dots:
-                axis.scatter(*zip(*dots, strict=True), s=14, color=colour, label=f"{budget:g} epochs")
+                axis.scatter(*zip(*dots, strict=True), s=14, color=colour, label=label)
         best, steps = math.inf, []
         for x, row in zip(places, rows, strict=True):
             if row["status"] == "success" and row["budget"] == budgets[-1]:
@@ -1346,7 +1348,8 @@ def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
         axis.set_xlabel(name)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("validation top-1, %")
-    axes[1].legend(frameon=False, fontsize=9)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
     save_figure(figure, path)
 
 
