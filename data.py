@@ -106,13 +106,18 @@ class EvalTransform:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a CPU tensor to the device; a GPU goes on with its work meanwhile, which takes pinned memory."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def normalize(images: torch.Tensor, mean, std, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Turn uint8 (B, 3, H, W) into (images / 255 - mean) / std of `dtype`, on the images' own device.
 
     mean and std are three floats each, of values in 0..1. The arithmetic is float32 whatever the dtype.
     """
-    mean = torch.tensor(mean, dtype=torch.float32, device=images.device).mul_(255).view(3, 1, 1)
-    std = torch.tensor(std, dtype=torch.float32, device=images.device).mul_(255).view(3, 1, 1)
+    constants = on_device(torch.tensor([mean, std], dtype=torch.float32), images.device)
+    mean, std = constants.mul_(255).view(2, 3, 1, 1)
     return images.float().sub_(mean).div_(std).to(dtype)
 
 
@@ -189,7 +194,7 @@ def gather_windows(padded: torch.Tensor, corners: np.ndarray, flips: np.ndarray,
     height, width = size
     rows = (corners[:, :1] + np.arange(height)) * padded.shape[3]
     columns = corners[:, 1:] + np.where(flips[:, None], np.arange(width)[::-1], np.arange(width))
-    rows, columns = (torch.from_numpy(i).to(padded.device) for i in (rows, columns))
+    rows, columns = (on_device(torch.from_numpy(i), padded.device) for i in (rows, columns))
     places = (rows[:, None, :, None] + columns[:, None, None, :]).flatten(2)  # (B, 1, H * W)
     return padded.flatten(2).gather(2, places.expand(-1, 3, -1)).unflatten(2, (height, width))
 
@@ -207,7 +212,7 @@ ALMOST = 1e-3  # added before fractions are cut off, so that float32's 253.99999
 
 def per_image(arguments: list[float], images: torch.Tensor) -> torch.Tensor:
     """Return one number per image as float32 (N, 1, 1, 1) on the images' device."""
-    return torch.tensor(arguments, dtype=torch.float32).view(-1, 1, 1, 1).to(images.device)
+    return on_device(torch.tensor(arguments, dtype=torch.float32), images.device).view(-1, 1, 1, 1)
 
 
 def cut(values: torch.Tensor) -> torch.Tensor:
@@ -328,7 +333,9 @@ def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic
     else:
         weights = [np.round(128 * d)]
     per_row = np.array([whole - bicubic, np.floor(offsets + 0.5), *weights], dtype=np.float32)
-    first, nearest, *weights = torch.from_numpy(per_row).to(device)[:, :, None, :, None]  # (N, 1, H, 1) each
+    first, nearest, *weights = on_device(torch.from_numpy(per_row), device)[
+        :, :, None, :, None
+    ]  # (N, 1, H, 1) each
     columns = torch.arange(width + (3 if bicubic else 1), dtype=torch.int16, device=device)
     source = (columns + first.short()).clamp_(0, width - 1).long()
     taps = images.gather(3, source.expand(len(images), 3, images.shape[2], -1))
@@ -489,7 +496,7 @@ class TensorSource:
     def batches(self, jobs: Iterator[Job]) -> Batches:
         for job in jobs:
             images, labels = self.splits[job.split]
-            indices = torch.from_numpy(job.indices).to(self.device)
+            indices = on_device(torch.from_numpy(job.indices), self.device)
             images, labels = images.index_select(0, indices), labels.index_select(0, indices)
             if job.key is not None:
                 rng = np.random.default_rng(job.key)
