@@ -713,11 +713,11 @@ class Folder:
         figure.suptitle(title, fontsize=10)
         left, right = figure.subplots(1, 2)
         rates = left.twinx()
-        curves = left.semilogy(column["epoch"], column["train_loss"], label="training loss")
+        curves = left.plot(column["epoch"], column["train_loss"], label="training loss")
         curves += rates.plot(column["epoch"], column["lr"], color="0.6", label="learning rate")
         left.legend(handles=curves, frameon=False)
         left.set(xlabel="epoch", ylabel="training loss")
-        left.minorticks_off()
+        left.set_ylim(bottom=0)
         rates.set(ylabel="learning rate")
         rates.ticklabel_format(style="sci", axis="y", scilimits=(0, 0))
         for name, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
