@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
@@ -38,6 +39,12 @@ def slow(config, seed, budget):
 def asleep(config, seed, budget):
     """A trial of the same length whatever the machine does."""
     time.sleep(1.0)
+    return formula(config, seed, budget)
+
+
+def loading(config, seed, budget):
+    """A trial that has loader workers of its own, as those of image folders do."""
+    assert len(list(torch.utils.data.DataLoader(range(4), num_workers=1))) == 4
     return formula(config, seed, budget)
 
 

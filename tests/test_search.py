@@ -366,12 +366,14 @@ def test_a_search_whose_first_trials_all_fail_stops_with_the_first_error(tmp_pat
     assert again.rows == [] and (tmp_path / "run/failed.jsonl").exists()
 
 
-def test_a_dask_cluster_that_exists_runs_the_trials(tmp_path):
+def test_a_dask_cluster_that_exists_runs_trials_that_fork_loader_workers(tmp_path):
     with LocalCluster(
         n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", dashboard_address="127.0.0.1:0"
     ) as cluster:
-        status, rows = run(tmp_path / "run", 6, workers=2, scheduler=cluster.scheduler_address)
-    assert status == 0 and len(rows) == 6
+        status, rows = run(
+            tmp_path / "run", 6, targets.loading, workers=2, scheduler=cluster.scheduler_address
+        )
+    assert status == 0 and [row["status"] for row in rows] == ["success"] * 6
 
 
 # How it proposes
