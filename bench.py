@@ -1259,7 +1259,7 @@ def place_labels(axes, bubbles: list[Bubble]) -> list:
         texts.append(
             axes.text(item.x, item.top1, item.label, fontsize=9, weight=weight, ha="center", va="center")
         )
-    halves = [np.array(text.get_window_extent().size) / 2 + 3 * scale for text in texts]
+    halves = np.array([text.get_window_extent().size for text in texts]) / 2 + 3 * scale
     frame = axes.get_window_extent().extents
     places = [
         [
@@ -1271,12 +1271,12 @@ def place_labels(axes, bubbles: list[Bubble]) -> list:
         ]
         for centre, radius, half in zip(centres, radii, halves, strict=True)
     ]
-    at = [own[0] for own in places]
+    at = np.array([own[0] for own in places])
     for _ in range(20):
-        before = [tuple(place) for place in at]
+        before = at.copy()
         for i, own in enumerate(places):
             at[i] = min(own, key=lambda place, i=i: crowding(place, i, at, halves, (centres, radii), frame))
-        if before == [tuple(place) for place in at]:
+        if (before == at).all():
             break
     to_data = axes.transData.inverted().transform
     for text, place, half, centre, radius in zip(texts, at, halves, centres, radii, strict=True):
@@ -1284,24 +1284,31 @@ def place_labels(axes, bubbles: list[Bubble]) -> list:
         nearest = np.clip(centre, place - half, place + half)
         away = np.linalg.norm(nearest - centre)
         if away > radius + 8 * scale:
-            line = to_data([centre + (nearest - centre) * radius / away, nearest])
-            axes.plot(*line.T, color="0.5", linewidth=0.6, zorder=1)
+            ends = to_data([centre + (nearest - centre) * radius / away, nearest])
+            axes.plot(*ends.T, color="0.5", linewidth=0.6, zorder=1)
     return texts
 
 
-def crowding(place, i: int, at: list, halves: list, circles: tuple, frame) -> float:
-    """What label i would cost at `place`: its overlap with labels, bubbles and frame, and its distance."""
+def crowding(place, i: int, at, halves, circles: tuple, frame) -> float:
+    """What label i costs at `place`: its overlap with labels, lines, bubbles and frame, and its distance."""
     low, high = place - halves[i], place + halves[i]
-    outside = np.maximum(0, np.concatenate([frame[:2] - low, high - frame[2:]])).sum()
-    cost = 1000.0 * outside
     centres, radii = circles
-    for j in range(len(at)):
-        if j != i:
-            overlap = np.minimum(high, at[j] + halves[j]) - np.maximum(low, at[j] - halves[j])
-            cost += 100.0 * overlap.prod() if (overlap > 0).all() else 0.0
-        reach = radii[j] - np.linalg.norm(np.clip(centres[j], low, high) - centres[j])
-        cost += 30.0 * max(0.0, reach)
-    return cost + 3.0 * np.linalg.norm(place - centres[i])
+    others = np.arange(len(at)) != i
+    outside = np.maximum(0, np.concatenate([frame[:2] - low, high - frame[2:]])).sum()
+    overlap = np.minimum(high, at + halves) - np.maximum(low, at - halves)
+    covered = np.maximum(0, overlap).prod(1)[others].sum()
+    reach = np.maximum(0, radii - np.linalg.norm(np.clip(centres, low, high) - centres, axis=1)).sum()
+    own, lines = line(centres[i], place, halves[i]), line(centres, at, halves)
+    crossed = (abs(own - at) < halves).all(-1).sum(0) + (abs(lines - place) < halves[i]).all(-1).sum(0)
+    crossed += (np.linalg.norm(own - centres, axis=-1) < radii).sum(0)
+    distance = np.linalg.norm(place - centres[i])
+    return 1000 * outside + 100 * covered + 60 * crossed[others].sum() + 30 * reach + 3 * distance
+
+
+def line(centre, place, half) -> np.ndarray:
+    """(10, N, 2): ten points on the line from each bubble's centre to its label's box."""
+    nearest = np.clip(centre, place - half, place + half)
+    return centre + (nearest - centre) * np.linspace(0.1, 1, 10)[:, None, None]
 
 
 # --------------------------------------------------------------------------------------------------
