@@ -778,13 +778,17 @@ class StopSignal:
         self.signal = 0
         self.group = dist.new_group(backend="gloo") if process.world > 1 else None
         self.asked = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.receive)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.handlers = {number: signal.signal(number, self.receive) for number in numbers}
 
     def receive(self, number, _frame) -> None:
         if self.signal and self.group is None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or number
+
+    def close(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def agreed(self) -> bool:
         """Called once a step by every process: whether any of them had the wish a step ago."""
@@ -1005,7 +1009,8 @@ class Run:
         )
 
     def close(self) -> None:
-        """End the data's workers and unlock the folder."""
+        """End the data's workers, unlock the folder, give signals their former meaning."""
+        self.stop.close()
         self.data.close()
         if self.process.first:
             self.folder.lock.close()

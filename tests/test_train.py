@@ -481,7 +481,7 @@ def test_signals_save_in_mid_epoch_and_the_same_command_goes_on(
     kind, tiny, reference, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "run"
-    step = Training.step
+    step, before = Training.step, signal.getsignal(kind)
     taken = []
 
     def step_and_signal(self):
@@ -493,6 +493,7 @@ def test_signals_save_in_mid_epoch_and_the_same_command_goes_on(
     monkeypatch.setattr(Training, "step", step_and_signal)
     assert train.main(arguments(tiny, out, "--ema", "0.9")) == 128 + kind
     assert f"{kind.name}: saved in epoch 2 after step 6; the same command goes on" in capsys.readouterr().out
+    assert signal.getsignal(kind) is before
     assert train.main(arguments(tiny, out, "--ema", "0.9")) == 0
     assert "going on at epoch 2/3, step 7" in capsys.readouterr().out
     assert_same(learnt(out), learnt(reference))
@@ -658,7 +659,7 @@ def test_two_processes_learn_what_one_does(tiny, tmp_path):
     process = torchrun(
         tmp_path, str(ROOT / "train.py"), *arguments(tiny, tmp_path / "two", *settings, "--epochs", "1")
     )
-    output, error = process.communicate(timeout=120)
+    output, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert output.count("epoch 1/1") == 1 and "on 266 images" in output
     one = arguments(tiny, tmp_path / "one", *settings, "--epochs", "1", "--accumulate", "2")
@@ -682,7 +683,7 @@ def test_torchrun_restarts_after_a_killed_rank(tiny, tmp_path):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
             break
-    output, error = process.communicate(timeout=120)
+    output, error = process.communicate(timeout=300)
     output = "".join(lines) + output
     assert process.returncode == 0, error
     assert re.search(r"going on at epoch \d+/30", output), output
