@@ -1438,8 +1438,12 @@ def make_photographs(folder: Path, count: int = 300, links: int = 8) -> None:
     Crops, zooms, flips and a little sensor noise make them differ; every file is linked `links` times, so
     that an epoch is long enough to time.
     """
-    import skimage.data
     from sklearn.datasets import load_sample_image
+
+    try:
+        import skimage.data
+    except ModuleNotFoundError:
+        raise UsageError("made photographs need a package: pip install scikit-image, or name a PATH") from None
 
     photographs = [load_sample_image("china.jpg"), load_sample_image("flower.jpg"), skimage.data.astronaut()]
     photographs += [
