@@ -152,7 +152,7 @@ def survive(out, trials, workers, kills, seed=0):
 
 
 def rates(out):
-    """Trials an hour of one and of two workers, on trials that sleep one second: once all workers are warm."""
+    """Trials an hour of one and of two workers, on trials that sleep one second, once all are warm."""
     result = {}
     for workers in (1, 2):
         search = start(Path(out) / f"workers-{workers}", 60, workers, "asleep")
