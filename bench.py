@@ -1443,7 +1443,7 @@ def make_photographs(folder: Path, count: int = 300, links: int = 8) -> None:
     try:
         import skimage.data
     except ModuleNotFoundError:
-        raise UsageError("made photographs need a package: pip install scikit-image, or name a PATH") from None
+        raise UsageError("made photographs: pip install scikit-image, or name a PATH") from None
 
     photographs = [load_sample_image("china.jpg"), load_sample_image("flower.jpg"), skimage.data.astronaut()]
     photographs += [
