@@ -212,6 +212,8 @@ def resolve(options: Options, world: int = 1) -> Options:
             value = getattr(resolved, name)
             if value is not None and not holds(value):
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    if resolved.compile and resolved.grad_checkpointing:
+        raise UsageError("--grad-checkpointing does not work beneath --compile: leave out one of them")
     if resolved.min_lr > resolved.lr:
         raise UsageError(f"--min-lr {resolved.min_lr} is above --lr {resolved.lr}")
     return resolved

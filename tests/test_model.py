@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import random
@@ -203,7 +204,8 @@ def test_unsafe_and_truncated_files_are_refused(tmp_path):
     torch.save({"model": create_model("nexception_nano")}, tmp_path / "pickled.pt")
     torch.save(create_model("nexception_nano").state_dict(), tmp_path / "whole.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
-    for name in ("pickled.pt", "half.pt"):
+    (tmp_path / "empty.pt").touch()
+    for name in ("pickled.pt", "half.pt", "empty.pt"):
         with pytest.raises(ValueError, match=f"{name} is no readable checkpoint"):
             load_checkpoint(tmp_path / name)
 
@@ -341,14 +343,19 @@ def test_channels_last_and_reset_classifier():
 
 def test_gradient_checkpointing_changes_no_gradient():
     model = model_with_statistics(replace(MODELS["nexception_nano"], drop_path=0.3), 0).double().train()
-    x, gradients = torch.randn(4, 3, 32, 32, dtype=torch.float64), []
+    x, gradients, statistics = torch.randn(4, 3, 32, 32, dtype=torch.float64), [], []
+    before = copy.deepcopy(model.state_dict())
     for enable in (False, True):
+        model.load_state_dict(before)
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         torch.manual_seed(5)
         model(x).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
+        statistics.append([buffer.clone() for buffer in model.buffers()])
     for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+    for plain, recomputed in zip(*statistics, strict=True):
         torch.testing.assert_close(recomputed, plain)
 
 

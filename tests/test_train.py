@@ -273,6 +273,7 @@ def test_command_line_overrides_the_recipe():
         ("--ema 1", "--ema 1.0: must be at least 0 and below 1"),
         ("--batch 0", "--batch 0: must be at least 1"),
         ("--min-lr 1", "--min-lr 1.0 is above --lr"),
+        ("--compile --grad-checkpointing", "leave out one of them"),
         ("--amp int8", "invalid choice: 'int8'"),
         ("--model resnet50", "model: 'resnet50' is none of nexception_t"),
         ("--data /nowhere", "there is no folder '/nowhere'"),
