@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -71,6 +71,7 @@ from model import (
     MODELS,
     ModelConfig,
     NEXcepTion,
+    compile_frozen,
     count_parameters,
     create_model,
     fuse,
@@ -477,8 +478,7 @@ class Timed:
             self.optimizer = Lamb(parameter_groups(model, 0.02), lr=2e-3)
         self.model = model.train(options.train)
         if tuned and options.compile:
-            settings = None if options.train else {"freezing": True}
-            self.model = torch.compile(model, dynamic=False, options=settings)
+            self.model = torch.compile(model, dynamic=False) if options.train else compile_frozen(model)
         self.warm_up()
 
     def images(self, count: int) -> torch.Tensor:
@@ -542,13 +542,14 @@ class Timed:
         return time.perf_counter() - start
 
     def turn(self) -> tuple[float, list[float]]:
-        """One repetition: images/s of the batch, and seconds of three single images after one untimed."""
+        """One repetition: images/s of the batch, and seconds of three single images, each after one untimed."""
+        self.step()  # the models before it have emptied the caches
         speed = self.batch * self.passes / self.elapsed(self.step, self.passes)
         if self.options.train or not self.options.latency:
             return speed, []
         image = self.images(1)
         with torch.no_grad():
-            self.forward(image)  # the batch, and the models before it, have emptied the caches
+            self.forward(image)
             return speed, [self.elapsed(lambda: self.forward(image)) for _ in range(3)]
 
     def logits(self) -> np.ndarray:
@@ -620,7 +621,8 @@ class PlainProcess:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve_plain, args=(theirs, specs, options), daemon=True)
-        self.process.start()
+        with default_environment():
+            self.process.start()
         theirs.close()
         self.answer()  # built and warmed up
 
@@ -637,6 +639,17 @@ class PlainProcess:
     def close(self) -> None:
         self.pipe.close()
         self.process.join()
+
+
+@contextlib.contextmanager
+def default_environment() -> Iterator[None]:
+    """Take back what `keep_large_buffers` put into the environment, while a process is started from it."""
+    kept = os.environ.pop("THP_MEM_ALLOC_ENABLE", None)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            os.environ["THP_MEM_ALLOC_ENABLE"] = kept
 
 
 def serve_plain(pipe, specs: list[str], options: SpeedOptions) -> None:

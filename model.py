@@ -25,6 +25,7 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -704,6 +705,25 @@ def _set_affine(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> N
     dtype = layer.weight.dtype
     layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def compile_frozen(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A function (B, C, H, W) -> logits that runs `model` in evaluation mode, compiled by inductor with the
+    weights as constants: the fastest way to run a network on a CPU, best behind `fuse`.
+
+    Without gradients; the weights must stay as they are at the first call. Every new shape compiles anew.
+    """
+    import torch._inductor.config as inductor_config  # takes as long as PyTorch itself: only where needed
+
+    compiled = torch.compile(model.eval(), dynamic=False)
+
+    def frozen(x: Tensor) -> Tensor:
+        # torch.compile's own options={"freezing": True} comes too late: the tracer has by then made inputs
+        # of the weights, unless this switch tells it not to.
+        with torch.no_grad(), inductor_config.patch(freezing=True):
+            return compiled(x)
+
+    return frozen
 
 
 def keep_large_buffers() -> None:

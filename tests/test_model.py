@@ -11,6 +11,7 @@ import copy
 import json
 import platform
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,7 @@ from model import (
     MODELS,
     ModelConfig,
     NEXcepTion,
+    compile_frozen,
     count_macs,
     count_parameters,
     create_model,
@@ -369,6 +371,19 @@ def test_dynamo_captures_a_training_pass_without_graph_breaks(name):
     torch.manual_seed(0)
     torch.testing.assert_close(compiled(torch.ones(2, 3, 32, 32)), expected)
     compiled(torch.ones(2, 3, 32, 32)).sum().backward()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_frozen_network_is_the_same_and_has_its_weights_inside():
+    model = model_with_statistics(replace(MODELS["nexception_nano"], depths=(1,)), seed=0)
+    fused = fuse(model)
+    frozen, x = compile_frozen(fused), torch.randn(2, 3, 32, 32)
+    logits = frozen(x)
+    torch.testing.assert_close(logits, model(x), rtol=1e-5, atol=1e-5)
+    assert not logits.requires_grad
+    with torch.no_grad():
+        fused.head.fc.weight.zero_()
+    assert torch.equal(frozen(x), logits)  # compiled code that reads the weights would answer the bias
 
 
 @pytest.mark.parametrize("name", ["nexception_nano", "nexception_tp"])
