@@ -542,7 +542,7 @@ class Timed:
         return time.perf_counter() - start
 
     def turn(self) -> tuple[float, list[float]]:
-        """One repetition: images/s of the batch, seconds of three single images, each behind an untimed pass."""
+        """One repetition: images/s of the batch and seconds of three images alone, behind untimed passes."""
         self.step()  # the models before it have emptied the caches
         speed = self.batch * self.passes / self.elapsed(self.step, self.passes)
         if self.options.train or not self.options.latency:
