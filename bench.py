@@ -1610,8 +1610,11 @@ def time_workers(pipelines: Pipelines, workers: int, options: DataOptions) -> di
             begun, count = time.perf_counter(), 0
             while time.perf_counter() - begun < (options.seconds if turn else 1):
                 count += len(next(batches)[0])
+            seconds = time.perf_counter() - begun
             if turn:
-                rates.setdefault(name, []).append(count / (time.perf_counter() - begun))
+                rates.setdefault(name, []).append(count / seconds)
+            # Until its workers have prepared what they may: that is not to disturb the other one's turn.
+            time.sleep(3 * options.batch * workers * seconds / count)
     data.close()
     return rates
 

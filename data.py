@@ -167,36 +167,42 @@ def crop_box(height: int, width: int, augment: Augmentation, draws: list[float])
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def crop_and_flip(images: torch.Tensor, augment: Augmentation, rng: np.random.Generator) -> torch.Tensor:
-    """Pad uint8 (B, 3, H, W) with black, crop each image at random to (H, W) and flip it at random."""
-    corners = rng.integers(0, 2 * augment.padding + 1, (len(images), 2))
-    flips = rng.random(len(images)) < augment.flip
-    if not augment.padding and not flips.any():
-        return images
-    padded = F.pad(images, (augment.padding,) * 4)
+def crop_and_flip(
+    padded: torch.Tensor, indices: np.ndarray, augment: Augmentation, rng: np.random.Generator
+) -> torch.Tensor:
+    """Return the images `indices` (B,) of a padded set, each cropped at random and flipped at random.
+
+    padded: uint8 (N, 3, H + 2p, W + 2p) with the margin p = augment.padding. The result is (B, 3, H, W).
+    """
+    corners = rng.integers(0, 2 * augment.padding + 1, (len(indices), 2))
+    flips = rng.random(len(indices)) < augment.flip
+    size = tuple(side - 2 * augment.padding for side in padded.shape[2:])
     # On a CPU, copying window by window takes a third of the time of a gather.
-    windows = copy_windows if images.device.type == "cpu" else gather_windows
-    return windows(padded, corners, flips, images.shape[2:])
+    if padded.device.type == "cpu" and (augment.padding or flips.any()):
+        return copy_windows(padded, indices, (corners, flips), size)
+    chosen = padded.index_select(0, on_device(torch.from_numpy(indices), padded.device))
+    return gather_windows(chosen, (corners, flips), size) if augment.padding or flips.any() else chosen
 
 
-def copy_windows(padded: torch.Tensor, corners: np.ndarray, flips: np.ndarray, size: tuple) -> torch.Tensor:
-    """Return the windows of `size` at corners (B, 2), flipped or not, of images in main memory."""
+def copy_windows(padded: torch.Tensor, indices: np.ndarray, places: tuple, size: tuple) -> torch.Tensor:
+    """Return windows of `size` of images in main memory; places: corners (B, 2), whether to flip (B,)."""
     pixels, (height, width) = padded.numpy(), size
-    result = np.empty((*padded.shape[:2], height, width), dtype=np.uint8)
-    for n, ((y, x), flip) in enumerate(zip(corners.tolist(), flips.tolist(), strict=True)):
-        window = pixels[n, :, y : y + height, x : x + width]
+    result = np.empty((len(indices), padded.shape[1], height, width), dtype=np.uint8)
+    chosen = zip(indices.tolist(), *(place.tolist() for place in places), strict=True)
+    for n, (index, (y, x), flip) in enumerate(chosen):
+        window = pixels[index, :, y : y + height, x : x + width]
         result[n] = window[:, :, ::-1] if flip else window
     return torch.from_numpy(result)
 
 
-def gather_windows(padded: torch.Tensor, corners: np.ndarray, flips: np.ndarray, size: tuple) -> torch.Tensor:
-    """Return what `copy_windows` returns, on any device."""
-    height, width = size
+def gather_windows(padded: torch.Tensor, places: tuple, size: tuple) -> torch.Tensor:
+    """Return what `copy_windows` returns of all images in `padded`, on any device."""
+    (corners, flips), (height, width) = places, size
     rows = (corners[:, :1] + np.arange(height)) * padded.shape[3]
     columns = corners[:, 1:] + np.where(flips[:, None], np.arange(width)[::-1], np.arange(width))
     rows, columns = (on_device(torch.from_numpy(i), padded.device) for i in (rows, columns))
-    places = (rows[:, None, :, None] + columns[:, None, None, :]).flatten(2)  # (B, 1, H * W)
-    return padded.flatten(2).gather(2, places.expand(-1, 3, -1)).unflatten(2, (height, width))
+    pixels = (rows[:, None, :, None] + columns[:, None, None, :]).flatten(2)  # (B, 1, H * W)
+    return padded.flatten(2).gather(2, pixels.expand(-1, 3, -1)).unflatten(2, (height, width))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -487,6 +493,11 @@ class TensorSource:
 
     def __init__(self, splits: dict, device: torch.device, augment: Augmentation, mean: tuple):
         self.splits = {split: (x.to(device), y.to(device)) for split, (x, y) in splits.items()}
+        images, labels = self.splits["train"]
+        margin, (height, width) = augment.padding, images.shape[2:]
+        self.padded = F.pad(images, (margin,) * 4)  # with black, once for all
+        images = self.padded[:, :, margin : margin + height, margin : margin + width]
+        self.splits["train"] = images, labels  # a view: the images lie in memory once
         self.counts = {split: len(y) for split, (_, y) in splits.items()}
         self.device = device
         self.augment = augment
@@ -497,10 +508,12 @@ class TensorSource:
         for job in jobs:
             images, labels = self.splits[job.split]
             indices = on_device(torch.from_numpy(job.indices), self.device)
-            images, labels = images.index_select(0, indices), labels.index_select(0, indices)
-            if job.key is not None:
+            labels = labels.index_select(0, indices)
+            if job.key is None:
+                images = images.index_select(0, indices)
+            else:
                 rng = np.random.default_rng(job.key)
-                images = crop_and_flip(images, self.augment, rng)
+                images = crop_and_flip(self.padded, job.indices, self.augment, rng)
                 images = rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill)
             yield images, labels
 

@@ -232,31 +232,30 @@ def test_normalize_is_torchvisions(photograph):
 
 
 def test_small_crops_are_windows_of_the_padded_image():
-    images = torch.randint(1, 256, (64, 3, 8, 10), dtype=torch.uint8)
-    augment = Augmentation(padding=2, flip=0.5)
-    cropped = data.crop_and_flip(images, augment, np.random.default_rng(0))
+    images = torch.randint(1, 256, (80, 3, 8, 10), dtype=torch.uint8)
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    chosen = np.random.default_rng(2).permutation(80)[:64]
+    cropped = data.crop_and_flip(padded, chosen, Augmentation(padding=2, flip=0.5), np.random.default_rng(0))
     found = set()
-    for image, output in zip(images, cropped, strict=True):
-        padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
+    for index, output in zip(chosen, cropped, strict=True):
         fits = [
             (top, left, flip)
             for top in range(5)
             for left in range(5)
             for flip in (False, True)
-            for window in [padded[:, top : top + 8, left : left + 10]]
+            for window in [padded[index, :, top : top + 8, left : left + 10]]
             if torch.equal(output, window.flip(-1) if flip else window)
         ]
         assert len(fits) == 1
         found.update(fits)
     assert len(found) > 25  # of the 50 possible ones
-    rng, padded = np.random.default_rng(1), torch.nn.functional.pad(images, (2,) * 4)
-    corners, flips = rng.integers(0, 5, (64, 2)), rng.random(64) < 0.5
-    ways = [way(padded, corners, flips, (8, 10)) for way in (data.copy_windows, data.gather_windows)]
-    assert torch.equal(*ways)
-    still = Augmentation(padding=0, flip=0)
-    assert torch.equal(data.crop_and_flip(images, still, np.random.default_rng(0)), images)
-    mirror = Augmentation(padding=0, flip=1)
-    assert torch.equal(data.crop_and_flip(images, mirror, np.random.default_rng(0)), images.flip(-1))
+    rng = np.random.default_rng(1)
+    places = rng.integers(0, 5, (64, 2)), rng.random(64) < 0.5
+    copied = data.copy_windows(padded, chosen, places, (8, 10))
+    assert torch.equal(copied, data.gather_windows(padded[chosen], places, (8, 10)))
+    for flip, expected in ((0, images[chosen]), (1, images[chosen].flip(-1))):
+        augment = Augmentation(padding=0, flip=flip)
+        assert torch.equal(data.crop_and_flip(images, chosen, augment, np.random.default_rng(0)), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------
