@@ -128,3 +128,24 @@ def test_max_blur_pool_agrees_with_its_definition():
         row[i] * row[j] / 16 * padded[:, :, i : i + 6, j : j + 6] for i in range(3) for j in range(3)
     )
     torch.testing.assert_close(pool("blur", 3).double()(x), expected[:, :, ::2, ::2])
+
+
+@pytest.mark.parametrize("make", [lambda: SeparableConv(6, 4, 3), lambda: SeparableConv(8, 4, "mixed")])
+def test_depthwise_gradients_on_a_cpu_are_float32s_beneath_autocast(make):
+    layer, seen = make(), []
+    first = layer.depthwise.weight if isinstance(layer.depthwise, nn.Conv2d) else None
+    x = torch.randn(2, layer.pointwise.in_channels, 9, 9)
+    layer.depthwise.register_forward_hook(lambda module, given, result: seen.append(result))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+        layer.eval()(x)
+    assert [result.dtype for result in seen] == [torch.float32, torch.bfloat16]
+    with torch.no_grad():
+        torch.testing.assert_close(seen[0], layer.depthwise(x.bfloat16().float()))
+    if first is not None:
+        seen[0].sum().backward()
+        expected = F.conv2d(x.bfloat16().float().sum(0).unsqueeze(1), torch.ones(1, 1, 9, 9), padding=1)
+        torch.testing.assert_close(first.grad, expected)
+    blurred = pool("blur", 4).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert blurred(torch.randn(1, 4, 8, 8).bfloat16()).dtype == torch.float32
