@@ -217,8 +217,9 @@ ALMOST = 1e-3  # added before fractions are cut off, so that float32's 253.99999
 
 
 def per_image(arguments: list[float], images: torch.Tensor) -> torch.Tensor:
-    """Return one number per image as float32 (N, 1, 1, 1) on the images' device."""
-    return on_device(torch.tensor(arguments, dtype=torch.float32), images.device).view(-1, 1, 1, 1)
+    """Return one number per image as float32 (N, 1, ...), of the images' rank and device."""
+    numbers = on_device(torch.tensor(arguments, dtype=torch.float32), images.device)
+    return numbers.view(-1, *[1] * (images.dim() - 1))
 
 
 def cut(values: torch.Tensor) -> torch.Tensor:
@@ -299,29 +300,35 @@ def brightness(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
 
 
 def sharpness(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
-    wide = images.short()
-    smooth = (wide[..., :-2] + wide[..., 1:-1]).add_(wide[..., 2:])
-    smooth = (smooth[..., :-2, :] + smooth[..., 1:-1, :]).add_(smooth[..., 2:, :])
-    exact = images[..., 1:-1, 1:-1].float()
-    smooth = smooth.float().add_(exact, alpha=4).div_(13).add_(0.5).floor_()
-    result = images.clone()  # Pillow's smoothing filter leaves the border as it is
-    result[..., 1:-1, 1:-1] = blend(smooth, exact, factors)
+    width = images.shape[3]
+    planes = images.flatten(2)  # rows in one line: what the sums mix at the border is not used
+    wide = planes.short()
+    sums = (wide[..., :-2] + wide[..., 1:-1]).add_(wide[..., 2:])
+    sums = (sums[..., : -2 * width] + sums[..., width:-width]).add_(sums[..., 2 * width :])
+    sums.add_(wide[..., width + 1 : -width - 1], alpha=4)
+    smooth = sums.float().div_(13).add_(0.5).floor_()
+    exact = planes[..., width + 1 : -width - 1].float()
+    result = images.clone(memory_format=torch.contiguous_format)
+    result.view(planes.shape)[..., width + 1 : -width - 1] = blend(smooth, exact, factors)
+    result[..., 0], result[..., -1] = images[..., 0], images[..., -1]  # Pillow's filter leaves the border
     return result
 
 
 def rotate(images: torch.Tensor, degrees: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
     """Rotate about the centre. Bicubic is torch's kernel (a = -0.75), a bit softer than Pillow's (a = -1)."""
     count, _, height, width = images.shape
-    radians = torch.deg2rad(per_image(degrees, images)[:, 0])
-    cos, sin = torch.cos(radians), torch.sin(radians)
-    y = torch.arange(height, device=images.device)[:, None] + (0.5 - height / 2)
-    x = torch.arange(width, device=images.device) + (0.5 - width / 2)
-    source = torch.empty(count, 2, height, width, device=images.device)  # x and y, -1..1
-    torch.sub(cos * (x * 2 / width), sin * (y * 2 / width), out=source[:, 0])
-    torch.add(sin * (x * 2 / height), cos * (y * 2 / height), out=source[:, 1])
+    angle = np.radians(degrees)[:, None]
+    cos, sin = np.cos(angle), np.sin(angle)
+    x, y = ((2 * np.arange(side) + 1 - side) / 2 for side in (width, height))
+    shares = [cos * x / width, sin * x / height, -sin * y / width, cos * y / height]
+    shares = torch.from_numpy(np.concatenate(shares, axis=1, dtype=np.float32) * 2)
+    by_column, by_row = on_device(shares, images.device).split([2 * width, 2 * height], dim=1)
+    # x and y, -1..1: each is the sum of what a pixel's column and its row give
+    source = by_column.view(count, 2, 1, width) + by_row.view(count, 2, height, 1)
     mode, grid = "bicubic" if bicubic else "bilinear", source.permute(0, 2, 3, 1)
     rotated = F.grid_sample(images.float(), grid, mode, padding_mode="border", align_corners=False)
-    outside = source.abs_().amax(1, keepdim=True) > 1
+    x, y = source.abs_().split(1, dim=1)
+    outside = torch.maximum(x, y) > 1
     return choose(-outside.view(torch.uint8), fill, cut(rotated))
 
 
