@@ -332,6 +332,11 @@ def rotate(images: torch.Tensor, degrees: list[float], fill: torch.Tensor, bicub
     return choose(-outside.view(torch.uint8), fill, cut(rotated))
 
 
+def cubic(d):
+    """Return Pillow's cubic filter (a = -1): the weights of the pixels -1, 0, 1, 2 at 0 <= d < 1."""
+    return [-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2]
+
+
 def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
     """Take row y of image n from `offsets[n, y]` pixels further right, offsets (N, H) or (N, 1).
 
@@ -340,18 +345,15 @@ def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic
     """
     width, device = images.shape[3], images.device
     whole = np.floor(offsets)
-    d = offsets - whole
-    if bicubic:  # Pillow's kernel, a = -1
-        weights = [-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2]
-    else:
-        weights = [np.round(128 * d)]
-    per_row = np.array([whole - bicubic, np.floor(offsets + 0.5), *weights], dtype=np.float32)
-    first, nearest, *weights = on_device(torch.from_numpy(per_row), device)[
-        :, :, None, :, None
-    ]  # (N, 1, H, 1) each
-    columns = torch.arange(width + (3 if bicubic else 1), dtype=torch.int16, device=device)
-    source = (columns + first.short()).clamp_(0, width - 1).long()
+    columns = np.arange(width + (3 if bicubic else 1))
+    source = (
+        (whole[..., None] - bicubic + columns).clip(0, width - 1).astype(np.int64)
+    )  # (N, H, W + taps - 1)
+    source = on_device(torch.from_numpy(source), device)[:, None]
     taps = images.gather(3, source.expand(len(images), 3, images.shape[2], -1))
+    weights = cubic(offsets - whole) if bicubic else [np.round(128 * (offsets - whole))]
+    weights = np.array(weights, dtype=np.float32 if bicubic else np.int16)
+    weights = on_device(torch.from_numpy(weights), device)[:, :, None, :, None]  # (N, 1, H, 1) each
     if bicubic:
         taps = taps.float()
         moved = taps[..., :width] * weights[0]
@@ -361,8 +363,45 @@ def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic
     else:
         taps = taps.short()
         near, far = taps[..., :width], taps[..., 1:]
-        moved = ((far - near).mul_(weights[0].short()) >> 7).add_(near).byte()
-    return choose(beyond(columns[:width] + nearest.short(), width), fill, moved)
+        moved = ((far - near).mul_(weights[0]) >> 7).add_(near).byte()
+    nearest = np.floor(offsets + 0.5)[..., None] + columns[:width]
+    outside = ((nearest < 0) | (nearest >= width))[:, None]  # (N, 1, H, W)
+    return choose(-on_device(torch.from_numpy(outside), device).view(torch.uint8), fill, moved)
+
+
+def shift(images: torch.Tensor, offset: float, fill: torch.Tensor, bicubic: bool, axis: int) -> torch.Tensor:
+    """Take all of an image from `offset` pixels further along `axis`: `slide` without its gather.
+
+    The filter's taps are slices of the image's rows in one line.
+    """
+    size, whole, nearest = images.shape[axis], math.floor(offset), math.floor(offset + 0.5)
+    begin, end = max(0, -nearest), min(size, size - nearest)  # elsewhere all is fill
+    positions = np.arange(begin + whole - bicubic, end + whole + bicubic + 1)
+    inside = positions[(positions >= 0) & (positions < size)]
+    edges = int((positions < 0).sum()), int((positions >= size).sum())
+    taps = torch.cat(
+        [images.narrow(axis, 0, 1)] * edges[0]
+        + [images.narrow(axis, int(inside[0]), len(inside))]
+        + [images.narrow(axis, size - 1, 1)] * edges[1],
+        dim=axis,
+    )
+    step = taps.stride(axis)
+    if bicubic:
+        line = taps.flatten().float()
+        length = len(line) - 3 * step
+        weights = cubic(offset - whole)
+        moved = line[:length] * weights[0]
+        for tap in (1, 2, 3):
+            moved.add_(line[tap * step : tap * step + length], alpha=weights[tap])
+        moved = cut(moved)
+    else:
+        line = taps.flatten().short()
+        near, far = line[:-step], line[step:]
+        moved = ((far - near).mul_(round(128 * (offset - whole))) >> 7).add_(near).byte()
+    result = fill.expand_as(images).contiguous()
+    part = result.narrow(axis, begin, end - begin)
+    part.copy_(moved.as_strided(part.shape, taps.stride()))
+    return result
 
 
 def shear_x(images: torch.Tensor, factors: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
@@ -374,10 +413,14 @@ def shear_y(images: torch.Tensor, factors: list[float], fill: torch.Tensor, bicu
 
 
 def translate_x(images: torch.Tensor, shares: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
+    if len(shares) == 1:
+        return shift(images, shares[0] * images.shape[3], fill, bicubic, axis=3)
     return slide(images, np.array(shares)[:, None] * images.shape[3], fill, bicubic)
 
 
 def translate_y(images: torch.Tensor, shares: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
+    if len(shares) == 1:
+        return shift(images, shares[0] * images.shape[2], fill, bicubic, axis=2)
     return translate_x(images.transpose(2, 3), shares, fill, bicubic).transpose(2, 3)
 
 
