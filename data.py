@@ -216,9 +216,16 @@ CACHE = 2**17  # bytes of images that go through an operation at once on a CPU
 ALMOST = 1e-3  # added before fractions are cut off, so that float32's 253.99999 is 254 as in Pillow's doubles
 
 
-def per_image(arguments: list[float], images: torch.Tensor) -> torch.Tensor:
-    """Return one number per image as float32 (N, 1, ...), of the images' rank and device."""
-    numbers = on_device(torch.tensor(arguments, dtype=torch.float32), images.device)
+def per_image(
+    arguments: list[float], images: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor | float:
+    """Return one number per image as (N, 1, ...) of the images' rank and device; a single one as it is.
+
+    Making a tensor of one number takes as long as a pass over an image.
+    """
+    if len(arguments) == 1:
+        return arguments[0]
+    numbers = on_device(torch.tensor(arguments, dtype=dtype), images.device)
     return numbers.view(-1, *[1] * (images.dim() - 1))
 
 
@@ -239,7 +246,7 @@ def beyond(positions: torch.Tensor, size: int) -> torch.Tensor:
 
 def blend(degenerate: torch.Tensor, images: torch.Tensor, factors: list[float]) -> torch.Tensor:
     """Return degenerate + factor * (images - degenerate) as uint8, of float32 images."""
-    return cut((images - degenerate).mul_(per_image(factors, images)).add_(degenerate))
+    return cut(torch.lerp(degenerate, images, per_image(factors, images)))
 
 
 def auto_contrast(images: torch.Tensor, _: list[float]) -> torch.Tensor:
@@ -268,17 +275,17 @@ def invert(images: torch.Tensor, _: list[float]) -> torch.Tensor:
 
 
 def posterize(images: torch.Tensor, bits: list[float]) -> torch.Tensor:
-    return images & per_image([256 - 2 ** (8 - kept) for kept in bits], images).byte()
+    return images & per_image([256 - 2 ** (8 - kept) for kept in bits], images, torch.uint8)
 
 
 def solarize(images: torch.Tensor, thresholds: list[float]) -> torch.Tensor:
-    below = beyond(images.short() - per_image(thresholds, images).short(), 256)
+    below = beyond(images.short() - per_image(thresholds, images, torch.int16), 256)
     return images ^ ~below  # x ^ 255 is 255 - x
 
 
 def solarize_add(images: torch.Tensor, addends: list[float]) -> torch.Tensor:
     below = 1 - (images >> 7)  # 1 below 128: at most 127 + 110, no overflow
-    return images + below * per_image(addends, images).byte()
+    return images + below * per_image(addends, images, torch.uint8)
 
 
 def color(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
@@ -306,7 +313,7 @@ def sharpness(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
     sums = (wide[..., :-2] + wide[..., 1:-1]).add_(wide[..., 2:])
     sums = (sums[..., : -2 * width] + sums[..., width:-width]).add_(sums[..., 2 * width :])
     sums.add_(wide[..., width + 1 : -width - 1], alpha=4)
-    smooth = sums.float().div_(13).add_(0.5).floor_()
+    smooth = sums.float().mul_(1 / 13).add_(0.5).floor_()
     exact = planes[..., width + 1 : -width - 1].float()
     result = images.clone(memory_format=torch.contiguous_format)
     result.view(planes.shape)[..., width + 1 : -width - 1] = blend(smooth, exact, factors)
