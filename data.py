@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +51,10 @@ SMALL_SETS = {  # mean and standard deviation of each channel's values, 0..1
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 CROP_DRAWS = 24  # uniform numbers behind a random crop: `crop_box`'s 22, one for the filter, one for the flip
+RESIZE = {  # what F.interpolate calls; that takes a size or a factor, never both
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa,
+}
 MAX_SUBSTITUTES = 20  # files tried for one place in a batch
 WORKERS_AHEAD = 2  # batches that each worker prepares in advance
 
@@ -736,11 +740,16 @@ def silent_decoder(stderr: int, null: int) -> Iterator[None]:
         os.dup2(stderr, 2)
 
 
-def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """Resize uint8 (3, H, W) to (3, *size) with antialiasing, as PIL does to within a grey level or so."""
+def resize(
+    image: torch.Tensor, size: tuple[int, int], interpolation: str, factors: tuple = (None, None)
+) -> torch.Tensor:
+    """Resize uint8 (3, H, W) to (3, *size) with antialiasing, as PIL does to within a grey level or so.
+
+    factors: output pixels per input pixel, down and across, where the output is only the upper left part.
+    """
     # On dense pixels in RGBRGB order torch's kernel takes half the time that it takes on a view of them.
     image = image[None].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(image, size, mode=interpolation, antialias=True)[0]
+    return RESIZE[interpolation](image, size, False, *factors)[0]
 
 
 class FolderDataset(Dataset):
@@ -812,19 +821,31 @@ class FolderDataset(Dataset):
         folder = os.fsdecode(files.folder)
         raise DataError(f"{MAX_SUBSTITUTES} files in a row of {folder!r} cannot be read: are they images?")
 
-    def random_crop(self, data: bytearray | memoryview, draws: list[float]) -> torch.Tensor:
-        """Return the random resized crop of a file's image, flipped at random, uint8 (3, S, S)."""
-        box = None
+    def decode_down_to(self, data: bytearray | memoryview, plan: Callable) -> tuple[torch.Tensor, tuple]:
+        """Return an image, decoded at least down to a row, and what is to be done with it.
+
+        plan: from the whole image's (height, width) to that row and what is to be done.
+        """
         alone = self.silence is not contextlib.nullcontext
-        if alone and data[-2:] == b"\xff\xd9" and (frame := baseline_frame(data)):  # whole, not truncated
+        frame = baseline_frame(data) if alone and data[-2:] == b"\xff\xd9" else None  # whole, not truncated
+        if frame:
             height, width, place = frame
-            box = crop_box(height, width, self.augment, draws)
-            rows = box[0] + box[2] + 4  # chroma is smoothed with the next row's, up to 4 pixels below
+            row, todo = plan(height, width)
+            rows = row + 4  # chroma is smoothed with the next row's, up to 4 pixels below
             if rows < height:
                 data[place : place + 2] = rows.to_bytes(2, "big")
         with self.silence():
             image = decode(data)
-        top, left, height, width = box or crop_box(*image.shape[1:], self.augment, draws)
+        return image, todo if frame else plan(*image.shape[1:])[1]
+
+    def random_crop(self, data: bytearray | memoryview, draws: list[float]) -> torch.Tensor:
+        """Return the random resized crop of a file's image, flipped at random, uint8 (3, S, S)."""
+
+        def plan(height: int, width: int):
+            box = crop_box(height, width, self.augment, draws)
+            return box[0] + box[2], box
+
+        image, (top, left, height, width) = self.decode_down_to(data, plan)
         interpolation = self.augment.interpolation
         if interpolation == "random":
             interpolation = "bicubic" if draws[22] < 0.5 else "bilinear"
@@ -833,13 +854,22 @@ class FolderDataset(Dataset):
         return image.flip(-1) if draws[23] < self.augment.flip else image
 
     def centre_crop(self, data: bytearray | memoryview) -> torch.Tensor:
-        """Return the resized centre crop of a file's image, uint8 (3, S, S)."""
-        with self.silence():
-            image = decode(data)
-        height, width = self.transform.resized(*image.shape[1:])
-        image = resize(image, (height, width), self.transform.interpolation)
-        top, left = self.transform.corner(height, width)
-        return image[:, top : top + self.transform.size, left : left + self.transform.size]
+        """Return the resized centre crop of a file's image, uint8 (3, S, S).
+
+        What lies below and to the right of the crop is neither decoded (below) nor resized.
+        """
+        size = self.transform.size
+
+        def plan(height: int, width: int):
+            resized = self.transform.resized(height, width)
+            top, left = self.transform.corner(*resized)
+            reach = 2 * max(1, height / resized[0])  # of the bicubic filter, in rows
+            row = math.ceil((top + size) * height / resized[0] + reach) + 1
+            return row, ((top, left), (resized[0] / height, resized[1] / width))
+
+        image, ((top, left), factors) = self.decode_down_to(data, plan)
+        part = resize(image, (top + size, left + size), self.transform.interpolation, factors)
+        return part[:, top:, left:]
 
 
 def unchanged(batch):

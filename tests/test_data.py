@@ -464,9 +464,14 @@ def test_decoding_only_the_crops_rows_changes_nothing(photograph, capfd):
         for _ in range(12):
             draws, passed = rng.random(data.CROP_DRAWS).tolist(), bytearray(content)
             expected = whole.random_crop(bytearray(content), draws)
+            centre = whole.centre_crop(bytearray(content))
+            assert torch.equal(partial.centre_crop(bytearray(content)), centre), kind
             assert torch.equal(partial.random_crop(passed, draws), expected), kind
             shortened += passed != content
     assert shortened > 40  # the frame really was cut in many of them
+    passed, tall = bytearray(odd_files(photograph)["tall"]), bytearray(odd_files(photograph)["tall"])
+    assert torch.equal(partial.centre_crop(passed), whole.centre_crop(tall))
+    assert passed != tall
     assert data.baseline_frame(bytearray(odd_files(photograph)["progressive"])) is None
     os.write(2, b"still heard")
     assert capfd.readouterr().err == "still heard"  # libjpeg's warnings are not
