@@ -719,8 +719,10 @@ def compile_frozen(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
     def frozen(x: Tensor) -> Tensor:
         # torch.compile's own options={"freezing": True} comes too late: the tracer has by then made inputs
-        # of the weights, unless this switch tells it not to.
-        with torch.no_grad(), inductor_config.patch(freezing=True):
+        # of the weights, unless this switch tells it not to. Calling the kernels from C++ takes 5 to 8% off
+        # the time of a single image, 1% off a batch of 16's.
+        switches = {"freezing": True, "cpp_wrapper": x.device.type == "cpu"}
+        with torch.no_grad(), inductor_config.patch(switches):
             return compiled(x)
 
     return frozen
