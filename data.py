@@ -763,7 +763,7 @@ class FolderDataset(Dataset):
         self.files = files
         self.transform = transform
         self.augment = augment
-        self.fill = fill_colour(transform.mean)
+        self.colour = fill_colour(transform.mean)
         self.buffer = bytearray(2**20)
         self.silence = contextlib.nullcontext
 
@@ -778,13 +778,20 @@ class FolderDataset(Dataset):
     def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, str]]]:
         """Return images uint8 (B, 3, S, S), labels int64 (B,) and the (path, reason) of bad files."""
         images = torch.empty(len(job.indices), 3, self.transform.size, self.transform.size, dtype=torch.uint8)
-        files, bad = self.files[job.split], []
+        bad: list[tuple[str, str]] = []
+        with torch.inference_mode():  # fifty short operations an image: autograd's bookkeeping is 2% of them
+            taken = self.fill(job, images, bad)
+        return images[: len(taken)], torch.from_numpy(self.files[job.split].labels[taken]), bad
+
+    def fill(self, job: Job, images: torch.Tensor, bad: list) -> np.ndarray:
+        """Put a job's images into `images`, note unreadable files in `bad`; return which images these are."""
+        files = self.files[job.split]
         if job.key is None:
             taken = []
             for index in job.indices:
                 if self.make(files.path(index), None, images[len(taken)], bad):
                     taken.append(index)
-            return images[: len(taken)], torch.from_numpy(files.labels[taken]), bad
+            return np.array(taken, dtype=np.int64)
         rng = np.random.default_rng(job.key)
         draws = rng.random((len(images), CROP_DRAWS)).tolist()
         taken = job.indices.copy()
@@ -792,8 +799,8 @@ class FolderDataset(Dataset):
             substitutes = self.substitutes(job, position)
             while not self.make(files.path(taken[position]), draws[position], image, bad):
                 taken[position] = next(substitutes)
-        images = rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill)
-        return images, torch.from_numpy(files.labels[taken]), bad
+        rand_augment(images, draw_operations(len(images), self.augment, rng), self.colour)
+        return taken
 
     def make(self, path: str, draws: list[float] | None, place: torch.Tensor, bad: list) -> bool:
         """Put the crop of a file's image into `place`; note a file that cannot be read in `bad`: False."""
