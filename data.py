@@ -339,8 +339,8 @@ def rotate(images: torch.Tensor, degrees: list[float], fill: torch.Tensor, bicub
     mode, grid = "bicubic" if bicubic else "bilinear", source.permute(0, 2, 3, 1)
     rotated = F.grid_sample(images.float(), grid, mode, padding_mode="border", align_corners=False)
     x, y = source.abs_().split(1, dim=1)
-    outside = torch.maximum(x, y) > 1
-    return choose(-outside.view(torch.uint8), fill, cut(rotated))
+    outside = torch.maximum(x, y).short().neg_().byte()  # 255 from 1 on, 0 below
+    return choose(outside, fill, cut(rotated))
 
 
 def cubic(d):
