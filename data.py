@@ -357,10 +357,8 @@ def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic
     width, device = images.shape[3], images.device
     whole = np.floor(offsets)
     columns = np.arange(width + (3 if bicubic else 1))
-    source = (
-        (whole[..., None] - bicubic + columns).clip(0, width - 1).astype(np.int64)
-    )  # (N, H, W + taps - 1)
-    source = on_device(torch.from_numpy(source), device)[:, None]
+    source = (whole.astype(np.int64) - bicubic)[..., None] + columns  # (N, H, W + taps - 1)
+    source = on_device(torch.from_numpy(source.clip(0, width - 1, out=source)), device)[:, None]
     taps = images.gather(3, source.expand(len(images), 3, images.shape[2], -1))
     weights = cubic(offsets - whole) if bicubic else [np.round(128 * (offsets - whole))]
     weights = np.array(weights, dtype=np.float32 if bicubic else np.int16)
@@ -372,11 +370,12 @@ def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic
             moved.addcmul_(taps[..., tap : tap + width], weights[tap])
         moved = cut(moved)
     else:
-        taps = taps.short()
-        near, far = taps[..., :width], taps[..., 1:]
-        moved = ((far - near).mul_(weights[0]) >> 7).add_(near).byte()
-    nearest = np.floor(offsets + 0.5)[..., None] + columns[:width]
-    outside = ((nearest < 0) | (nearest >= width))[:, None]  # (N, 1, H, W)
+        near = taps.short()
+        step = torch.empty_like(near)  # to the next pixel; beyond a row's end what it holds is not used
+        torch.sub(near.view(-1)[1:], near.view(-1)[:-1], out=step.view(-1)[:-1])
+        moved = (step.mul_(weights[0]) >> 7).add_(near).byte()[..., :width]
+    nearest = np.floor(offsets + 0.5).astype(np.int16)[..., None] + columns[:width].astype(np.int16)
+    outside = (nearest.view(np.uint16) >= width)[:, None]  # (N, 1, H, W); below 0 is far beyond
     return choose(-on_device(torch.from_numpy(outside), device).view(torch.uint8), fill, moved)
 
 
