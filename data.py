@@ -874,8 +874,11 @@ class FolderDataset(Dataset):
             return row, ((top, left), (resized[0] / height, resized[1] / width))
 
         image, ((top, left), factors) = self.decode_down_to(data, plan)
-        part = resize(image, (top + size, left + size), self.transform.interpolation, factors)
-        return part[:, top:, left:]
+        # The kernel leaves an axis as it is where input and output are equally long: then ask for one more.
+        lengths = zip((top + size, left + size), image.shape[1:], factors, strict=True)
+        asked = tuple(out + (out == given and factor != 1) for out, given, factor in lengths)
+        part = resize(image, asked, self.transform.interpolation, factors)
+        return part[:, top : top + size, left : left + size]
 
 
 def unchanged(batch):

@@ -223,6 +223,22 @@ def test_evaluation_transform_is_timms(photograph, size, interpolation):
     assert (fast - slow).float().abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("crop_pct", [0.875, 0.95, 1.0])
+def test_centre_crops_are_cut_from_the_whole_resized_image(photograph, crop_pct):
+    transform = EvalTransform(size=64, crop_pct=crop_pct)
+    dataset = data.FolderDataset({}, transform, Augmentation())
+    dataset.own_process()
+    # At 0.875 and 0.95 the crop ends at 68 and 65 pixels: as long as some of these images themselves.
+    sides = [40, 63, 64, 65, 66, 67, 68, 69, 70, 100, 201]
+    for width, height in [(width, height) for width in sides for height in sides]:
+        content = jpeg(photograph.resize((width, height)))
+        shape = transform.resized(height, width)
+        top, left = transform.corner(*shape)
+        whole = data.resize(data.decode(bytearray(content)), shape, "bicubic")
+        expected = whole[:, top : top + 64, left : left + 64]
+        assert torch.equal(dataset.centre_crop(bytearray(content)), expected), (width, height)
+
+
 def test_normalize_is_torchvisions(photograph):
     images = as_tensor(photograph)[None]
     ours = data.normalize(images, data.IMAGENET_MEAN, data.IMAGENET_STD)
