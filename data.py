@@ -356,9 +356,9 @@ def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic
     """
     width, device = images.shape[3], images.device
     whole = np.floor(offsets)
-    columns = np.arange(width + (3 if bicubic else 1))
-    source = (whole.astype(np.int64) - bicubic)[..., None] + columns  # (N, H, W + taps - 1)
-    source = on_device(torch.from_numpy(source.clip(0, width - 1, out=source)), device)[:, None]
+    columns = torch.arange(width + (3 if bicubic else 1), dtype=torch.int16, device=device)
+    first = on_device(torch.from_numpy(whole.astype(np.int16) - np.int16(bicubic)), device)[:, None, :, None]
+    source = (columns + first).clamp_(0, width - 1).long()  # (N, 1, H, W + taps - 1)
     taps = images.gather(3, source.expand(len(images), 3, images.shape[2], -1))
     weights = cubic(offsets - whole) if bicubic else [np.round(128 * (offsets - whole))]
     weights = np.array(weights, dtype=np.float32 if bicubic else np.int16)
@@ -374,7 +374,7 @@ def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic
         step = torch.empty_like(near)  # to the next pixel; beyond a row's end what it holds is not used
         torch.sub(near.view(-1)[1:], near.view(-1)[:-1], out=step.view(-1)[:-1])
         moved = (step.mul_(weights[0]) >> 7).add_(near).byte()[..., :width]
-    nearest = np.floor(offsets + 0.5).astype(np.int16)[..., None] + columns[:width].astype(np.int16)
+    nearest = np.floor(offsets + 0.5).astype(np.int16)[..., None] + np.arange(width, dtype=np.int16)
     outside = (nearest.view(np.uint16) >= width)[:, None]  # (N, 1, H, W); below 0 is far beyond
     return choose(-on_device(torch.from_numpy(outside), device).view(torch.uint8), fill, moved)
 
@@ -681,7 +681,7 @@ class FileList:
     def path(self, index: int) -> str:
         """Return the path of image `index`."""
         start = self.ends[index - 1] if index else 0
-        return os.fsdecode(os.path.join(self.folder, self.names[start : self.ends[index]].tobytes()))
+        return os.fsdecode(self.folder + b"/" + self.names[start : self.ends[index]].tobytes())
 
 
 def find_images(folder: Path, name: str) -> list[str]:
@@ -813,12 +813,14 @@ class FolderDataset(Dataset):
 
     def read(self, path: str) -> memoryview:
         """Return a file's content, valid until the next call (fresh memory costs more than reading)."""
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size > len(self.buffer):
                 self.buffer = bytearray(size)
-            content = memoryview(self.buffer)[:size]
-            return content[: file.readinto(content)]
+            content, filled = memoryview(self.buffer)[:size], 0
+            while filled < size and (count := file.readinto(content[filled:])):
+                filled += count
+            return content[:filled]
 
     def substitutes(self, job: Job, position: int) -> Iterator[int]:
         """Yield training images to take a bad one's place, drawn by the batch's key and the position."""
