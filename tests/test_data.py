@@ -77,8 +77,9 @@ def grey_levels_apart(monkeypatch, image, choice, magnitudes, bicubic):
     for sign in (-1, 1):
         arguments = [data.OPERATIONS[choice][1](magnitude, sign) for magnitude in magnitudes]
         batch = as_tensor(image)[None].repeat(len(magnitudes), 1, 1, 1)
-        ours = data.apply_operation(batch, choice, arguments, fill, bicubic)
-        for magnitude, output in zip(magnitudes, ours, strict=True):
+        together = data.apply_operation(batch, choice, arguments, fill, bicubic)
+        alone = [data.apply_operation(batch[:1], choice, [a], fill, bicubic)[0] for a in arguments]
+        for magnitude, output in zip(magnitudes * 2, [*together, *alone], strict=True):
             level = auto_augment.LEVEL_TO_ARG[name]
             drawn = level(magnitude, {}) if level else ()
             filters = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
@@ -125,6 +126,29 @@ def test_operations_act_on_each_image_alone(photograph):
             data.apply_operation(images[n : n + 1], choice, arguments[n : n + 1], fill, True) for n in (0, 1)
         ]
         assert torch.equal(together, torch.cat(alone)), function
+
+
+@pytest.mark.parametrize("function", [data.translate_x, data.translate_y])
+def test_translations_of_tiny_images_and_beyond_the_image(function):
+    fill = data.fill_colour(data.IMAGENET_MEAN)
+    for height, width in ((1, 1), (1, 5), (5, 1), (2, 2), (4, 3)):
+        image = torch.arange(height * width * 3, dtype=torch.uint8).view(1, 3, height, width) * 4
+        for share in (-2, -1, -0.6, -0.45, 0, 0.1, 0.45, 0.6, 1, 2):
+            for bicubic in (False, True):
+                alone = function(image, [share], fill, bicubic)
+                two = function(image.repeat(2, 1, 1, 1), [share, share], fill, bicubic)
+                assert torch.equal(two, alone.repeat(2, 1, 1, 1)), (height, width, share)
+                assert abs(share) < 1 or (alone == fill).all()
+                assert share or torch.equal(alone, image)
+    assert fill.flatten().tolist() == list(FILL)
+
+
+def test_a_rotated_strip_is_filled_to_its_far_ends():
+    strip = torch.full((1, 3, 3, 100), 200, dtype=torch.uint8)
+    fill = data.fill_colour(data.IMAGENET_MEAN)
+    turned = data.rotate(strip, [30.0], fill, False)
+    assert ((turned == 200) | (turned == fill)).all()
+    assert (turned[..., 0] == fill[..., 0]).all()
 
 
 def test_rand_augment_applies_what_was_drawn(photograph):
@@ -223,12 +247,18 @@ def test_evaluation_transform_is_timms(photograph, size, interpolation):
     assert (fast - slow).float().abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("crop_pct", [-0.5, 0, 1.01])
+def test_a_crop_larger_than_the_image_is_an_error(crop_pct):
+    with pytest.raises(ValueError, match=f"crop_pct of {crop_pct}"):
+        EvalTransform(crop_pct=crop_pct)
+
+
 @pytest.mark.parametrize("crop_pct", [0.875, 0.95, 1.0])
 def test_centre_crops_are_cut_from_the_whole_resized_image(photograph, crop_pct):
     transform = EvalTransform(size=64, crop_pct=crop_pct)
     dataset = data.FolderDataset({}, transform, Augmentation())
     dataset.own_process()
-    # At 0.875 and 0.95 the crop ends at 68 and 65 pixels: as long as some of these images themselves.
+    # At 0.875 and 0.95 the crop ends at 68 and 66 pixels: as long as some of these images themselves.
     sides = [40, 63, 64, 65, 66, 67, 68, 69, 70, 100, 201]
     for width, height in [(width, height) for width in sides for height in sides]:
         content = jpeg(photograph.resize((width, height)))
