@@ -1138,6 +1138,9 @@ def main(argv: list[str]) -> int:
         finally:
             run.close()
     if process.world > 1:
+        # DDP goes first: as the last to hold the process group it would, keeping the interpreter's lock, wait
+        # for gloo's thread, which may itself wait for that lock. With PyTorch 2.11 one run in three hung so.
+        run = None
         dist.destroy_process_group()
     return status
 
