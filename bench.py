@@ -51,6 +51,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops.misc import Permute
 from tqdm import tqdm
 
+import blocks
 import data as pipeline
 from data import (
     Augmentation,
@@ -448,6 +449,7 @@ class SpeedOptions:
     train: bool = option(False, "time forward, backward and a LAMB step instead of evaluation")
     compile: bool = option(False, "compile every model (evaluation: with inductor's freezing)")
     fuse: bool = option(False, "fold NEXcepTion's batch norms into its convolutions")
+    triton: bool = option(False, "our Triton kernels for NEXcepTion's depthwise convolutions; GPU only")
     plain: bool = option(
         False, "time each model also as plain eager code in a process whose allocator is left alone; CPU only"
     )
@@ -686,6 +688,8 @@ def resolved(options: SpeedOptions) -> SpeedOptions:
     models = (options.models or tuple(TABLE_1)) + tuple(PEER_PREFIX + peer for peer in options.peer)
     if options.plain and device.type != "cpu":
         raise UsageError(f"--plain measures the C allocator's part and needs --device cpu, not {device}")
+    if options.triton and (device.type != "cuda" or blocks.triton is None):
+        raise UsageError(f"--triton needs the package triton and --device cuda, not {device}: leave it out")
     if options.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UsageError("--compile on a CPU needs a C++ compiler: install g++, or name another in CXX")
     if options.train and options.fuse:
@@ -838,6 +842,7 @@ def speed(options: SpeedOptions) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if device.type == "cuda":
+        blocks.DepthwiseConv2d.use_triton = options.triton
         torch.cuda.set_device(device)  # events are recorded on the current device
         torch.backends.cudnn.benchmark = True  # the fastest algorithm for each shape, chosen while warming up
         torch.backends.cuda.matmul.allow_tf32 = True  # in float32, as cuDNN's convolutions do by default
@@ -871,7 +876,7 @@ def write_speed(
     device = torch.device(options.device)
     here = machine(device)
     where = re.sub(r"\W+", "-", here["gpu"].lower()) if "gpu" in here else device.type
-    flags = [flag for flag in ("train", "compile", "fuse", "plain") if getattr(options, flag)]
+    flags = [flag for flag in ("train", "compile", "fuse", "triton", "plain") if getattr(options, flag)]
     stem = Path(options.out) / "-".join(["speed", where, options.dtype, *flags])
     done = len(next(row["samples"] for row in rows if "samples" in row))
     method = (
@@ -879,7 +884,8 @@ def write_speed(
         f"{options.dtype}{'' if options.dtype == 'float32' else ' (autocast)'}, batch {options.batch}, "
         f"{'channels last' if options.channels_last else 'contiguous'}, "
         f"{'training step (LAMB)' if options.train else 'evaluation'}"
-        f"{', compiled' if options.compile else ''}{', batch norms folded' if options.fuse else ''}; "
+        f"{', compiled' if options.compile else ''}{', batch norms folded' if options.fuse else ''}"
+        f"{', depthwise convolutions by Triton' if options.triton else ''}; "
         f"mean ± standard deviation of {done} repetitions in turns; matrix products peak at "
         f"{peak / 1e9:.0f} GMAC/s."
     )

@@ -19,6 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch brings it where there is CUDA
+    triton = None
+
 if TYPE_CHECKING:
     from model import ModelConfig
 
@@ -56,6 +62,155 @@ def run_depthwise(convolve: Callable[[Tensor], Tensor], x: Tensor, training: boo
     return convolve(x)
 
 
+if triton is not None:
+
+    @triton.jit
+    def _depthwise_kernel(
+        x,  # (B, H, W, C), as `out`
+        taps,  # (KERNEL, KERNEL, C) float32
+        out,
+        rows,  # B * H
+        height,
+        width,
+        channels,
+        KERNEL: tl.constexpr,
+        TILE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """TILE × TILE positions of BLOCK channels of a depthwise convolution of stride 1."""
+        channel_blocks = tl.cdiv(channels, BLOCK)
+        tile, across = tl.program_id(0) // channel_blocks, tl.cdiv(width, TILE)
+        position = tl.arange(0, TILE * TILE)
+        row = tile // across * TILE + position // TILE
+        column = tile % across * TILE + position % TILE
+        channel = tl.program_id(0) % channel_blocks * BLOCK + tl.arange(0, BLOCK)
+        inside, exists = (row < rows) & (column < width), channel < channels
+        here = (row.to(tl.int64) * width + column)[:, None] * channels + channel[None, :]
+        total = tl.zeros([TILE * TILE, BLOCK], tl.float32)
+        for i in range(KERNEL):  # a true loop: unrolled as well, its loads would not fit the registers
+            down = i - KERNEL // 2
+            above = inside & (row % height + down >= 0) & (row % height + down < height)
+            for j in tl.static_range(KERNEL):
+                right = j - KERNEL // 2
+                mask = above & (column + right >= 0) & (column + right < width)
+                shifted = x + here + (down * width + right) * channels
+                value = tl.load(shifted, mask[:, None] & exists[None, :], 0.0)
+                tap = tl.load(taps + (i * KERNEL + j) * channels + channel, exists, 0.0)
+                total += value.to(tl.float32) * tap[None, :]
+        tl.store(out + here, total.to(out.dtype.element_ty), inside[:, None] & exists[None, :])
+
+    @triton.jit
+    def _depthwise_weight_kernel(
+        x,  # (B, H, W, C), as `grad`
+        grad,
+        partial,  # (shares, KERNEL, KERNEL, C) float32
+        rows,  # B * H
+        height,
+        width,
+        channels,
+        KERNEL: tl.constexpr,
+        TAPS: tl.constexpr,  # the power of two that holds KERNEL
+        SHARE: tl.constexpr,
+        STEP: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """What SHARE positions add to the gradient of one row of taps, for BLOCK channels."""
+        channel_blocks = tl.cdiv(channels, BLOCK)
+        share, i = tl.program_id(0) // (channel_blocks * KERNEL), tl.program_id(0) // channel_blocks % KERNEL
+        channel = tl.program_id(0) % channel_blocks * BLOCK + tl.arange(0, BLOCK)
+        j = tl.arange(0, TAPS)
+        exists, is_tap = channel < channels, j < KERNEL
+        down, right = i - KERNEL // 2, j - KERNEL // 2
+        total = tl.zeros([TAPS, STEP, BLOCK], tl.float32)
+        for offset in range(0, SHARE, STEP):
+            position = share * SHARE + offset + tl.arange(0, STEP)
+            row, column = position // width, position % width
+            inside = (row < rows) & (row % height + down >= 0) & (row % height + down < height)
+            beside = column[None, :] + right[:, None]
+            mask = is_tap[:, None] & inside[None, :] & (beside >= 0) & (beside < width)
+            here = position.to(tl.int64)[:, None] * channels + channel[None, :]
+            shifted = x + here[None, :, :] + ((down * width + right) * channels)[:, None, None]
+            slope = tl.load(grad + here, inside[:, None] & exists[None, :], 0.0)
+            value = tl.load(shifted, mask[:, :, None] & exists[None, None, :], 0.0)
+            total += value.to(tl.float32) * slope.to(tl.float32)[None, :, :]
+        spot = ((share * KERNEL + i) * KERNEL + j)[:, None] * channels + channel[None, :]
+        tl.store(partial + spot, tl.sum(total, 1), is_tap[:, None] & exists[None, :])
+
+    @torch.library.custom_op("nexception::depthwise_conv", mutates_args=())
+    def depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
+        """`F.conv2d(x, weight, padding=K // 2, groups=C)` by a Triton kernel; sums in float32.
+
+        x: (B, C, H, W), of any type up to float32; weight: (C, 1, K, K), K odd. The result is channels-last.
+        """
+        x = x.contiguous(memory_format=torch.channels_last)
+        taps = weight.flatten(1).t().float().contiguous()  # (C, 1, K, K) -> (K * K, C)
+        (batch, channels, height, width), tile, block = x.shape, 8, 32
+        programs = triton.cdiv(batch * height, tile) * triton.cdiv(width, tile) * triton.cdiv(channels, block)
+        out = torch.empty_like(x)
+        with torch.cuda.device_of(x):
+            _depthwise_kernel[(programs,)](
+                x, taps, out, batch * height, height, width, channels, weight.shape[-1], tile, block
+            )
+        return out
+
+    @depthwise_conv.register_fake
+    def _(x, weight):
+        return torch.empty_like(x, memory_format=torch.channels_last)
+
+    @torch.library.custom_op("nexception::depthwise_conv_weight_grad", mutates_args=())
+    def depthwise_conv_weight_grad(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
+        """The gradient (C, 1, K, K), float32, of `depthwise_conv`'s weight, from that of its result."""
+        x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+        (batch, channels, height, width), step, block = x.shape, 16, 32
+        positions, sizes = batch * height * width, (batch * height, height, width, channels)
+        share = min(4096, max(step, triton.next_power_of_2(positions)))
+        shares = triton.cdiv(positions, share)
+        partial = x.new_empty(shares, kernel, kernel, channels, dtype=torch.float32)
+        with torch.cuda.device_of(x):
+            _depthwise_weight_kernel[(shares * kernel * triton.cdiv(channels, block),)](
+                x, grad, partial, *sizes, kernel, triton.next_power_of_2(kernel), share, step, block
+            )
+        return partial.sum(0).permute(2, 0, 1)[:, None].contiguous()  # (K, K, C) -> (C, 1, K, K)
+
+    @depthwise_conv_weight_grad.register_fake
+    def _(x, grad, kernel):
+        return x.new_empty(x.shape[1], 1, kernel, kernel, dtype=torch.float32)
+
+    def _depthwise_backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:  # with stride 1, a convolution with the kernel turned around
+            x_grad = depthwise_conv(grad, weight.flip(2, 3))
+        if ctx.needs_input_grad[1]:
+            weight_grad = depthwise_conv_weight_grad(x, grad, weight.shape[-1]).to(weight.dtype)
+        return x_grad, weight_grad
+
+    depthwise_conv.register_autograd(
+        _depthwise_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+    )
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution without bias, padded to keep the resolution: H becomes ceil(H / stride).
+
+    `DepthwiseConv2d.use_triton = True` has `depthwise_conv` do those of stride 1 over channels-last maps on a
+    GPU, where there is Triton. It is off: no GPU has shown yet that it is the faster one.
+    """
+
+    use_triton = False
+
+    def __init__(self, channels: int, kernel: int, stride: int = 1):
+        super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.use_triton and triton is not None and x.is_cuda and self.stride == (1, 1)):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        if dtype == torch.float64 or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        return depthwise_conv(x.to(dtype), self.weight.to(dtype))
+
+
 class MixedDepthwise(nn.Module):
     """Depthwise convolution whose channel groups have kernels 3, 5, 7 and 9 (MixConv, Tan and Le 2019).
 
@@ -67,8 +222,7 @@ class MixedDepthwise(nn.Module):
         share = channels // len(KERNELS)
         self.splits = [channels - share * (len(KERNELS) - 1)] + [share] * (len(KERNELS) - 1)
         self.convs = nn.ModuleList(
-            nn.Conv2d(width, width, kernel, stride, kernel // 2, groups=width, bias=False)
-            for width, kernel in zip(self.splits, KERNELS, strict=True)
+            DepthwiseConv2d(width, kernel, stride) for width, kernel in zip(self.splits, KERNELS, strict=True)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,9 +241,7 @@ class SeparableConv(nn.Module):
         if kernel == "mixed":
             self.depthwise = MixedDepthwise(in_channels, stride)
         else:
-            self.depthwise = nn.Conv2d(
-                in_channels, in_channels, kernel, stride, kernel // 2, groups=in_channels, bias=False
-            )
+            self.depthwise = DepthwiseConv2d(in_channels, kernel, stride)
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

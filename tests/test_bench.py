@@ -256,7 +256,11 @@ def test_peak_memory_of_a_known_tensor():
 @pytest.mark.gpu
 def test_speed_on_a_gpu(tmp_path):
     arguments = ["--models", "nexception_t@64,convnext_tiny@64", "--batch", "4", "--repetitions", "2"]
-    assert run("speed", *arguments, "--device", "cuda", "--fuse", "--compile", "--out", tmp_path) == 0
+    for more in ([], ["--triton"]):
+        assert (
+            run("speed", *arguments, "--device", "cuda", "--fuse", "--compile", *more, "--out", tmp_path) == 0
+        )
+    assert len(list(tmp_path.glob("speed-*-compile-fuse-triton.json"))) == 1
     (path,) = tmp_path.glob("speed-*-compile-fuse.json")
     rows = json.loads(path.read_text())["rows"]
     assert all(row["memory"] > row["parameters"] for row in rows)
@@ -271,6 +275,7 @@ def test_speed_on_a_gpu(tmp_path):
         (["speed", "--models", "xception,xception"], "each model once"),
         (["speed", "--repetitions", "0"], "--repetitions 0"),
         (["speed", "--train", "--fuse"], "--fuse is for evaluation"),
+        (["speed", "--triton", "--device", "cpu"], "--device cuda, not cpu"),
         (["speed", "--device", "abacus"], "--device abacus"),
         (["speed", "--dtype", "int8"], "int8"),
         (["speed", "--speed", "3"], "--speed"),

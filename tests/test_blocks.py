@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import blocks
 from blocks import (
     KERNELS,
     BlurPool,
+    DepthwiseConv2d,
     LayerNorm2d,
     MixedDepthwise,
     SeparableConv,
@@ -73,6 +77,133 @@ def test_mixed_kernels_agree_with_timm(channels, stride):
     copy_in_order(theirs, ours)
     x = double(2, channels, 11, 9)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+needs_triton = pytest.mark.skipif(blocks.triton is None, reason="no Triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, the kernels run in Triton's interpreter
+
+
+def depthwise_case(shape: tuple[int, ...], kernel: int, dtype: torch.dtype):
+    """An input, a weight and a gradient of the result, channels-last, of small integers: sums are exact."""
+    generator = torch.Generator().manual_seed(sum(shape) + kernel)
+
+    def integers(*shape):
+        values = torch.randint(-3, 4, shape, generator=generator).to(DEVICE, dtype)
+        return values.contiguous(memory_format=torch.channels_last)
+
+    return integers(*shape), integers(shape[1], 1, kernel, kernel), integers(*shape)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        ((2, 40, 7, 9), 5),  # more channels than a block has, and not whole blocks of them
+        ((1, 32, 8, 8), 3),  # whole tiles
+        ((3, 5, 17, 3), 7),  # tiles across images; a kernel wider than the map
+        ((2, 8, 1, 12), 9),
+        ((5, 4, 1, 1), 3),
+    ],
+)
+def test_triton_depthwise_convolution_is_pytorch_s(shape, kernel, dtype):
+    x, weight, grad = depthwise_case(shape, kernel, dtype)
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    ours = blocks.depthwise_conv(*leaves)
+    assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
+    ours.backward(grad)
+    exact = [t.cpu().double().requires_grad_() for t in (x, weight)]
+    theirs = F.conv2d(*exact, padding=kernel // 2, groups=shape[1])
+    theirs.backward(grad.cpu().double())
+    for left, right in [(ours, theirs), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]:
+        torch.testing.assert_close(
+            left.cpu(), right.to(dtype), rtol=0, atol=0
+        )  # once rounded, from exact sums
+
+
+@needs_triton
+def test_triton_depthwise_convolution_takes_contiguous_maps_and_many_positions():
+    x, weight, grad = (t.contiguous() for t in depthwise_case((1, 2, 64, 65), 3, torch.float32))
+    theirs = F.conv2d(x, weight, padding=1, groups=2)
+    torch.testing.assert_close(blocks.depthwise_conv(x, weight), theirs, rtol=0, atol=0)
+    want = torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=1, groups=2)  # two programs add to it
+    torch.testing.assert_close(blocks.depthwise_conv_weight_grad(x, grad, 3), want, rtol=0, atol=0)
+
+
+@needs_triton
+def test_triton_depthwise_convolution_is_an_operator_that_compiles():
+    x, weight, grad = depthwise_case((2, 8, 6, 5), 3, torch.float32)
+    leaves = (x.requires_grad_(), weight.requires_grad_())
+    torch.library.opcheck(blocks.depthwise_conv, leaves)
+    torch.library.opcheck(blocks.depthwise_conv_weight_grad, (x.detach(), grad, 3))
+
+    def slopes(f):
+        return torch.autograd.grad(f(*leaves), leaves, grad)
+
+    compiled = torch.compile(blocks.depthwise_conv, backend="aot_eager", fullgraph=True)
+    for left, right in zip(slopes(compiled), slopes(blocks.depthwise_conv), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("changes", "by_triton"),
+    [
+        ({}, True),
+        ({"use_triton": False}, False),
+        ({"stride": 2}, False),
+        ({"dtype": torch.float64, "autocast": False}, False),
+        ({"format": torch.contiguous_format}, False),
+        ({"device": "cpu"}, False),
+    ],
+)
+def test_triton_takes_channels_last_maps_of_a_gpu(monkeypatch, changes, by_triton):
+    case = {"use_triton": True, "stride": 1, "dtype": torch.float32, "autocast": True, "device": "cuda"}
+    case |= {"format": torch.channels_last} | changes
+    monkeypatch.setattr(DepthwiseConv2d, "use_triton", case["use_triton"])
+    operators = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            operators.append(str(operator))
+            return operator(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Log(), torch.device(case["device"]):  # shapes alone: no GPU is needed
+        torch.set_default_dtype(case["dtype"])
+        torch.set_autocast_enabled("cuda", case["autocast"])
+        try:
+            x = torch.empty(2, 8, 6, 6).contiguous(memory_format=case["format"])
+            out = DepthwiseConv2d(8, 3, case["stride"])(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_autocast_enabled("cuda", False)
+    assert any("nexception.depthwise_conv" in operator for operator in operators) == by_triton
+    in_half = case["autocast"] and case["device"] == "cuda"
+    assert out.dtype == (torch.get_autocast_dtype("cuda") if in_half else case["dtype"])
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_trains_alike_with_triton_on_a_gpu(monkeypatch, dtype, compiled):
+    torch.manual_seed(0)
+    block = SeparableConv(96, 64, 5).cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(4, 96, 20, 28, device="cuda").to(memory_format=torch.channels_last)
+
+    def step(use_triton):
+        monkeypatch.setattr(DepthwiseConv2d, "use_triton", use_triton)
+        torch.compiler.reset()
+        block.zero_grad()
+        run = torch.compile(block, fullgraph=True) if use_triton and compiled else block
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            out = run(x)
+        out.float().square().mean().backward()
+        return [out.float(), *(p.grad.clone() for p in block.parameters())]
+
+    near = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-3}  # tf32
+    for left, right in zip(step(True), step(False), strict=True):
+        torch.testing.assert_close(left, right, **near)
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "mixed"])
