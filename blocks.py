@@ -146,7 +146,7 @@ if triton is not None:
         taps = weight.flatten(1).t().float().contiguous()  # (C, 1, K, K) -> (K * K, C)
         (batch, channels, height, width), tile, block = x.shape, 8, 32
         programs = triton.cdiv(batch * height, tile) * triton.cdiv(width, tile) * triton.cdiv(channels, block)
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, memory_format=torch.channels_last)
         with torch.cuda.device_of(x):
             _depthwise_kernel[(programs,)](
                 x, taps, out, batch * height, height, width, channels, weight.shape[-1], tile, block
