@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import copy
 import fcntl
+import gc
 import io
 import json
 import math
@@ -1141,6 +1142,7 @@ def main(argv: list[str]) -> int:
         # DDP goes first: as the last to hold the process group it would, keeping the interpreter's lock, wait
         # for gloo's thread, which may itself wait for that lock. With PyTorch 2.11 one run in three hung so.
         run = None
+        gc.collect()  # with --compile it stands in a cycle of references
         dist.destroy_process_group()
     return status
 

@@ -667,7 +667,11 @@ def destroy(destroy=dist.destroy_process_group):
     assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects()), "DDP is still there"
     destroy()
 
-dist.destroy_process_group = destroy
+def close(run, close=train.Run.close):
+    run.cycle = run  # torch.compile makes such cycles too
+    close(run)
+
+dist.destroy_process_group, train.Run.close = destroy, close
 sys.exit(train.main(sys.argv[1:]))
 """
 
