@@ -550,6 +550,14 @@ def _weights_of(content: dict) -> dict[str, Tensor]:
     return weights
 
 
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file of any model, on the CPU; ValueError where there is none."""
+    weights = _weights_of(_read_checkpoint(path))
+    if not weights:
+        raise ValueError(f"{path}: no weights inside")
+    return weights
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
@@ -563,7 +571,7 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
     """
     given = path_or_state_dict
     source = "state dict" if isinstance(given, dict) else os.fspath(given)
-    weights = _weights_of(given if isinstance(given, dict) else _read_checkpoint(given))
+    weights = _weights_of(given) if isinstance(given, dict) else read_weights(given)
     if not weights:
         raise ValueError(f"{source}: no weights inside")
     layouts = _layouts(model)
@@ -713,7 +721,8 @@ def compile_frozen(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
     Without gradients; the weights must stay as they are at the first call. Every new shape compiles anew.
     """
-    import torch._inductor.config as inductor_config  # takes as long as PyTorch itself: only where needed
+    import torch._dynamo.config as dynamo_config  # take as long as PyTorch itself: only where needed
+    import torch._inductor.config as inductor_config
 
     compiled = torch.compile(model.eval(), dynamic=False)
 
@@ -722,7 +731,9 @@ def compile_frozen(model: nn.Module) -> Callable[[Tensor], Tensor]:
         # of the weights, unless this switch tells it not to. Calling the kernels from C++ takes 5 to 8% off
         # the time of a single image, 1% off a batch of 16's.
         switches = {"freezing": True, "cpp_wrapper": x.device.type == "cpu"}
-        with torch.no_grad(), inductor_config.patch(switches):
+        # All models of a class share one count of shapes, behind whose limit PyTorch would run them eagerly.
+        limits = {"recompile_limit": 2**16, "fail_on_recompile_limit_hit": True}
+        with torch.no_grad(), inductor_config.patch(switches), dynamo_config.patch(limits):
             return compiled(x)
 
     return frozen

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +385,22 @@ def test_frozen_network_is_the_same_and_has_its_weights_inside():
     with torch.no_grad():
         fused.head.fc.weight.zero_()
     assert torch.equal(frozen(x), logits)  # compiled code that reads the weights would answer the bias
+
+
+def test_frozen_networks_compile_however_many_shapes_there_are(monkeypatch):
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(inputs[-1].shape)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model = create_model(replace(MODELS["nexception_nano"], depths=(1,)))
+    frozen = [compile_frozen(fuse(model)) for _ in range(2)]
+    for batch in range(1, 8):  # PyTorch stops at eight of one class
+        for network in frozen:
+            network(torch.randn(batch, 3, 32, 32))
+    assert len(compilations) == 14
 
 
 @pytest.mark.parametrize("name", ["nexception_nano", "nexception_tp"])
