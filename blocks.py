@@ -193,8 +193,8 @@ if triton is not None:
 class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution without bias, padded to keep the resolution: H becomes ceil(H / stride).
 
-    `DepthwiseConv2d.use_triton = True` has `depthwise_conv` do those of stride 1 over channels-last maps on a
-    GPU, where there is Triton. It is off: no GPU has shown yet that it is the faster one.
+    `DepthwiseConv2d.use_triton = True` has `depthwise_conv` do those of stride 1 on a GPU, where there is
+    Triton; maps that are not channels-last are copied. It is off: no GPU has shown yet that it is faster.
     """
 
     use_triton = False
@@ -203,12 +203,13 @@ class DepthwiseConv2d(nn.Conv2d):
         super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.use_triton and triton is not None and x.is_cuda and self.stride == (1, 1)):
-            return super().forward(x)
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        if dtype == torch.float64 or not x.is_contiguous(memory_format=torch.channels_last):
-            return super().forward(x)
-        return depthwise_conv(x.to(dtype), self.weight.to(dtype))
+        weight = self.weight
+        if self.use_triton and triton is not None and x.is_cuda and self.stride == (1, 1):
+            if torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
+                x, weight = (t.to(torch.get_autocast_dtype("cuda")) for t in (x, weight))
+            if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+                return depthwise_conv(x, weight)
+        return super().forward(x)
 
 
 class MixedDepthwise(nn.Module):
@@ -285,13 +286,26 @@ class BlurPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # A map one pixel high or wide has nothing to reflect.
         mode = "reflect" if min(x.shape[-2:]) > 1 else "replicate"
-        x = F.pad(x, (1, 1, 1, 1), mode=mode)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not self.training:
             # The compiler fuses a sum of slices with the maxima and the padding before it, which a
             # convolution, a kernel of its own, would have to wait for in memory.
-            return self._sum_of_slices(x)
+            x = self._sum_of_slices(F.pad(x, (1, 1, 1, 1), mode=mode))
+            return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        if x.is_cuda and channels_last and mode == "reflect":
+            x = self._reflect(x)
+        else:
+            x = F.pad(x, (1, 1, 1, 1), mode=mode)
         blur = partial(F.conv2d, weight=self.filter, stride=2, groups=x.shape[1])
         return run_depthwise(blur, x, self.training)
+
+    @staticmethod
+    def _reflect(x: Tensor) -> Tensor:
+        """Reflection padding by one pixel in the memory format of x: PyTorch's own, on a GPU, takes and gives
+        contiguous maps, which channels-last ones would be copied to and from.
+        """
+        x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
+        return torch.cat([x[..., 1:2], x, x[..., -2:-1]], dim=3)
 
     @staticmethod
     def _sum_of_slices(x: Tensor) -> Tensor:
