@@ -27,10 +27,10 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -38,6 +38,7 @@ import sys
 import tempfile
 import time
 import typing
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -78,6 +79,7 @@ from model import (
     fuse,
     keep_large_buffers,
     load_checkpoint,
+    read_weights,
 )
 from train import Lamb, Parser, RunError, UsageError, bce_loss, option, parameter_groups, write_whole
 
@@ -97,12 +99,16 @@ def comma_separated(text: str) -> tuple[str, ...]:
 
 
 def parse(options: type, argv: list[str], prog: str):
-    """The dataclass `options` filled from a command line; its fields declare every option (see `option`)."""
+    """The dataclass `options` filled from a command line; its fields declare every option (see `option`).
+
+    `least` and `most` in a field's metadata are the numbers' bounds. `UsageError` for one beyond them.
+    """
     parser = Parser(prog=prog, description=options.__doc__, allow_abbrev=False)
     types = typing.get_type_hints(options)
     for entry in fields(options):
         settings = dict(entry.metadata)
         positional = settings.pop("positional", False)
+        settings.pop("least", None), settings.pop("most", None)
         kind = types[entry.name]
         many = typing.get_origin(kind) is tuple
         if kind is bool:
@@ -121,6 +127,15 @@ def parse(options: type, argv: list[str], prog: str):
             settings["help"] += f" (default: {shown})" if shown not in ("", 0, None, False) else ""
         parser.add_argument(entry.name if positional else "--" + entry.name.replace("_", "-"), **settings)
     values = vars(parser.parse_args(argv))
+    for entry in fields(options):
+        value, least, most = values[entry.name], entry.metadata.get("least"), entry.metadata.get("most")
+        name = f"--{entry.name.replace('_', '-')} {value}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{name}: must be a finite number")
+        if least is not None and value < least:
+            raise UsageError(f"{name}: must be at least {least}")
+        if most is not None and value > most:
+            raise UsageError(f"{name}: must be at most {most}")
     return options(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
@@ -130,8 +145,37 @@ def write_result(path: Path, content: str | bytes) -> None:
     write_whole(path, content)
 
 
+def check_writable(folder: str) -> None:
+    """`UsageError` where files can't be written to `folder`, before anything is measured for them."""
+    there = next(
+        path for path in [Path(folder).absolute(), *Path(folder).absolute().parents] if path.exists()
+    )
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "can't be written to" if there.is_dir() else "is a file, not a folder"
+        raise UsageError(f"--out {folder}: {there} {what}; name another folder")
+
+
+def results_stem(folder: str, name: str, options) -> Path:
+    """`folder`/`name`, or with -2, -3 ... behind it: files of other options' results are not overwritten."""
+    ours = json.loads(json.dumps(asdict(options)))
+    for number in itertools.count(1):
+        stem = Path(folder) / (name if number == 1 else f"{name}-{number}")
+        try:
+            theirs = json.loads(stem.with_name(stem.name + ".json").read_text())["options"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return stem
+        if {**ours, "out": ""} == {**theirs, "out": ""}:
+            return stem
+
+
 def write_json(path: Path, record: dict) -> None:
     write_result(path, json.dumps(record, indent=1) + "\n")
+
+
+def write_both(stem: Path, record: dict, text: str) -> None:
+    """Write `stem`.json and the Markdown `stem`.md."""
+    write_json(stem.with_name(stem.name + ".json"), record)
+    write_result(stem.with_name(stem.name + ".md"), text)
 
 
 def markdown_table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
@@ -163,7 +207,7 @@ def machine(device: torch.device) -> dict:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": "python bench.py " + " ".join(sys.argv[1:]),
+        "command": "python bench.py " + shlex.join(sys.argv[1:]),
     }
     if device.type == "cuda":
         record["gpu"] = torch.cuda.get_device_name(device)
@@ -323,12 +367,12 @@ HAND_BUILT = {  # key -> function of the input size
     "nat_tiny": lambda size: Nat((3, 4, 18, 5), 64, 3.0),
     "nat_small": lambda size: Nat((3, 4, 18, 5), 96, 2.0),
 }
-TORCHVISION = {key for key in TABLE_1 if key in torchvision.models.list_models()}
+TORCHVISION = set(torchvision.models.list_models(module=torchvision.models))  # its classifiers
 PEER_PREFIX = "peer:"
 
 
 def parse_spec(spec: str) -> tuple[str, int]:
-    """`NAME` or `NAME@SIZE` -> name and input size in pixels (Table 1's, a config's, 224)."""
+    """`NAME` or `NAME@SIZE` -> name and input size in pixels (Table 1's, a config's, timm's, 224)."""
     name, _, size = spec.partition("@")
     if size:
         if not size.isdigit() or int(size) < 32:
@@ -342,33 +386,53 @@ def parse_spec(spec: str) -> tuple[str, int]:
         return name, MODELS[name].input_size
     if name.endswith(".json"):
         return name, ModelConfig.from_json(name).input_size
+    if name not in TORCHVISION and not name.startswith(PEER_PREFIX) and (timm := timm_with(name)):
+        return name, timm.get_pretrained_cfg(name).input_size[-1]
     return name, 224
 
 
-def build_model(spec: str) -> nn.Module:
-    """A model with random weights by its spec; UsageError if unknown, ModuleNotFoundError without natten."""
-    name, size = parse_spec(spec)
-    torch.manual_seed(0)
-    if name in HAND_BUILT:
-        return HAND_BUILT[name](size)
-    if name in TORCHVISION:
-        return torchvision.models.get_model(name, weights=None)
-    if name in MODELS or name.endswith(".json"):
-        return create_model(name)
-    if name.startswith(PEER_PREFIX):
-        return build_peer(name.removeprefix(PEER_PREFIX))
+def timm_with(name: str):
+    """The package timm, if it is installed and has a model of that name; else None."""
     try:
         import timm
     except ModuleNotFoundError:
-        timm = None
-    if timm is None or not timm.is_model(name):
-        known = ", ".join({**TABLE_1, **MODELS})
-        missing = " (timm is not installed)" if timm is None else " and timm has none of that name"
-        raise UsageError(f"unknown model {name!r}{missing}; known here: {known}")
-    return timm.create_model(name)
+        return None
+    return timm if timm.is_model(name) else None
 
 
-def build_peer(path: str) -> nn.Module:
+def model_maker(spec: str) -> Callable[[], nn.Module]:
+    """What builds a model with random weights, by its spec; `UsageError` if it is unknown."""
+    name, size = parse_spec(spec)
+    if name in HAND_BUILT:
+        return functools.partial(HAND_BUILT[name], size)
+    if name in TORCHVISION:
+        return functools.partial(torchvision.models.get_model, name, weights=None)
+    if name in MODELS or name.endswith(".json"):
+        return functools.partial(create_model, name)
+    if name.startswith(PEER_PREFIX):
+        return peer_maker(name.removeprefix(PEER_PREFIX))
+    if timm := timm_with(name):
+        return functools.partial(timm.create_model, name)
+    known = ", ".join({**TABLE_1, **MODELS})
+    raise UsageError(
+        f"unknown model {name!r}, neither torchvision's nor (if it is installed) timm's; known here: {known}"
+    )
+
+
+def build_model(spec: str) -> nn.Module:
+    """A model with random weights by its spec, the same in every process.
+
+    UsageError if it is unknown, ModuleNotFoundError without natten, and whatever a peer raises.
+    """
+    maker = model_maker(spec)
+    torch.manual_seed(0)
+    model = maker()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"gives a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def peer_maker(path: str) -> Callable[[], nn.Module]:
     """The reader's own model: `MODULE:CALLABLE`, called without arguments; the current folder is searched."""
     module_name, _, callable_name = path.partition(":")
     if not module_name or not callable_name:
@@ -376,16 +440,18 @@ def build_peer(path: str) -> nn.Module:
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), callable_name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"--peer {path!r}: {error}") from error
+    except Exception as error:  # the module is the reader's: anything may happen
+        raise UsageError(f"--peer {path!r}: {one_line(error)}") from error
     finally:
         sys.path.pop(0)
-    model = function()
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"--peer {path!r}: {callable_name}() gave a {type(model).__name__}, not a torch.nn.Module"
-        )
-    return model
+    if not callable(function):
+        raise UsageError(f"--peer {path!r}: {callable_name} can't be called")
+    return function
+
+
+def one_line(error: BaseException) -> str:
+    """An error's type and message, shortened to one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def count_macs(model: nn.Module, size: int) -> tuple[int, int]:
@@ -401,7 +467,7 @@ def count_macs(model: nn.Module, size: int) -> tuple[int, int]:
             block.attention = NeighborhoodShapes(block.norm1.weight.numel(), 1, 7).to("meta")
     with counter:  # gradients stay on: attention's fast path without them is not counted
         shapes(torch.empty(1, 3, size, size, device="meta"))
-    counts = {str(key): flops // 2 for key, flops in counter.get_flop_counts()["Global"].items()}
+    counts = {str(key): flops // 2 for key, flops in counter.get_flop_counts().get("Global", {}).items()}
     attention = sum(macs for key, macs in counts.items() if "bmm" in key or "attention" in key)
     return sum(counts.values()) - attention, attention
 
@@ -440,14 +506,16 @@ class SpeedOptions:
     dtype: str = option(
         "", "autocast's type; empty: bfloat16 or float16 on a GPU, float32 on a CPU", choices=DTYPES
     )
-    batch: int = option(0, "images a batch, halved when out of memory; 0: 256 on a GPU, 16 on a CPU")
-    repetitions: int = option(30, "timed turns of each model")
-    threads: int = option(0, "CPU threads; 0: PyTorch's choice")
-    seconds: float = option(0.1, "least time of one turn, in seconds: short passes are repeated within it")
+    batch: int = option(0, "images a batch, halved when out of memory; 0: 256 on a GPU, 16 on a CPU", least=0)
+    repetitions: int = option(30, "timed turns of each model", least=1)
+    threads: int = option(0, "CPU threads; 0: PyTorch's choice", least=0, most=1024)
+    seconds: float = option(
+        0.1, "least time of one turn, in seconds: short passes are repeated within it", least=0
+    )
     latency: bool = option(True, "time single images as well")
     channels_last: bool = option(True, "memory format of images and weights")
     train: bool = option(False, "time forward, backward and a LAMB step instead of evaluation")
-    compile: bool = option(False, "compile every model (evaluation: with inductor's freezing)")
+    compile: bool = option(False, "compile every model (evaluation: with inductor's freezing, and --fuse)")
     fuse: bool = option(False, "fold NEXcepTion's batch norms into its convolutions")
     triton: bool = option(False, "our Triton kernels for NEXcepTion's depthwise convolutions; GPU only")
     plain: bool = option(
@@ -463,6 +531,8 @@ class Timed:
     Raises what building the model raises; out of memory at one image is torch.OutOfMemoryError.
     """
 
+    shared: typing.ClassVar = weakref.WeakValueDictionary()  # batches that several models are timed on
+
     def __init__(self, spec: str, options: SpeedOptions, tuned: bool = True):
         self.options, self.device, self.dtype = options, torch.device(options.device), DTYPES[options.dtype]
         self.size, self.batch = parse_spec(spec)[1], options.batch
@@ -472,10 +542,10 @@ class Timed:
             fill(model)
         self.parameters = count_parameters(model)
         self.macs, self.attention_macs = count_macs(model, self.size)
-        model.to(self.device, memory_format=self.format)
-        self.weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
         if tuned and options.fuse and isinstance(model, NEXcepTion):
             model = fuse(model)
+        model.to(self.device, memory_format=self.format)
+        self.weights = tensor_bytes([*model.parameters(), *model.buffers()])
         if options.train:
             self.optimizer = Lamb(parameter_groups(model, 0.02), lr=2e-3)
         self.model = model.train(options.train)
@@ -484,10 +554,14 @@ class Timed:
         self.warm_up()
 
     def images(self, count: int) -> torch.Tensor:
-        """(count, 3, size, size) float32, the same for every process."""
-        generator = torch.Generator().manual_seed(count)
-        images = torch.randn(count, 3, self.size, self.size, generator=generator)
-        return images.to(self.device, memory_format=self.format)
+        """(count, 3, size, size) float32, the same for every process; models of one size share them."""
+        key = (count, self.size, self.device, self.format)
+        images = self.shared.get(key)
+        if images is None:
+            generator = torch.Generator().manual_seed(count)
+            images = torch.randn(count, 3, self.size, self.size, generator=generator)
+            images = self.shared[key] = images.to(self.device, memory_format=self.format)
+        return images
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -507,24 +581,34 @@ class Timed:
 
     def warm_up(self) -> None:
         """Find the batch that fits, have kernels chosen and compiled, count passes a turn and the memory."""
-        while True:
-            try:
-                self.inputs = self.images(self.batch)
-                self.step()
-                break
-            except (torch.OutOfMemoryError, MemoryError):
-                self.inputs = None
-                if self.batch == 1:
-                    raise
-                self.batch //= 2
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-        with PeakMemory(self.device) as peak:
-            self.step()
-        self.memory = None if peak.bytes is None else peak.bytes + self.weights
+        while not self.fits():
+            if self.batch == 1:
+                raise torch.OutOfMemoryError("out of memory at batch 1")
+            self.batch //= 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         self.passes = 1
         seconds = min(self.elapsed(self.step) for _ in range(2))
         self.passes = max(1, math.ceil(self.options.seconds / seconds))
+
+    def fits(self) -> bool:
+        """Whether the memory suffices for the batch; the first steps, and the memory of the second."""
+        try:
+            self.inputs = self.images(self.batch)
+            self.step()
+            with PeakMemory(self.device) as peak:
+                self.step()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            self.inputs = None
+            return False
+        moments = []
+        if self.options.train:
+            moments = [t for state in self.optimizer.state.values() for t in state.values()]
+        static = self.weights + tensor_bytes([t for t in moments if torch.is_tensor(t)])
+        self.memory = None if peak.bytes is None else peak.bytes + static
+        return True
 
     def elapsed(self, work: Callable, passes: int = 1) -> float:
         """Seconds for `passes` calls of work: device events on a GPU, a synchronised clock elsewhere."""
@@ -536,6 +620,8 @@ class Timed:
             end.record()
             end.synchronize()
             return start.elapsed_time(end) / 1000
+        if self.device.type == "mps":
+            torch.mps.synchronize()
         start = time.perf_counter()
         for _ in range(passes):
             work()
@@ -563,6 +649,15 @@ class Timed:
         """What the results say of the model besides its times; memory in bytes."""
         names = ("parameters", "macs", "attention_macs", "batch", "passes", "memory")
         return {name: getattr(self, name) for name in names}
+
+
+def tensor_bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so; PyTorch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def fill(model: nn.Module) -> None:
@@ -660,8 +755,8 @@ def serve_plain(pipe, specs: list[str], options: SpeedOptions) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     timed = {spec: Timed(spec, options, tuned=False) for spec in specs}
-    pipe.send("ready")
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        pipe.send("ready")
         while True:
             spec, method = pipe.recv()
             pipe.send(getattr(timed[spec], method)())
@@ -688,19 +783,32 @@ def resolved(options: SpeedOptions) -> SpeedOptions:
     models = (options.models or tuple(TABLE_1)) + tuple(PEER_PREFIX + peer for peer in options.peer)
     if options.plain and device.type != "cpu":
         raise UsageError(f"--plain measures the C allocator's part and needs --device cpu, not {device}")
-    if options.triton and (device.type != "cuda" or blocks.triton is None):
-        raise UsageError(f"--triton needs the package triton and --device cuda, not {device}: leave it out")
+    if options.triton and device.type != "cuda":
+        raise UsageError(f"--triton needs --device cuda, not {device}: leave it out")
+    if options.triton and blocks.triton is None:
+        raise UsageError("--triton needs the package triton: install it, or leave the flag out")
+    if options.triton and not options.channels_last:
+        raise UsageError("--triton is for channels-last maps: leave out --no-channels-last")
     if options.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UsageError("--compile on a CPU needs a C++ compiler: install g++, or name another in CXX")
     if options.train and options.fuse:
         raise UsageError("--fuse is for evaluation: leave it out, or leave out --train")
-    for name, least in (("batch", 0), ("repetitions", 1), ("threads", 0)):
-        if getattr(options, name) < least:
-            raise UsageError(f"--{name} {getattr(options, name)}: must be at least {least}")
     if len(set(models)) < len(models):
         raise UsageError(f"--models {','.join(models)}: name each model once")
+    for spec in models:
+        model_maker(spec)  # an unknown one is found before the others are built
+    names = {*models, *(parse_spec(spec)[0] for spec in models)}
+    if options.baseline not in {*names, SpeedOptions.baseline}:
+        raise UsageError(
+            f"--baseline {options.baseline}: choose one of the measured models, {','.join(models)}"
+        )
     batch = options.batch or (16 if device.type == "cpu" else 256)
-    return replace(options, device=str(device), dtype=dtype, batch=batch, models=models)
+    settled = {
+        "dtype": dtype,
+        "batch": batch,
+        "fuse": options.fuse or (options.compile and not options.train),
+    }
+    return replace(options, device=str(device), models=models, **settled)
 
 
 def pick_device(name: str) -> torch.device:
@@ -710,6 +818,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing; choose cpu or cuda")
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
@@ -729,11 +839,13 @@ def build_rows(options: SpeedOptions) -> list[dict]:
             row["missing"] = f"needs the package {error.name}"
         except torch.OutOfMemoryError:
             row["missing"] = "out of memory at batch 1"
+        except Exception as error:  # a model that fails does not cost the others their rows
+            row["missing"] = f"fails, {one_line(error)}"
         else:
             row |= {"timed": timed.turn, "logits": timed.logits} | timed.facts()
             if timed.batch < options.batch:
                 print(f"{label}: out of memory at batch {options.batch}, measured at {timed.batch}")
-        if name in TABLE_1:
+        if name in TABLE_1 and row["size"] == TABLE_1[name].size:
             row["paper"] = asdict(TABLE_1[name])
         print(f"{label}: {row.get('missing', 'ready')}", file=sys.stderr)
     return rows
@@ -759,22 +871,34 @@ def add_plain_rows(rows: list[dict], options: SpeedOptions) -> PlainProcess:
 
 
 def take_turns(rows: list[dict], repetitions: int) -> None:
-    """Time every model once in each repetition, in another order each; Ctrl-C keeps the finished ones."""
+    """Time every model once in each repetition, in another order each; Ctrl-C keeps the finished ones.
+
+    A model that fails in a turn (out of memory beside the others, say) is left out from then on.
+    """
     measured = [row for row in rows if "timed" in row]
     for row in measured:
         row["samples"], row["latencies"] = [], []
     order = random.Random(0)
+    done = 0
     try:
         for _ in tqdm(range(repetitions), disable=None, unit="repetition"):
-            turns = {id(row): row["timed"]() for row in order.sample(measured, len(measured))}
-            for row in measured:
-                speed, latencies = turns[id(row)]
+            turns = []
+            for row in order.sample(measured, len(measured)):
+                try:
+                    turns.append((row, *row["timed"]()))
+                except Exception as error:
+                    row["missing"] = f"fails, {one_line(error)}"
+                    for key in ("timed", "logits", "samples", "latencies"):
+                        row.pop(key, None)
+                    measured.remove(row)
+            for row, speed, latencies in turns:
                 row["samples"].append(speed)
                 row["latencies"] += latencies
+            done += 1
     except KeyboardInterrupt:
-        if not measured[0]["samples"]:
+        if not done:
             raise
-        print(f"stopped: {len(measured[0]['samples'])} of {repetitions} repetitions are kept")
+        print(f"stopped: {done} of {repetitions} repetitions are kept")
 
 
 def mean_and_deviation(samples: list[float]) -> tuple[float, float]:
@@ -800,23 +924,30 @@ def add_ratios(rows: list[dict], baseline: str) -> str:
     return base["label"]
 
 
-def speed_table(rows: list[dict], baseline: str) -> str:
-    """The Markdown table of measured rows; columns that no row fills are left out."""
+def speed_table(rows: list[dict], baseline: str, batch: int) -> str:
+    """The Markdown table of rows that were to be measured at `batch`; columns that no row fills are left out.
+
+    MACs are those of convolutions and linear layers, + those of attention's own products.
+    """
     header = ["model", "input", "params", "MACs", "paper's", "images/s", f"× {baseline}", "paper's ×"]
     header += ["× plain", "batch 1, ms (p95)", "memory", "of peak"]
     table = []
     for row in rows:
         paper = row.get("paper")
         cells = [row["label"], str(row["size"])]
-        counted = "macs" in row
-        cells += [f"{row['parameters'] / 1e6:.1f}M", f"{row['macs'] / 1e9:.2f}G"] if counted else ["", ""]
+        if "macs" in row:
+            attention = f" + {row['attention_macs'] / 1e9:.2f}G" if row["attention_macs"] else ""
+            cells += [f"{row['parameters'] / 1e6:.1f}M", f"{row['macs'] / 1e9:.2f}G{attention}"]
+        else:
+            cells += ["", ""]
         cells.append(f"{paper['parameters']}M, {paper['macs']}G" if paper else "")
         if "samples" not in row:
             table.append([*cells, row["missing"], *[""] * (len(header) - len(cells) - 1)])
             continue
         speed, deviation = mean_and_deviation(row["samples"])
         digits = 0 if speed >= 100 else 1 if speed >= 10 else 2
-        cells.append(f"{speed:.{digits}f} ± {deviation:.{digits}f}" + batch_note(row, rows))
+        halved = f" (batch {row['batch']})" if row["batch"] < batch else ""
+        cells.append(f"{speed:.{digits}f} ± {deviation:.{digits}f}{halved}")
         cells.append("{:.2f} ± {:.2f}".format(*row["ratio"]))
         cells.append(f"{row['paper_ratio']:.2f}" if "paper_ratio" in row else "")
         cells.append("{:.2f} ± {:.2f}".format(*row["to_plain"]) if "to_plain" in row else "")
@@ -828,11 +959,6 @@ def speed_table(rows: list[dict], baseline: str) -> str:
     return filled_columns(header, table)
 
 
-def batch_note(row: dict, rows: list[dict]) -> str:
-    most = max(other["batch"] for other in rows if "batch" in other)
-    return f" (batch {row['batch']})" if row["batch"] < most else ""
-
-
 def speed(options: SpeedOptions) -> None:
     """Measure, print and write the table of images/s."""
     options = resolved(options)
@@ -841,6 +967,11 @@ def speed(options: SpeedOptions) -> None:
         keep_large_buffers()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.compile:  # models of one class share a count of compilations, and halving a batch adds one
+        from torch._dynamo import config as dynamo_config
+
+        dynamo_config.recompile_limit = 2**16
+        dynamo_config.fail_on_recompile_limit_hit = True
     if device.type == "cuda":
         blocks.DepthwiseConv2d.use_triton = options.triton
         torch.cuda.set_device(device)  # events are recorded on the current device
@@ -854,6 +985,8 @@ def speed(options: SpeedOptions) -> None:
     take_turns(rows, options.repetitions)
     if plain:
         plain.close()
+    if not any("samples" in row for row in rows):
+        raise RunError("; ".join(f"{row['label']}: {row['missing']}" for row in rows))
     peak = max(peak, matmul_peak(device, dtype))
     baseline = add_ratios(rows, options.baseline)
     notes = []
@@ -864,7 +997,7 @@ def speed(options: SpeedOptions) -> None:
             passes = 3 if options.train else 1  # a backward pass multiplies twice as much as a forward one
             macs = row["macs"] + row["attention_macs"]
             row["share"] = passes * macs * statistics.fmean(row["samples"]) / peak
-            if row["variant"] == "" and row["size"] == row.get("paper", {}).get("size"):
+            if row["variant"] == "" and "paper" in row:
                 notes += differences(TABLE_1[row["name"]], row["parameters"], macs)
     write_speed(rows, baseline, notes, peak, options)
 
@@ -877,11 +1010,13 @@ def write_speed(
     here = machine(device)
     where = re.sub(r"\W+", "-", here["gpu"].lower()) if "gpu" in here else device.type
     flags = [flag for flag in ("train", "compile", "fuse", "triton", "plain") if getattr(options, flag)]
-    stem = Path(options.out) / "-".join(["speed", where, options.dtype, *flags])
+    stem = results_stem(options.out, "-".join(["speed", where, options.dtype, *flags]), options)
     done = len(next(row["samples"] for row in rows if "samples" in row))
+    in_tf32 = " (products in TF32)" if device.type == "cuda" else ""
+    precision = in_tf32 if options.dtype == "float32" else " (autocast)"
     method = (
         f"{here.get('gpu', here['processor'])}, {here['threads']} CPU threads, torch {here['torch']}, "
-        f"{options.dtype}{'' if options.dtype == 'float32' else ' (autocast)'}, batch {options.batch}, "
+        f"{options.dtype}{precision}, batch {options.batch}, "
         f"{'channels last' if options.channels_last else 'contiguous'}, "
         f"{'training step (LAMB)' if options.train else 'evaluation'}"
         f"{', compiled' if options.compile else ''}{', batch norms folded' if options.fuse else ''}"
@@ -889,7 +1024,7 @@ def write_speed(
         f"mean ± standard deviation of {done} repetitions in turns; matrix products peak at "
         f"{peak / 1e9:.0f} GMAC/s."
     )
-    table = speed_table(rows, baseline)
+    table = speed_table(rows, baseline, options.batch)
     different = [row for row in rows if "logit_difference" in row]
     if different:
         listed = ", ".join(f"{row['label']} {row['logit_difference']:.1e}" for row in different)
@@ -897,11 +1032,8 @@ def write_speed(
     closing = "".join(f"- {note}\n" for note in notes)
     print(f"\n{table}\n{method}\n{closing}", end="")
     record = {"method": method, "machine": here, "options": asdict(options), "peak_macs_per_second": peak}
-    write_json(
-        stem.with_name(stem.name + ".json"), record | {"baseline": baseline, "notes": notes, "rows": rows}
-    )
     text = f"`{here['command']}`\n\n{method}\n\n{table}\n{closing}"
-    write_result(stem.with_name(stem.name + ".md"), text)
+    write_both(stem, record | {"baseline": baseline, "notes": notes, "rows": rows}, text)
     print(f"written: {stem}.json, {stem}.md")
 
 
@@ -926,16 +1058,18 @@ class AccuracyOptions:
     classes: str = option(
         "", "class names in the order of the outputs: a folder of class folders or a text file"
     )
-    size: int = option(0, "input pixels a side; 0: the checkpoint's own")
-    crop_pct: float = option(0.0, "share of the resized shorter side that is kept; 0: the checkpoint's own")
+    size: int = option(0, "input pixels a side; 0: the checkpoint's own", least=0)
+    crop_pct: float = option(
+        0.0, "share of the resized shorter side that is kept; 0: the checkpoint's own", least=0, most=1
+    )
     interpolation: str = option("", "of the resize; empty: the checkpoint's", choices=("bilinear", "bicubic"))
     calibration: bool = option(False, "expected calibration error, 15 bins")
     per_class: bool = option(False, "top-1 of each class: the ten lowest printed, all in the JSON file")
     fuse: bool = option(True, "fold our models' batch norms, which is faster and gives the same")
     device: str = option("", "cpu, cuda, ...; empty: a GPU where there is one")
     dtype: str = option("float32", "autocast's type", choices=DTYPES)
-    batch: int = option(64, "images a batch")
-    workers: int = option(-1, "processes that decode images; -1: one a CPU core")
+    batch: int = option(64, "images a batch", least=1)
+    workers: int = option(-1, "processes that decode images; -1: one a CPU core", least=-1)
     out: str = option("results", "folder of the results")
 
 
@@ -968,27 +1102,34 @@ def open_peer(options: AccuracyOptions) -> Network:
     """A torchvision or timm model with a local file's weights, and the transform published with them."""
     if options.model in MODELS:
         raise UsageError(f"--model {options.model}: leave it out, checkpoints of our models are recognised")
-    model = build_model(options.model)
-    try:
-        state = torch.load(options.checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.get("model", state.get("state_dict", state)))
-    except (RuntimeError, OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{options.checkpoint} does not fit --model {options.model}: {reason}") from error
-    if options.model in torchvision.models.list_models():
-        weights = torchvision.models.get_model_weights(options.model)
+    weights = read_weights(options.checkpoint)
+    makers = [model_maker(options.model)]
+    if options.model in TORCHVISION and (timm := timm_with(options.model)):
+        makers.append(functools.partial(timm.create_model, options.model))  # its layers have other names
+    misfits = []
+    for maker in makers:
+        model = maker()
+        try:
+            model.load_state_dict(weights)
+            break
+        except RuntimeError as error:
+            misfits.append(one_line(error))
+    else:
+        raise UsageError(f"{options.checkpoint} does not fit --model {options.model}: {misfits[0]}")
+    if options.model in TORCHVISION and maker is makers[0]:
+        published = torchvision.models.get_model_weights(options.model)
         file = Path(options.checkpoint).name
-        preset = next((w for w in weights if w.url.endswith("/" + file)), weights.DEFAULT).transforms()
+        preset = next((w for w in published if w.url.endswith("/" + file)), published.DEFAULT).transforms()
         size, short = preset.crop_size[0], preset.resize_size[0]
         share = size / (short + 1e-6)  # so that size / share, rounded down, is the short side
-        published = (preset.interpolation.value, tuple(preset.mean), tuple(preset.std))
+        resize = (preset.interpolation.value, tuple(preset.mean), tuple(preset.std))
     else:
         import timm
 
         preset = timm.data.resolve_model_data_config(model)
         size, share = preset["input_size"][-1], preset["crop_pct"]
-        published = (preset["interpolation"], preset["mean"], preset["std"])
-    return Network(model.eval(), None, EvalTransform(size, share, *published), options.model)
+        resize = (preset["interpolation"], preset["mean"], preset["std"])
+    return Network(model.eval(), None, EvalTransform(size, share, *resize), options.model)
 
 
 def read_classes(source: str) -> list[str]:
@@ -1108,12 +1249,12 @@ def accuracy(options: AccuracyOptions) -> None:
     published = {**TABLE_3.get(network.key, {})}
     if network.key in TABLE_1:
         published["imagenet"] = TABLE_1[network.key].top1
-    rows = []
+    rows, stem = [], results_stem(options.out, f"accuracy-{Path(options.checkpoint).stem}", options)
     for test in open_sets(network, options):
         found = evaluate_set(network, test, options)
         paper = published.get(test.name.lower())
         rows.append({"set": test.name, "folder": test.path, **found, "paper_top1": paper})
-        write_accuracy(rows, network.transform, options)  # what is known stays if a later folder fails
+        write_accuracy(stem, rows, network.transform, options)  # what is known stays if a later folder fails
     print(accuracy_text(rows, network.transform, options), end="")
     for row in rows:
         for path, reason in row["unreadable"]:
@@ -1136,12 +1277,10 @@ def accuracy_text(rows: list[dict], transform: EvalTransform, options: AccuracyO
     return f"{options.checkpoint}: {shown}\n\n{filled_columns(header, table)}"
 
 
-def write_accuracy(rows: list[dict], transform: EvalTransform, options: AccuracyOptions) -> None:
-    stem = Path(options.out) / f"accuracy-{Path(options.checkpoint).stem}"
+def write_accuracy(stem: Path, rows: list[dict], transform: EvalTransform, options: AccuracyOptions) -> None:
     record = {"machine": machine(torch.device(options.device)), "options": asdict(options)}
     record |= {"transform": transform.to_dict(), "rows": rows}
-    write_json(stem.with_name(stem.name + ".json"), record)
-    write_result(stem.with_name(stem.name + ".md"), accuracy_text(rows, transform, options))
+    write_both(stem, record, accuracy_text(rows, transform, options))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1176,6 +1315,9 @@ AREA_PER_MILLION = 11.0  # points²: 50M parameters make a bubble 26 points wide
 def figures(options: FiguresOptions) -> None:
     """Draw figures 2 and 3 from the paper's table, and figure 3 from every results file."""
     out = Path(options.out)
+    names = [result_name(path) for path in options.results]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two files of one name would give one figure: {' '.join(options.results)}")
     pictures = [(*measured_bubbles(Path(path)), f"figure-3-{result_name(path)}") for path in options.results]
     for number, quantity, axis in (
         (2, "macs", "10⁹ multiply-accumulates an image (the paper's “FLOPs”)"),
@@ -1203,15 +1345,21 @@ def measured_bubbles(path: Path) -> tuple[list[Bubble], str]:
     try:
         record = json.loads(path.read_text())
         rows, options, here = record["rows"], record["options"], record["machine"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        bubbles = [
+            bubble(row["name"], statistics.fmean(row["samples"]))
+            for row in rows
+            if row.get("samples") and row["variant"] == "" and row["name"] in TABLE_1
+            if row["size"] == TABLE_1[row["name"]].size  # at another one, the accuracy is not the paper's
+        ]
+        what = "trained images/s" if options["train"] else "images/s"
+        how = [f"batch {options['batch']}", options["dtype"]]
+        how += [word for word in ("compile", "fuse", "triton") if options.get(word)]
+        where = here.get("gpu") or f"{here['threads']} CPU threads"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is no results file of `bench.py speed`: {error!r}") from error
-    at_home = [row for row in rows if row.get("samples") and row["variant"] == "" and row["name"] in TABLE_1]
-    bubbles = [bubble(row["name"], statistics.fmean(row["samples"])) for row in at_home]
     if not bubbles:
         raise UsageError(f"{path} has no measured model of the paper's Table 1")
-    what = "trained images/s" if options["train"] else "images/s"
-    where = here.get("gpu") or f"{here['threads']} CPU threads"
-    return bubbles, f"{what} (measured: {where}, batch {options['batch']}, {options['dtype']})"
+    return bubbles, f"{what} (measured: {where}, {', '.join(how)})"
 
 
 def draw(bubbles: list[Bubble], axis_title: str, stem: Path) -> None:
@@ -1343,7 +1491,7 @@ class ExportOptions:
         ("program", "onnx"), "program (torch.export, .pt2), onnx (needs the packages onnx and onnxscript)"
     )
     fuse: bool = option(True, "fold the batch norms first")
-    size: int = option(0, "input pixels a side; 0: the checkpoint's own")
+    size: int = option(0, "input pixels a side; 0: the checkpoint's own", least=0)
     out: str = option("", "folder of the files; empty: the checkpoint's")
 
 
@@ -1429,14 +1577,16 @@ class DataOptions:
     """Images/s of the input pipeline, a core and by number of workers, beside timm's with the same recipe."""
 
     path: str = argument("a folder of class folders, or one with train/; none: photographs made here", "")
-    batch: int = option(64, "images in a batch")
-    size: int = option(224, "pixels a side")
-    repetitions: int = option(20, "turns of each, a batch a turn in one process")
+    batch: int = option(64, "images in a batch", least=1)
+    size: int = option(224, "pixels a side", least=8)
+    repetitions: int = option(20, "turns of each, a batch a turn in one process", least=1)
     workers: tuple[str, ...] = option(
         (), "numbers of workers to time, 1,2,...; empty: 1, 2, 4, ... all cores"
     )
-    seconds: float = option(6.0, "least time of one turn with workers, in seconds; they take five turns each")
-    rate: float = option(1000.0, "images/s at which a GPU trains, for the advice on workers")
+    seconds: float = option(
+        6.0, "least time of one turn with workers, in seconds; they take five turns each", least=0
+    )
+    rate: float = option(1000.0, "images/s at which a GPU trains, for the advice on workers", least=0)
     name: str = option("", "the machine's name in the files written; empty: cores and processor family")
     out: str = option("results", "folder of the JSON and Markdown files")
 
@@ -1706,6 +1856,10 @@ def advice(by_workers: dict[int, dict[str, list[float]]], rate: float) -> str:
 def data(options: DataOptions) -> None:
     """Time the input pipeline; print and write the table, the stages and the advice."""
     cores = machine(torch.device("cpu"))["cores"]
+    if not all(number.isdigit() and int(number) for number in options.workers):
+        raise UsageError(
+            f"--workers {','.join(options.workers)}: numbers of workers, at least 1, as in 1,2,4"
+        )
     counts = [int(n) for n in options.workers] or sorted({2**n for n in range(8) if 2**n < cores} | {cores})
     with tempfile.TemporaryDirectory() as made:
         folder = Path(options.path or made)
@@ -1746,9 +1900,7 @@ def data(options: DataOptions) -> None:
     record |= {"core": core, "workers": by_workers, "small": small, "stages": shares}
     record["load_average"] = os.getloadavg() if hasattr(os, "getloadavg") else None
     record["versions"] = {name: version(name) for name in ("torchvision", "pillow", "timm")}
-    name = "data-" + (options.name or machine_name())
-    write_json(Path(options.out) / f"{name}.json", record)
-    write_result(Path(options.out) / f"{name}.md", table)
+    write_both(results_stem(options.out, "data-" + (options.name or machine_name()), options), record, table)
 
 
 def version(package: str) -> str | None:
@@ -1776,9 +1928,9 @@ class LambOptions:
     """Milliseconds of an optimizer step: ours beside timm's Lamb and PyTorch's fused AdamW."""
 
     model: str = option("nexception_t", f"whose parameters to step: {', '.join(MODELS)}, or a JSON config")
-    repetitions: int = option(50, "timed steps of each; they take turns")
+    repetitions: int = option(50, "timed steps of each; they take turns", least=1)
     device: str = option("", "cpu, cuda ... (default: a GPU where there is one)")
-    threads: int = option(0, "CPU threads; 0: PyTorch's own choice")
+    threads: int = option(0, "CPU threads; 0: PyTorch's own choice", least=0, most=1024)
     out: str = option("results", "folder of the JSON and Markdown files")
 
 
@@ -1827,9 +1979,9 @@ def lamb(options: LambOptions) -> None:
     print(f"{options.model}, {count_parameters(model):,} parameters, {options.repetitions} steps in turn\n")
     print(table)
     record = {"options": asdict(options), "machine": machine(device), "seconds": seconds}
-    name = f"lamb-{Path(options.model).stem}-{device.type}"
-    write_json(Path(options.out) / f"{name}.json", record)
-    write_result(Path(options.out) / f"{name}.md", table)
+    write_both(
+        results_stem(options.out, f"lamb-{Path(options.model).stem}-{device.type}", options), record, table
+    )
 
 
 def _stepped_groups(model: nn.Module) -> list[dict]:
@@ -1854,11 +2006,11 @@ class TrialOptions:
     model: str = option(
         "nexception_reduced", "the trial's macro-architecture (the default is the paper's width)"
     )
-    epochs: int = option(1, "epochs of a trial")
-    batch: int = option(64, "images in a training batch")
-    workers: int = option(2, "processes of timm's loader")
-    repetitions: int = option(3, "trials of each kind; they take turns")
-    device: str = option("auto", "auto, cpu or cuda")
+    epochs: int = option(1, "epochs of a trial", least=1)
+    batch: int = option(64, "images in a training batch", least=1)
+    workers: int = option(2, "processes of timm's loader", least=0)
+    repetitions: int = option(3, "trials of each kind; they take turns", least=1)
+    device: str = option("auto", "where trials run", choices=("auto", "cpu", "cuda"))
     out: str = option("results", "folder of the JSON and Markdown files")
 
 
@@ -1964,9 +2116,7 @@ def trial(options: TrialOptions) -> None:
     table += f"\n{statistics.mean(ratios):.2f} ± {statistics.pstdev(ratios):.2f} times as fast\n"
     print(table)
     record = {"options": asdict(options), "machine": machine(found), "runs": runs, "times_as_fast": ratios}
-    name = f"search-trial-{found.type}"
-    write_json(Path(options.out) / f"{name}.json", record)
-    write_result(Path(options.out) / f"{name}.md", table)
+    write_both(results_stem(options.out, f"search-trial-{found.type}", options), record, table)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1984,7 +2134,7 @@ COMMANDS: dict[str, tuple[Callable, type]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Run one subcommand; a mistake of the user's is one sentence on stderr and exit status 2."""
+    """Run one subcommand; errors are one sentence on stderr, status 2 for a mistake of the user's, else 1."""
     if not argv or argv[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         if argv and argv[0] in ("-h", "--help"):
@@ -1992,12 +2142,23 @@ def main(argv: list[str]) -> int:
             return 0
         print(f"bench.py: give a command, one of {known}", file=sys.stderr)
         return 2
-    command, options = COMMANDS[argv[0]]
-    try:
-        command(parse(options, argv[1:], prog=f"bench.py {argv[0]}"))
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, RunError) as error:
+
+    def complain(error: object, status: int) -> int:
         print(f"bench.py {argv[0]}: {error}", file=sys.stderr)
-        return 2
+        return status
+
+    command, options_type = COMMANDS[argv[0]]
+    try:
+        options = parse(options_type, argv[1:], prog=f"bench.py {argv[0]}")
+        if options.out:
+            check_writable(options.out)
+        command(options)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        return complain(error, 2)
+    except (RunError, OSError) as error:
+        return complain(error, 1)
+    except KeyboardInterrupt:
+        return complain("stopped", 130)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,14 +123,16 @@ def test_specs_and_unknown_models():
     with pytest.raises(bench.UsageError, match=r"unknown model 'resnext'.*convnext_tiny"):
         bench.build_model("resnext")
     assert isinstance(bench.build_model("resnet10t"), nn.Module)  # timm's
+    assert bench.parse_spec("tf_efficientnet_b7") == ("tf_efficientnet_b7", 600)
 
 
 def test_peers_of_the_reader(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "def tiny(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
-        "number = int\n"
+        "number = 3\n"
     )
+    (tmp_path / "broken.py").write_text("def tiny(:")
     monkeypatch.chdir(tmp_path)
     network = bench.build_model("peer:mine:tiny")
     assert bench.count_macs(network, 32) == (8 * 27 * 30 * 30, 0)
@@ -136,10 +140,11 @@ def test_peers_of_the_reader(tmp_path, monkeypatch):
         ("mine", "MODULE:CALLABLE"),
         ("mine:huge", "huge"),
         ("yours:tiny", "yours"),
-        ("mine:number", "gave a int"),
+        ("mine:number", "can't be called"),
+        ("broken:tiny", "SyntaxError"),
     ):
         with pytest.raises(bench.UsageError, match=message):
-            bench.build_peer(path)
+            bench.model_maker("peer:" + path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,6 +204,90 @@ def test_batch_halves_when_out_of_memory(monkeypatch):
     assert timed.batch == len(timed.inputs) == 2
 
 
+def test_the_cpu_s_own_error_of_memory_halves_the_batch(monkeypatch):
+    step = bench.Timed.step
+
+    def scarce(self):
+        if self.batch > 2:
+            torch.empty(2**60)
+        step(self)
+
+    monkeypatch.setattr(bench.Timed, "step", scarce)
+    timed = bench.Timed("nexception_nano", speed_options())
+    assert timed.batch == 2
+    row = {"label": "A", "size": 32, "samples": [1.0], "ratio": (1.0, 0.0), "latencies": [], "share": 0.5}
+    table = bench.speed_table([row | timed.facts()], "A", 8)
+    assert "1.00 ± 0.00 (batch 2)" in table
+
+
+def test_a_model_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text("def broken(): raise OSError('no weights here')\nwrong = int\n")
+    monkeypatch.chdir(tmp_path)
+    turn, turns = bench.Timed.turn, []
+
+    def scarce(self):
+        turns.append(self.size)
+        if self.size == 64 and len(turns) > 3:
+            raise torch.OutOfMemoryError("no room\nfor this one")
+        return turn(self)
+
+    monkeypatch.setattr(bench.Timed, "turn", scarce)
+    arguments = ["--models", "nexception_nano,nexception_nano@64", "--peer", "failing:broken,failing:wrong"]
+    arguments += ["--batch", "2", "--repetitions", "4", "--seconds", "0", "--device", "cpu"]
+    assert run("speed", *arguments, "--out", tmp_path) == 0
+    rows = json.loads((tmp_path / "speed-cpu-float32.json").read_text())["rows"]
+    assert len(rows[0]["samples"]) == 4
+    assert [row.get("missing") for row in rows] == [
+        None,
+        "fails, OutOfMemoryError: no room for this one",
+        "fails, OSError: no weights here",
+        "fails, TypeError: gives a int, not a torch.nn.Module",
+    ]
+
+
+def test_training_memory_includes_the_optimizer_s_moments(monkeypatch):
+    monkeypatch.setattr(bench, "PeakMemory", lambda device: contextlib.nullcontext(SimpleNamespace(bytes=7)))
+    timed = bench.Timed("nexception_nano", speed_options(train=True, batch=2))
+    moments = 2 * 4 * timed.parameters
+    assert moments <= timed.memory - timed.weights - 7 < 1.01 * moments
+
+
+def test_results_of_other_options_are_not_overwritten(tmp_path):
+    command = [
+        "speed",
+        "--models",
+        "nexception_nano",
+        "--repetitions",
+        "1",
+        "--seconds",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    for batch in (1, 2, 2):
+        assert run(*command, "--batch", batch, "--out", tmp_path) == 0
+    batches = {
+        path.name: json.loads(path.read_text())["options"]["batch"] for path in tmp_path.glob("*.json")
+    }
+    assert batches == {"speed-cpu-float32.json": 1, "speed-cpu-float32-2.json": 2}
+
+
+def test_ctrl_c_is_one_sentence(monkeypatch, capsys):
+    def stopped(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.COMMANDS, "lamb", (stopped, bench.LambOptions))
+    assert run("lamb") == 130
+    assert capsys.readouterr().err == "bench.py lamb: stopped\n"
+
+
+def test_files_are_not_written_behind_a_file(tmp_path, capsys):
+    (tmp_path / "afile").write_text("")
+    for command in (["speed"], ["figures"], ["lamb"], ["trial"]):
+        assert run(*command, "--out", tmp_path / "afile" / "results") == 2
+        assert f"{tmp_path / 'afile'} is a file" in capsys.readouterr().err
+
+
 def test_a_model_too_large_for_one_image_gets_a_row(monkeypatch):
     def scarce(self):
         raise torch.OutOfMemoryError("no room")
@@ -254,7 +343,8 @@ def test_peak_memory_of_a_known_tensor():
 
 
 @pytest.mark.gpu
-def test_speed_on_a_gpu(tmp_path):
+def test_speed_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.blocks.DepthwiseConv2d, "use_triton", False)  # and back behind --triton
     arguments = ["--models", "nexception_t@64,convnext_tiny@64", "--batch", "4", "--repetitions", "2"]
     for more in ([], ["--triton"]):
         assert (
@@ -274,6 +364,16 @@ def test_speed_on_a_gpu(tmp_path):
         (["speed", "--models", "nexception_q"], "unknown model 'nexception_q'"),
         (["speed", "--models", "xception,xception"], "each model once"),
         (["speed", "--repetitions", "0"], "--repetitions 0"),
+        (["speed", "--seconds", "inf"], "--seconds inf"),
+        (["speed", "--seconds", "-1"], "--seconds -1.0: must be at least 0"),
+        (["speed", "--threads", "100000"], "at most"),
+        (["speed", "--baseline", "covnext"], "--baseline covnext"),
+        (["speed", "--models", "resnet50", "--peer", "math:pi"], "pi can't be called"),
+        (["speed", "--device", "meta"], "--device meta"),
+        (["accuracy", "absent.pt", "absent", "--batch", "0"], "--batch 0"),
+        (["data", "--workers", "two"], "--workers two"),
+        (["lamb", "--repetitions", "0"], "--repetitions 0"),
+        (["trial", "--device", "gpu"], "gpu"),
         (["speed", "--train", "--fuse"], "--fuse is for evaluation"),
         (["speed", "--triton", "--device", "cpu"], "--device cuda, not cpu"),
         (["speed", "--device", "abacus"], "--device abacus"),
@@ -337,6 +437,25 @@ def test_accuracy_names_a_folder_that_is_no_class(checkpoint, folder, tmp_path, 
     (folder / "bee").rename(folder / "emu")
     assert run("accuracy", checkpoint, folder, "--workers", 0, "--out", tmp_path) == 2
     assert "no class of the model is called emu" in capsys.readouterr().err
+
+
+def test_accuracy_refuses_what_is_no_state_dict(folder, tmp_path, capsys):
+    for content in (torch.ones(2), {"model": torch.ones(2)}, {}):
+        torch.save(content, tmp_path / "odd.pt")
+        assert run("accuracy", tmp_path / "odd.pt", folder, "--model", "resnet18", "--out", tmp_path) == 2
+        assert "odd.pt" in capsys.readouterr().err
+    (tmp_path / "odd.pt").write_text("text")
+    assert run("accuracy", tmp_path / "odd.pt", folder, "--model", "resnet18", "--out", tmp_path) == 2
+    assert "no readable checkpoint" in capsys.readouterr().err
+
+
+def test_timm_s_files_fit_names_that_torchvision_has_too(tmp_path):
+    timm = pytest.importorskip("timm")
+    for name in ("efficientnet_b0", "swin_b"):  # the second is torchvision's alone
+        make = timm.create_model if timm.is_model(name) else torchvision.models.get_model
+        torch.save(make(name).state_dict(), tmp_path / "file.pt")
+        options = bench.AccuracyOptions(str(tmp_path / "file.pt"), (), model=name)
+        assert bench.open_peer(options).transform.size == 224
 
 
 def test_accuracy_of_a_torchvision_file(folder, tmp_path, capsys):
@@ -449,14 +568,27 @@ def test_export_refuses_a_file_that_differs(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
+# lamb
+
+
+def test_lamb_times_every_optimizer(tmp_path):
+    arguments = ["--model", "nexception_nano", "--repetitions", 2, "--device", "cpu"]
+    assert run("lamb", *arguments, "--out", tmp_path) == 0
+    seconds = json.loads((tmp_path / "lamb-nexception_nano-cpu.json").read_text())["seconds"]
+    assert {"Lamb, ours", "Lamb, timm", "AdamW, PyTorch, fused"} <= set(seconds)
+    assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+
+
+# --------------------------------------------------------------------------------------------------
 # figures
 
 
 def test_figures_of_the_paper_and_of_results(tmp_path):
     rows = [
-        {"name": key, "variant": "", "samples": [float(i + 1), float(i + 3)]}
-        for i, key in enumerate(bench.TABLE_1)
+        {"name": key, "variant": "", "size": row.size, "samples": [float(i + 1), float(i + 3)]}
+        for i, (key, row) in enumerate(bench.TABLE_1.items())
     ]
+    rows.append(rows[0] | {"size": 32})  # of another size, for which the paper has no accuracy
     record = {"rows": rows, "machine": {"threads": 2}}
     record["options"] = {"train": False, "batch": 16, "dtype": "float32"}
     (tmp_path / "speed-cpu-float32.json").write_text(json.dumps(record))
@@ -465,10 +597,21 @@ def test_figures_of_the_paper_and_of_results(tmp_path):
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
         assert Image.open(tmp_path / f"{name}.png").width == 1660
     bubbles, _ = bench.measured_bubbles(tmp_path / "speed-cpu-float32.json")
-    assert [bubble.x for bubble in bubbles[:2]] == [2.0, 3.0]
-    (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(bench.UsageError, match=r"other\.json is no results file"):
-        bench.measured_bubbles(tmp_path / "other.json")
+    assert [bubble.x for bubble in bubbles] == [i + 2.0 for i in range(len(bench.TABLE_1))]
+    damaged = [[], record | {"rows": [1]}, record | {"rows": {}}, record | {"options": {}}]
+    damaged += [
+        record | {"rows": [rows[0] | change]} for change in ({"samples": "fast"}, {"variant": "plain"})
+    ]
+    for content in damaged:
+        (tmp_path / "other.json").write_text(json.dumps(content))
+        with pytest.raises(bench.UsageError, match=r"other\.json (is no results file|has no measured)"):
+            bench.measured_bubbles(tmp_path / "other.json")
+    (tmp_path / "more").mkdir()
+    twice = [
+        shutil.copy(tmp_path / "speed-cpu-float32.json", tmp_path / "more"),
+        f"{tmp_path}/speed-cpu-float32.json",
+    ]
+    assert run("figures", *twice, "--out", tmp_path) == 2
 
 
 @pytest.mark.parametrize("case", ["macs", "speed", "crowd"])
