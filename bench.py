@@ -106,9 +106,8 @@ def parse(options: type, argv: list[str], prog: str):
     parser = Parser(prog=prog, description=options.__doc__, allow_abbrev=False)
     types = typing.get_type_hints(options)
     for entry in fields(options):
-        settings = dict(entry.metadata)
+        settings = {key: value for key, value in entry.metadata.items() if key not in ("least", "most")}
         positional = settings.pop("positional", False)
-        settings.pop("least", None), settings.pop("most", None)
         kind = types[entry.name]
         many = typing.get_origin(kind) is tuple
         if kind is bool:
