@@ -1,43 +1,37 @@
-"""The parts of Xception and NEXcepTion, by hand from `torch.nn` primitives, leaves first.
+"""The parts of Xception and NEXcepTion, written by hand from `torch.nn` primitives, and their design space.
 
-Every part takes and returns float maps `(B, C, H, W)` of any floating dtype and any memory format. `model.py`
-puts the parts together: its `ModelConfig` is the `config` that the stems and blocks below read their choices
-from. Nothing here knows of data, training or named models.
+Every part takes and returns float maps (B, C, H, W) of any floating dtype and any memory format. `SPACE`
+holds the nine design choices of the paper, `Design` one value of each; `model.py` puts the parts together.
+A new activation, norm or pooling is a new entry of `ACTIVATIONS`, `NORMS` or `POOLINGS`, a new kernel size a
+new value of `KERNELS`: models, training, search and benchmarks read these.
 
-A block's three separable convolutions are numbered 1, 2, 3 (down-sampling blocks have two). An activation
-stands *before* the convolutions in `config.activation_positions`, a norm *follows* those in
-`config.norm_positions` (paper, section 3.2, "Fewer Activations and Normalizations").
+The three separable convolutions of a block are numbered 1, 2, 3 (down-sampling blocks have two). An
+activation precedes the convolutions in `activation_positions`, a norm follows those in `norm_positions`
+(paper, section 3.2, "Fewer Activations and Normalizations").
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # PyTorch brings it where there is CUDA
-    triton = None
-
-if TYPE_CHECKING:
-    from model import ModelConfig
-
-KERNELS = (3, 5, 7, 9)
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "elu": nn.ELU, "celu": nn.CELU}
-POOLINGS = ("max", "conv", "blur")
+KERNELS = (3, 5, 7, 9)  # odd
+MIXED_KERNELS = (3, 5, 7, 9)  # of the channel groups of a "mixed" convolution
+POSITIONS = ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3))
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "elu": nn.ELU,
+    "celu": nn.CELU,
+}
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of each position of a channels-first map, as ConvNeXt's.
-
-    Agrees with `timm.layers.LayerNorm2d`; eps is 1e-6.
-    """
+    """Layer norm over the channels of each position of a channels-first map, as in ConvNeXt; eps is 1e-6."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-6)
@@ -48,193 +42,57 @@ class LayerNorm2d(nn.LayerNorm):
         return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 
-NORMS = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
+# Functions of the number of channels; each also has to take the 1 × 1 maps of squeeze-and-excitation.
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
 
 
-def run_depthwise(convolve: Callable[[Tensor], Tensor], x: Tensor, training: bool) -> Tensor:
-    """`convolve(x)`; in float32 when training in mixed precision on a CPU.
+@torch.fx.wrap  # branches on the device of its input: one node of a symbolic trace
+def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, training: bool) -> Tensor:
+    """Depthwise convolution of x (B, C, H, W) with weight (C, 1, K, K), without bias.
 
-    There the gradient of a bfloat16 depthwise convolution takes three times as long as in float32.
+    Computed in float32 when training in mixed precision on a CPU, where the gradient of a bfloat16 depthwise
+    convolution takes three times as long.
     """
     if training and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
-            return convolve(x.float())
-    return convolve(x)
-
-
-if triton is not None:
-
-    @triton.jit
-    def _depthwise_kernel(
-        x,  # (B, H, W, C), as `out`
-        taps,  # (KERNEL, KERNEL, C) float32
-        out,
-        rows,  # B * H
-        height,
-        width,
-        channels,
-        KERNEL: tl.constexpr,
-        TILE: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """TILE × TILE positions of BLOCK channels of a depthwise convolution of stride 1."""
-        channel_blocks = tl.cdiv(channels, BLOCK)
-        tile, across = tl.program_id(0) // channel_blocks, tl.cdiv(width, TILE)
-        position = tl.arange(0, TILE * TILE)
-        row = tile // across * TILE + position // TILE
-        column = tile % across * TILE + position % TILE
-        channel = tl.program_id(0) % channel_blocks * BLOCK + tl.arange(0, BLOCK)
-        inside, exists = (row < rows) & (column < width), channel < channels
-        here = (row.to(tl.int64) * width + column)[:, None] * channels + channel[None, :]
-        total = tl.zeros([TILE * TILE, BLOCK], tl.float32)
-        for i in range(KERNEL):  # a true loop: unrolled as well, its loads would not fit the registers
-            down = i - KERNEL // 2
-            above = inside & (row % height + down >= 0) & (row % height + down < height)
-            for j in tl.static_range(KERNEL):
-                right = j - KERNEL // 2
-                mask = above & (column + right >= 0) & (column + right < width)
-                shifted = x + here + (down * width + right) * channels
-                value = tl.load(shifted, mask[:, None] & exists[None, :], 0.0)
-                tap = tl.load(taps + (i * KERNEL + j) * channels + channel, exists, 0.0)
-                total += value.to(tl.float32) * tap[None, :]
-        tl.store(out + here, total.to(out.dtype.element_ty), inside[:, None] & exists[None, :])
-
-    @triton.jit
-    def _depthwise_weight_kernel(
-        x,  # (B, H, W, C), as `grad`
-        grad,
-        partial,  # (shares, KERNEL, KERNEL, C) float32
-        rows,  # B * H
-        height,
-        width,
-        channels,
-        KERNEL: tl.constexpr,
-        TAPS: tl.constexpr,  # the power of two that holds KERNEL
-        SHARE: tl.constexpr,
-        STEP: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """What SHARE positions add to the gradient of one row of taps, for BLOCK channels."""
-        channel_blocks = tl.cdiv(channels, BLOCK)
-        share, i = tl.program_id(0) // (channel_blocks * KERNEL), tl.program_id(0) // channel_blocks % KERNEL
-        channel = tl.program_id(0) % channel_blocks * BLOCK + tl.arange(0, BLOCK)
-        j = tl.arange(0, TAPS)
-        exists, is_tap = channel < channels, j < KERNEL
-        down, right = i - KERNEL // 2, j - KERNEL // 2
-        total = tl.zeros([TAPS, STEP, BLOCK], tl.float32)
-        for offset in range(0, SHARE, STEP):
-            position = share * SHARE + offset + tl.arange(0, STEP)
-            row, column = position // width, position % width
-            inside = (row < rows) & (row % height + down >= 0) & (row % height + down < height)
-            beside = column[None, :] + right[:, None]
-            mask = is_tap[:, None] & inside[None, :] & (beside >= 0) & (beside < width)
-            here = position.to(tl.int64)[:, None] * channels + channel[None, :]
-            shifted = x + here[None, :, :] + ((down * width + right) * channels)[:, None, None]
-            slope = tl.load(grad + here, inside[:, None] & exists[None, :], 0.0)
-            value = tl.load(shifted, mask[:, :, None] & exists[None, None, :], 0.0)
-            total += value.to(tl.float32) * slope.to(tl.float32)[None, :, :]
-        spot = ((share * KERNEL + i) * KERNEL + j)[:, None] * channels + channel[None, :]
-        tl.store(partial + spot, tl.sum(total, 1), is_tap[:, None] & exists[None, :])
-
-    @torch.library.custom_op("nexception::depthwise_conv", mutates_args=())
-    def depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
-        """`F.conv2d(x, weight, padding=K // 2, groups=C)` by a Triton kernel; sums in float32.
-
-        x: (B, C, H, W), of any type up to float32; weight: (C, 1, K, K), K odd. The result is channels-last.
-        """
-        x = x.contiguous(memory_format=torch.channels_last)
-        taps = weight.flatten(1).t().float().contiguous()  # (C, 1, K, K) -> (K * K, C)
-        (batch, channels, height, width), tile, block = x.shape, 8, 32
-        programs = triton.cdiv(batch * height, tile) * triton.cdiv(width, tile) * triton.cdiv(channels, block)
-        out = torch.empty_like(x, memory_format=torch.channels_last)
-        with torch.cuda.device_of(x):
-            _depthwise_kernel[(programs,)](
-                x, taps, out, batch * height, height, width, channels, weight.shape[-1], tile, block
-            )
-        return out
-
-    @depthwise_conv.register_fake
-    def _(x, weight):
-        return torch.empty_like(x, memory_format=torch.channels_last)
-
-    @torch.library.custom_op("nexception::depthwise_conv_weight_grad", mutates_args=())
-    def depthwise_conv_weight_grad(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
-        """The gradient (C, 1, K, K), float32, of `depthwise_conv`'s weight, from that of its result."""
-        x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-        (batch, channels, height, width), step, block = x.shape, 16, 32
-        positions, sizes = batch * height * width, (batch * height, height, width, channels)
-        share = min(4096, max(step, triton.next_power_of_2(positions)))
-        shares = triton.cdiv(positions, share)
-        partial = x.new_empty(shares, kernel, kernel, channels, dtype=torch.float32)
-        with torch.cuda.device_of(x):
-            _depthwise_weight_kernel[(shares * kernel * triton.cdiv(channels, block),)](
-                x, grad, partial, *sizes, kernel, triton.next_power_of_2(kernel), share, step, block
-            )
-        return partial.sum(0).permute(2, 0, 1)[:, None].contiguous()  # (K, K, C) -> (C, 1, K, K)
-
-    @depthwise_conv_weight_grad.register_fake
-    def _(x, grad, kernel):
-        return x.new_empty(x.shape[1], 1, kernel, kernel, dtype=torch.float32)
-
-    def _depthwise_backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        x_grad = weight_grad = None
-        if ctx.needs_input_grad[0]:  # with stride 1, a convolution with the kernel turned around
-            x_grad = depthwise_conv(grad, weight.flip(2, 3))
-        if ctx.needs_input_grad[1]:
-            weight_grad = depthwise_conv_weight_grad(x, grad, weight.shape[-1]).to(weight.dtype)
-        return x_grad, weight_grad
-
-    depthwise_conv.register_autograd(
-        _depthwise_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-    )
+            return F.conv2d(x.float(), weight.float(), None, stride, padding, groups=x.shape[1])
+    return F.conv2d(x, weight, None, stride, padding, groups=x.shape[1])
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution without bias, padded to keep the resolution: H becomes ceil(H / stride).
-
-    `DepthwiseConv2d.use_triton = True` has `depthwise_conv` do those of stride 1 on a GPU, where there is
-    Triton; maps that are not channels-last are copied. It is off: no GPU has shown yet that it is faster.
-    """
-
-    use_triton = False
+    """Depthwise convolution without bias, padded to keep the resolution: H becomes ceil(H / stride)."""
 
     def __init__(self, channels: int, kernel: int, stride: int = 1):
         super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.use_triton and triton is not None and x.is_cuda and self.stride == (1, 1):
-            if torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
-                x, weight = (t.to(torch.get_autocast_dtype("cuda")) for t in (x, weight))
-            if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-                return depthwise_conv(x, weight)
-        return super().forward(x)
+        return depthwise_conv2d(x, self.weight, self.stride[0], self.padding[0], self.training)
 
 
 class MixedDepthwise(nn.Module):
-    """Depthwise convolution whose channel groups have kernels 3, 5, 7 and 9 (MixConv, Tan and Le 2019).
+    """Depthwise convolution whose channel groups have the `MIXED_KERNELS` (MixConv, Tan and Le 2019).
 
-    The groups are equal but for the first, which takes the remainder, as in `timm.layers.MixedConv2d`.
+    The groups are equal except for the first, which takes the remainder, as in `timm.layers.MixedConv2d`.
     """
 
     def __init__(self, channels: int, stride: int = 1):
         super().__init__()
-        share = channels // len(KERNELS)
-        self.splits = [channels - share * (len(KERNELS) - 1)] + [share] * (len(KERNELS) - 1)
+        share = channels // len(MIXED_KERNELS)
+        self.splits = [channels - share * (len(MIXED_KERNELS) - 1)] + [share] * (len(MIXED_KERNELS) - 1)
         self.convs = nn.ModuleList(
-            DepthwiseConv2d(width, kernel, stride) for width, kernel in zip(self.splits, KERNELS, strict=True)
+            DepthwiseConv2d(width, kernel, stride)
+            for width, kernel in zip(self.splits, MIXED_KERNELS, strict=True)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         groups = x.split(self.splits, dim=1)
-        return torch.cat([conv(group) for conv, group in zip(self.convs, groups, strict=True)], dim=1)
+        return torch.cat([conv(groups[i]) for i, conv in enumerate(self.convs)], dim=1)
 
 
 class SeparableConv(nn.Module):
-    """Depthwise convolution, then a 1 × 1 (pointwise) one; no bias, nothing in between (paper, section 2.2).
+    """Depthwise convolution followed by a 1 × 1 (pointwise) convolution, without biases (paper, section 2.2).
 
-    `kernel` is 3, 5, 7, 9 or "mixed". Padding keeps the resolution: H becomes ceil(H / stride).
+    `kernel` is odd or "mixed". Padding keeps the resolution: H becomes ceil(H / stride).
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int | str, stride: int = 1):
@@ -246,23 +104,103 @@ class SeparableConv(nn.Module):
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = run_depthwise(self.depthwise, x, self.training)
+        x = self.depthwise(x)
         return self.pointwise(x)
 
 
-class SqueezeExcite(nn.Module):
-    """Scale each channel by a gate in (0, 1) computed from the map's global mean (Hu et al. 2018).
+@torch.fx.wrap  # branches on the shape and memory format of its input: one node of a symbolic trace
+def blur_pool(x: Tensor, training: bool) -> Tensor:
+    """Blur x (B, C, H, W) with a fixed 3 × 3 filter, then subsample by 2. See `BlurPool`."""
+    # A map one pixel high or wide has nothing to reflect.
+    mode = "reflect" if min(x.shape[-2:]) > 1 else "replicate"
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not training:
+        # The compiler fuses a sum of slices with the max pool and the padding before it. A convolution is a
+        # kernel of its own, for which they would first be written to memory.
+        height, width = x.shape[-2:]
+        x = F.pad(x, (1, 1, 1, 1), mode=mode)
+        x = (x[..., :width:2] + x[..., 2::2]) * 0.25 + x[..., 1 : width + 1 : 2] * 0.5
+        x = (x[..., :height:2, :] + x[..., 2::2, :]) * 0.25 + x[..., 1 : height + 1 : 2, :] * 0.5
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    if x.is_cuda and channels_last and mode == "reflect":
+        # PyTorch's reflection padding on a GPU would copy a channels-last map to contiguous memory and back.
+        x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
+        x = torch.cat([x[..., 1:2], x, x[..., -2:-1]], dim=3)
+    else:
+        x = F.pad(x, (1, 1, 1, 1), mode=mode)
+    # Computed where it is needed: a buffer outside the state dict keeps garbage after `to_empty`.
+    row = 0.5 - 0.25 * torch.arange(-1, 2, device=x.device, dtype=x.dtype).abs()  # [0.25, 0.5, 0.25]
+    weight = torch.outer(row, row).expand(x.shape[1], 1, 3, 3)
+    return depthwise_conv2d(x, weight, 2, 0, training)
 
-    Squeezes to 1/16 of the channels, rounded to a multiple of 8, at least 8. With batch norm, training needs
-    a batch of two or more: the squeezed map is 1 × 1. Agrees with timm's `SEModule` of ratio 1/16.
+
+class BlurPool(nn.Module):
+    """Blur with a fixed binomial 3 × 3 filter, then subsample by 2 (Zhang 2019): H becomes ceil(H / 2).
+
+    The filter is [1 2 1] ⊗ [1 2 1] / 16 for every channel; the padding reflects. Agrees with
+    `timm.layers.BlurPool2d`.
     """
 
-    def __init__(self, channels: int, norm: str, activation: str):
+    def forward(self, x: Tensor) -> Tensor:
+        return blur_pool(x, self.training)
+
+
+# Functions of the number of channels: layers that halve the resolution, H to ceil(H / 2). "conv" is
+# separable, as every convolution inside Xception's blocks.
+POOLINGS: dict[str, Callable[[int], nn.Module]] = {
+    "max": lambda channels: nn.MaxPool2d(3, 2, 1),
+    "conv": lambda channels: SeparableConv(channels, channels, 3, stride=2),
+    "blur": lambda channels: nn.Sequential(nn.MaxPool2d(3, 1, 1), BlurPool()),
+}
+
+# The paper's search space: nine choices and the values of each.
+SPACE: dict[str, Collection] = {
+    "stem": ("conv", "patchify"),
+    "kernel": (*KERNELS, "mixed"),
+    "pooling": POOLINGS,
+    "block": ("xception", "bottleneck"),
+    "se": (False, True),
+    "activation": ACTIVATIONS,
+    "activation_positions": POSITIONS,
+    "norm": NORMS,
+    "norm_positions": POSITIONS,
+}
+
+
+@dataclass(frozen=True)
+class Design:
+    """One value for each choice in `SPACE`. The defaults are NEXcepTion's (appendix, tables 5 and 6)."""
+
+    stem: str = "patchify"  # "conv" (Xception's two convolutions) or "patchify"
+    kernel: int | str = 5  # of the separable convolutions in the blocks: 3, 5, 7, 9 or "mixed"
+    pooling: str = "blur"  # of the down-sampling blocks: "max", "conv" or "blur"
+    block: str = "bottleneck"  # of the middle flow: "xception" or "bottleneck"
+    se: bool = True  # squeeze-and-excitation at the end of each block
+    activation: str = "gelu"  # "relu", "gelu", "elu" or "celu"
+    activation_positions: tuple[int, ...] = (2,)  # convolutions (of 1, 2, 3) preceded by an activation
+    norm: str = "batch"  # "batch" or "layer"
+    norm_positions: tuple[int, ...] = (1, 2)  # convolutions (of 1, 2, 3) followed by a norm
+
+    def activation_before(self, position: int) -> nn.Module:
+        return ACTIVATIONS[self.activation]() if position in self.activation_positions else nn.Identity()
+
+    def norm_after(self, position: int, channels: int) -> nn.Module:
+        return NORMS[self.norm](channels) if position in self.norm_positions else nn.Identity()
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate in (0, 1) computed from the global mean of the map (Hu et al. 2018).
+
+    Squeezes to 1/16 of the channels, rounded to a multiple of 8, at least 8. With batch norm, training needs
+    a batch of two or more, since the squeezed map is 1 × 1. Agrees with timm's `SEModule` of ratio 1/16.
+    """
+
+    def __init__(self, channels: int, design: Design):
         super().__init__()
         squeezed = max(8, int(channels / 16 + 4) // 8 * 8)
         self.reduce = nn.Conv2d(channels, squeezed, 1)
-        self.norm = NORMS[norm](squeezed)
-        self.act = ACTIVATIONS[activation]()
+        self.norm = NORMS[design.norm](squeezed)
+        self.act = ACTIVATIONS[design.activation]()
         self.expand = nn.Conv2d(squeezed, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -271,52 +209,9 @@ class SqueezeExcite(nn.Module):
         return x * self.expand(gate).sigmoid()
 
 
-class BlurPool(nn.Module):
-    """Halve the resolution behind a fixed binomial 3 × 3 filter (Zhang 2019): H becomes ceil(H / 2).
-
-    [1 2 1] ⊗ [1 2 1] / 16 on every channel, reflection padding. The filter is not learnt and not in the state
-    dict. Agrees with `timm.layers.BlurPool2d`.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        row = torch.tensor([0.25, 0.5, 0.25])
-        self.register_buffer("filter", torch.outer(row, row).repeat(channels, 1, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A map one pixel high or wide has nothing to reflect.
-        mode = "reflect" if min(x.shape[-2:]) > 1 else "replicate"
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not self.training:
-            # The compiler fuses a sum of slices with the maxima and the padding before it, which a
-            # convolution, a kernel of its own, would have to wait for in memory.
-            x = self._sum_of_slices(F.pad(x, (1, 1, 1, 1), mode=mode))
-            return x.contiguous(memory_format=torch.channels_last) if channels_last else x
-        if x.is_cuda and channels_last and mode == "reflect":
-            x = self._reflect(x)
-        else:
-            x = F.pad(x, (1, 1, 1, 1), mode=mode)
-        blur = partial(F.conv2d, weight=self.filter, stride=2, groups=x.shape[1])
-        return run_depthwise(blur, x, self.training)
-
-    @staticmethod
-    def _reflect(x: Tensor) -> Tensor:
-        """Reflection padding by one pixel in the memory format of x: PyTorch's own, on a GPU, takes and gives
-        contiguous maps, which channels-last ones would be copied to and from.
-        """
-        x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
-        return torch.cat([x[..., 1:2], x, x[..., -2:-1]], dim=3)
-
-    @staticmethod
-    def _sum_of_slices(x: Tensor) -> Tensor:
-        height, width = (size - 2 for size in x.shape[-2:])
-        x = (x[..., :width:2] + x[..., 2::2]) * 0.25 + x[..., 1 : width + 1 : 2] * 0.5
-        return (x[..., :height:2, :] + x[..., 2::2, :]) * 0.25 + x[..., 1 : height + 1 : 2, :] * 0.5
-
-
 class StochasticDepth(nn.Module):
-    """In training, drop a residual branch for each sample with probability `rate`, scaling the kept ones by
-    1 / (1 - rate) (Huang et al. 2016). Draws as `timm.layers.DropPath` does.
+    """In training, drop a residual branch for each sample with probability `rate` and scale the kept ones by
+    1 / (1 - rate) (Huang et al. 2016). Draws the same random numbers as `timm.layers.DropPath`.
     """
 
     def __init__(self, rate: float):
@@ -335,19 +230,17 @@ class StochasticDepth(nn.Module):
 
 
 class PatchifyStem(nn.Module):
-    """Non-overlapping patches of `config.stem_stride` pixels (paper, section 3.2, "Soft" Patchify Stem).
+    """Convolution over non-overlapping patches of `stride` pixels (paper, section 3.2, "Soft" Patchify Stem).
 
-    Isotropic networks have convolution, activation, norm; pyramids, as ConvNeXt, convolution and norm alone.
-    H becomes floor(H / stride).
+    Followed by a norm, with an activation in between if `activated`, as in the isotropic networks; the
+    pyramids have none, as ConvNeXt. H becomes floor(H / stride).
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, in_channels: int, width: int, stride: int, design: Design, activated: bool):
         super().__init__()
-        patch = config.stem_stride
-        self.conv = nn.Conv2d(config.in_channels, config.stem_width, patch, patch)
-        isotropic = config.layout == "isotropic"
-        self.act = ACTIVATIONS[config.activation]() if isotropic else nn.Identity()
-        self.norm = NORMS[config.norm](config.stem_width)
+        self.conv = nn.Conv2d(in_channels, width, stride, stride)
+        self.act = ACTIVATIONS[design.activation]() if activated else nn.Identity()
+        self.norm = NORMS[design.norm](width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
@@ -356,52 +249,39 @@ class PatchifyStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Xception's stem: two unpadded 3 × 3 convolutions, of half and of full width, each with norm and
-    activation. The first has stride 2, the second `config.stem_stride / 2`.
+    """Xception's stem: two unpadded 3 × 3 convolutions, of half and of full width, each followed by a norm
+    and an activation. The first has stride 2, the second `stride` / 2.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, in_channels: int, width: int, stride: int, design: Design):
         super().__init__()
-        half, width = config.stem_width // 2, config.stem_width
-        self.conv1 = nn.Conv2d(config.in_channels, half, 3, 2, bias=False)
-        self.norm1 = NORMS[config.norm](half)
-        self.conv2 = nn.Conv2d(half, width, 3, config.stem_stride // 2, bias=False)
-        self.norm2 = NORMS[config.norm](width)
-        self.act = ACTIVATIONS[config.activation]()
+        self.conv1 = nn.Conv2d(in_channels, width // 2, 3, 2, bias=False)
+        self.norm1 = NORMS[design.norm](width // 2)
+        self.act1 = ACTIVATIONS[design.activation]()
+        self.conv2 = nn.Conv2d(width // 2, width, 3, stride // 2, bias=False)
+        self.norm2 = NORMS[design.norm](width)
+        self.act2 = ACTIVATIONS[design.activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm1(self.conv1(x)))
-        return self.act(self.norm2(self.conv2(x)))
-
-
-def pool(pooling: str, channels: int) -> nn.Module:
-    """A layer that halves the resolution, H to ceil(H / 2), and keeps the channels.
-
-    "max" is Xception's 3 × 3 max pool of stride 2; "blur" a max pool of stride 1 and then `BlurPool`; "conv"
-    a 3 × 3 separable convolution of stride 2 (separable, as every convolution inside Xception's blocks).
-    """
-    if pooling == "max":
-        return nn.MaxPool2d(3, 2, 1)
-    if pooling == "conv":
-        return SeparableConv(channels, channels, 3, stride=2)
-    return nn.Sequential(nn.MaxPool2d(3, 1, 1), BlurPool(channels))
+        x = self.act1(self.norm1(self.conv1(x)))
+        return self.act2(self.norm2(self.conv2(x)))
 
 
 class PyramidDownsample(nn.Module):
-    """What stands between two stages of a pyramid: a norm, then half the resolution and another width.
+    """Transition between two stages of a pyramid: a norm, then half the resolution and another width.
 
-    "conv" is ConvNeXt's and NEXcepTion-TP's 2 × 2 convolution of stride 2 (H to floor(H / 2)); the others
-    pool (H to ceil(H / 2)) and change the width by a 1 × 1 convolution.
+    With pooling "conv", a 2 × 2 convolution of stride 2 as in ConvNeXt and NEXcepTion-TP (H becomes
+    floor(H / 2)); otherwise the pooling (H becomes ceil(H / 2)) followed by a 1 × 1 convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, config: ModelConfig):
+    def __init__(self, in_channels: int, out_channels: int, design: Design):
         super().__init__()
-        self.norm = NORMS[config.norm](in_channels)
-        if config.pooling == "conv":
+        self.norm = NORMS[design.norm](in_channels)
+        if design.pooling == "conv":
             self.pool = nn.Identity()
             self.conv = nn.Conv2d(in_channels, out_channels, 2, 2)
         else:
-            self.pool = pool(config.pooling, in_channels)
+            self.pool = POOLINGS[design.pooling](in_channels)
             self.conv = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -410,46 +290,29 @@ class PyramidDownsample(nn.Module):
         return self.conv(x)
 
 
-def _norm_after(position: int, channels: int, config: ModelConfig) -> nn.Module:
-    return NORMS[config.norm](channels) if position in config.norm_positions else nn.Identity()
-
-
-def _activation_before(position: int, config: ModelConfig) -> nn.Module:
-    return ACTIVATIONS[config.activation]() if position in config.activation_positions else nn.Identity()
-
-
-def _block_end(channels: int, config: ModelConfig) -> nn.Module:
-    return SqueezeExcite(channels, config.norm, config.activation) if config.se else nn.Identity()
-
-
 class DownsamplingBlock(nn.Module):
     """Entry or exit block: two separable convolutions, pooling, SE and stochastic depth, added to a 1 × 1
-    convolution of stride 2 with a norm (appendix, tables 5 and 6). H becomes ceil(H / 2).
+    convolution of stride 2 followed by a norm (appendix, tables 5 and 6). H becomes ceil(H / 2).
 
-    `hidden` is the width after the first convolution: `out_channels` in the entry flow, `in_channels` in the
-    exit block. `after_activation` leaves out the activation before convolution 1, as Xception does in the
-    block behind its stem, which has just ended in one.
+    `widths` are those of the input, after convolution 1 and of the output. `after_activation` leaves out the
+    activation before convolution 1, as Xception does in its first block, since the stem ends in one.
     """
 
     def __init__(
-        self,
-        widths: tuple[int, int, int],
-        config: ModelConfig,
-        drop_path: float,
-        after_activation: bool = False,
+        self, widths: tuple[int, int, int], design: Design, drop_path: float, after_activation: bool = False
     ):
         super().__init__()
         in_channels, hidden, out_channels = widths
         self.skip = nn.Conv2d(in_channels, out_channels, 1, 2, bias=False)
-        self.skip_norm = NORMS[config.norm](out_channels)
-        self.act1 = nn.Identity() if after_activation else _activation_before(1, config)
-        self.conv1 = SeparableConv(in_channels, hidden, config.kernel)
-        self.norm1 = _norm_after(1, hidden, config)
-        self.act2 = _activation_before(2, config)
-        self.conv2 = SeparableConv(hidden, out_channels, config.kernel)
-        self.norm2 = _norm_after(2, out_channels, config)
-        self.pool = pool(config.pooling, out_channels)
-        self.se = _block_end(out_channels, config)
+        self.skip_norm = NORMS[design.norm](out_channels)
+        self.act1 = nn.Identity() if after_activation else design.activation_before(1)
+        self.conv1 = SeparableConv(in_channels, hidden, design.kernel)
+        self.norm1 = design.norm_after(1, hidden)
+        self.act2 = design.activation_before(2)
+        self.conv2 = SeparableConv(hidden, out_channels, design.kernel)
+        self.norm2 = design.norm_after(2, out_channels)
+        self.pool = POOLINGS[design.pooling](out_channels)
+        self.se = SqueezeExcite(out_channels, design) if design.se else nn.Identity()
         self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -462,25 +325,25 @@ class DownsamplingBlock(nn.Module):
 
 
 class MiddleBlock(nn.Module):
-    """Three separable convolutions with an identity around them; the resolution stays (paper, Figure 1).
+    """Three separable convolutions, SE and stochastic depth, added to the input (paper, Figure 1).
 
-    The bottleneck (NEXcepTion) block widens to `config.expansion` × `channels` after convolution 1 and
-    returns in convolution 2; the Xception block keeps its width throughout.
+    The bottleneck (NEXcepTion) block widens to `expansion` × `channels` after convolution 1 and returns to
+    `channels` in convolution 2; the Xception block keeps its width. The resolution stays.
     """
 
-    def __init__(self, channels: int, config: ModelConfig, drop_path: float):
+    def __init__(self, channels: int, expansion: int, design: Design, drop_path: float):
         super().__init__()
-        hidden = channels * config.expansion if config.block == "bottleneck" else channels
-        self.act1 = _activation_before(1, config)
-        self.conv1 = SeparableConv(channels, hidden, config.kernel)
-        self.norm1 = _norm_after(1, hidden, config)
-        self.act2 = _activation_before(2, config)
-        self.conv2 = SeparableConv(hidden, channels, config.kernel)
-        self.norm2 = _norm_after(2, channels, config)
-        self.act3 = _activation_before(3, config)
-        self.conv3 = SeparableConv(channels, channels, config.kernel)
-        self.norm3 = _norm_after(3, channels, config)
-        self.se = _block_end(channels, config)
+        hidden = channels * expansion if design.block == "bottleneck" else channels
+        self.act1 = design.activation_before(1)
+        self.conv1 = SeparableConv(channels, hidden, design.kernel)
+        self.norm1 = design.norm_after(1, hidden)
+        self.act2 = design.activation_before(2)
+        self.conv2 = SeparableConv(hidden, channels, design.kernel)
+        self.norm2 = design.norm_after(2, channels)
+        self.act3 = design.activation_before(3)
+        self.conv3 = SeparableConv(channels, channels, design.kernel)
+        self.norm3 = design.norm_after(3, channels)
+        self.se = SqueezeExcite(channels, design) if design.se else nn.Identity()
         self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -495,11 +358,11 @@ class MiddleBlock(nn.Module):
 class ExitConv(nn.Module):
     """One of the two 3 × 3 separable convolutions that end an isotropic network, with norm and activation."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: ModelConfig):
+    def __init__(self, in_channels: int, out_channels: int, design: Design):
         super().__init__()
         self.conv = SeparableConv(in_channels, out_channels, 3)
-        self.norm = NORMS[config.norm](out_channels)
-        self.act = ACTIVATIONS[config.activation]()
+        self.norm = NORMS[design.norm](out_channels)
+        self.act = ACTIVATIONS[design.activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
