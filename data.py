@@ -962,8 +962,8 @@ class Data:
             self.steps = len(self._stream(0, plan.rank)) // plan.batch
             if not self.steps:
                 raise DataError(
-                    f"{name} has {self.count('train')} training images, too few for one step of {plan.world} "
-                    f"x {plan.batch} x {plan.accumulate} (processes x batch x accumulation): use a smaller one"
+                    f"{name} has {self.count('train')} training images, too few for one step of "
+                    f"{plan.world} x {plan.batch} x {plan.accumulate} (processes x batch x accumulation): lower the batch"
                 )
 
     def count(self, split: str) -> int:
