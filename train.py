@@ -1,23 +1,24 @@
-"""Train a network: by itself, a small NEXcepTion on handwritten digits, to 98% in about a minute on a CPU.
+"""Train a network. By default: a small NEXcepTion on handwritten digits, 98% in about a minute on a CPU.
 
     python train.py                                               # digits, nexception_nano, two CPU cores
     torchrun --nproc_per_node=4 train.py --data /path/imagenet --model nexception_t       # the paper's run
     python train.py --data /path/imagenet --model nexception_t    # the same statistics on one GPU
-    python train.py --data /path/photos --init-weights nexception_t.pth --epochs 30       # fine-tuning
+    python train.py --data /path/photos --init-weights nexception_t.pth                   # fine-tuning
     python train.py --data /path/imagenet --eval nexception_t.pth # top-1 and top-5
 
-A run lives in its folder (`--out`): `config.json` (the resolved options), `metrics.jsonl` (a line an epoch),
-`last.pt` with `previous.pt` behind it, `best.pt` (the weights of the best validation top-1), `curves.png`.
-The same command goes on where a run stopped, however it stopped: at worst the unfinished epoch is repeated,
-and on a CPU the result is bit for bit that of an uninterrupted run. Every random draw is keyed by (seed,
-epoch, step, virtual rank), so there is no random state to lose. More epochs are another schedule, and so
-another `--out`. SIGTERM saves in mid-epoch and ends with status 143, Ctrl-C likewise with 130.
+A run lives in its folder (`--out`): `config.json` (the resolved options), `metrics.jsonl` (one line per
+epoch), `last.pt` and the checkpoint before it, `previous.pt`, `best.pt` (the weights with the best validation
+top-1), `curves.png`. The same command continues a run that stopped for whatever reason: at worst the
+unfinished epoch is repeated, and on a CPU the result equals that of an uninterrupted run bit for bit. Every
+random draw is keyed by (seed, epoch, step, virtual rank), so there is no random state to lose. More epochs
+mean another schedule, and therefore another `--out`. SIGTERM saves in mid-epoch and exits with status 143,
+Ctrl-C likewise with 130.
 
-One optimizer step takes processes x accumulate micro-batches of `batch` images. Each micro-batch is a
-virtual rank, with its own stride of the epoch's images, its own mixup draw and its own batch-norm pass:
-4 x 64 means the same on one, two or four GPUs. Gradients are averaged over all of them, once a step. Batch
-norms are not synchronised: as in the paper's run, rank 0's running statistics go to all processes at a step's
-first forward pass and are averaged over the processes after each epoch.
+One optimizer step takes processes x accumulate micro-batches of `batch` images. Each micro-batch is a virtual
+rank with its own stride of the epoch's images, its own mixup draw and its own batch-norm pass, so that 4 x 64
+means the same on one, two or four GPUs. Gradients are averaged over all of them, once per step. Batch norms
+are not synchronized: as in the paper's run, every step starts from the running statistics of virtual rank 0,
+and after each epoch they are averaged over the virtual ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import fcntl
 import gc
 import io
 import json
@@ -34,9 +34,10 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import time
 import typing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,127 +45,41 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data import (
     SMALL_SETS,
     Augmentation,
     Data,
-    DataError,
-    EvalFolder,
-    EvalTransform,
+    Plan,
+    RunError,
+    UsageError,
     default_augmentation,
-    eval_folder,
-    normalize,
+    list_images,
+    lock_file,
     open_data,
+    write_whole,
 )
 from model import MODELS, ModelConfig, create_model, keep_large_buffers, load_checkpoint, load_weights
 
+LOG_EVERY = 50  # steps between looks at the loss: each one waits for the device
+WARMUP_LR = 1e-4  # learning rate of the first warm-up epoch, unless --lr is lower
+SMALL_FOLDER = 100_000  # training images below which a folder does not get ImageNet's recipe
+AMP = ("auto", "bf16", "fp16", "off")
+MAX_SKIPPED = 20  # consecutive float16 steps whose loss may overflow while the loss scale adapts
+
 # --------------------------------------------------------------------------------------------------
-# Options and recipes
+# Command line: a dataclass field is an option
 # --------------------------------------------------------------------------------------------------
 
 
-class UsageError(ValueError):
-    """Something that the user asked for and can mend: shown as one sentence, exit status 2."""
+def option(default, help: str, least=None, most=None, *, above=None, below=None, **argparse_arguments):
+    """Declare a dataclass field that becomes `--name`, with its bounds (inclusive `least` and `most`).
 
-
-class RunError(Exception):
-    """What ends a run that was well begun, such as a full disk: shown as one sentence, exit status 1."""
-
-
-def option(default, help: str, **argparse_arguments):
-    """A dataclass field that becomes `--name`; its help line, choices, metavar ... go to argparse."""
-    return field(default=default, metadata={"help": help, **argparse_arguments})
-
-
-@dataclass
-class Options:
-    """Options of train.py. What is left out comes from the recipe of the data and the model."""
-
-    data: str = option("digits", "digits, cifar10, cifar100, or an image folder with train/ and val/")
-    model: str | None = option(None, f"{', '.join(MODELS)}, or the path of a JSON config")
-    out: str | None = option(None, "the run's folder (default: runs/DATA-MODEL)")
-    init_weights: str | None = option(None, "checkpoint to start from: ours, the authors' or timm's xception")
-    eval: str | None = option(None, "only evaluate this checkpoint on --data: top-1 and top-5")
-    seed: int | None = option(None, "of initial weights, order and augmentation")
-
-    epochs: int | None = option(None, "epochs of the cosine schedule")
-    batch: int | None = option(None, "images in a micro-batch")
-    accumulate: int | None = option(None, "micro-batches of each process in an optimizer step")
-    size: int | None = option(None, "pixels a side of the network's input")
-    drop_path: float | None = option(None, "rate of stochastic depth (default: the model's)")
-    loss_threshold: float | None = option(None, "mixed targets above it count as 1, others as 0")
-
-    lr: float | None = option(None, "LAMB's learning rate, reached after the warm-up")
-    min_lr: float | None = option(None, "learning rate at the end of the cosine and in the cool-down")
-    warmup_epochs: int | None = option(None, "epochs of linear warm-up, counted within --epochs")
-    warmup_lr: float | None = option(None, "learning rate of the first epoch of the warm-up")
-    cooldown_epochs: int | None = option(None, "epochs at --min-lr after the cosine")
-    weight_decay: float | None = option(None, "on tensors of two dimensions and more")
-    max_grad_norm: float | None = option(None, "the gradients' global norm is clipped to it")
-    ema: float = option(0.0, "decay per step of averaged weights, which are then evaluated; 0: none")
-
-    mixup: float | None = option(None, "alpha of mixup; 0: none")
-    cutmix: float | None = option(None, "alpha of cutmix; 0: none")
-    rand_augment: float | None = option(None, "RandAugment's magnitude, 0..10; 0: none")
-    repeats: int | None = option(None, "repeated augmentation: copies of an image in an epoch; 1: none")
-    flip: float | None = option(None, "probability of a horizontal flip")
-    padding: int | None = option(None, "small sets: black pixels around an image before its random crop")
-    min_scale: float | None = option(None, "folders: least share of an image that a random crop takes")
-
-    amp: str = option(
-        "auto", "mixed precision; auto: bf16 on GPUs that have it, else fp16; off on CPUs",
-        choices=("auto", "bf16", "fp16", "off"),
-    )  # fmt: skip
-    channels_last: bool = option(True, "keep maps in memory as (B, H, W, C): faster on GPUs and CPUs")
-    compile: bool = option(False, "torch.compile the training step")
-    grad_checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory, slower")
-    device: str = option("auto", "auto, cpu, cuda ...")
-
-    workers: int | None = option(None, "processes that read an image folder (default: one a core)")
-    eval_batch: int | None = option(None, "images in a batch of evaluation (default: --batch)")
-    max_bad_files: int = option(50, "stop when more image files than this cannot be read")
-    root: str = option("data", "folder that CIFAR is read from or downloaded to")
-    log_every: int = option(50, "steps between looks at the loss")
-    tensorboard: bool = option(False, "log to OUT/tensorboard too")
-    wandb: bool = option(False, "log to Weights & Biases too")
-
-
-# What may differ when a run goes on, for it does not change what is learnt. `accumulate` may as long as
-# processes x accumulate stays the same.
-FREE = ("out", "eval", "device", "workers", "eval_batch", "max_bad_files", "root", "log_every", "tensorboard")
-FREE += ("wandb", "accumulate")
-
-# Table 2 of the paper's appendix, with the meaning that the code of the published runs gave it: LAMB with its
-# own clipping, ten epochs of cool-down, 4 x 64 images a step. Augmentation: `data.default_augmentation`.
-PAPER = {
-    "model": "nexception_t", "seed": 1, "epochs": 300, "batch": 64, "micro_batches": 4, "loss_threshold": 0.2,
-    "lr": 2e-3, "min_lr": 1e-6, "warmup_epochs": 5, "warmup_lr": 1e-4, "cooldown_epochs": 10,
-    "weight_decay": 0.02, "max_grad_norm": 1.0, "mixup": 0.1, "cutmix": 1.0,
-}  # fmt: skip
-SMALL = PAPER | {"size": 32, "micro_batches": 1, "cooldown_epochs": 0}
-DIGITS = SMALL | {"model": "nexception_nano", "epochs": 20, "lr": 1e-2, "warmup_epochs": 2, "cutmix": 0.0}
-CIFAR = SMALL | {"model": "nexception_reduced", "epochs": 100, "batch": 128, "lr": 5e-3}
-RECIPES = {
-    "folder": PAPER,
-    "folder nexception_s": PAPER | {"seed": 2, "batch": 32, "lr": 1.4e-3},
-    "digits": DIGITS,
-    "cifar10": CIFAR,
-    "cifar100": CIFAR,
-}
-
-# (options, condition, the condition in words)
-RANGES = (
-    ("epochs batch accumulate size repeats log_every eval_batch", lambda v: v >= 1, "at least 1"),
-    ("lr max_grad_norm", lambda v: v > 0, "above 0"),
-    ("seed min_lr warmup_epochs warmup_lr cooldown_epochs", lambda v: v >= 0, "at least 0"),
-    ("weight_decay mixup cutmix padding workers max_bad_files", lambda v: v >= 0, "at least 0"),
-    ("ema drop_path loss_threshold", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("flip", lambda v: 0 <= v <= 1, "between 0 and 1"),
-    ("min_scale", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    ("rand_augment", lambda v: 0 <= v <= 10, "between 0 and 10"),
-)
+    `positional=True` makes it an argument without dashes, required when `default` is MISSING; the rest, such
+    as choices and metavar, goes to argparse.
+    """
+    bounds = {"least": least, "most": most, "above": above, "below": below}
+    return field(default=default, metadata={"help": help, "bounds": bounds, **argparse_arguments})
 
 
 class Parser(argparse.ArgumentParser):
@@ -172,106 +87,114 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists the options)")
 
 
-def parse(options: type, argv: list[str], prog: str):
-    """The dataclass `options`, filled from a command line; its fields declare every option (see `option`)."""
-    parser = Parser(prog=prog, description=options.__doc__, allow_abbrev=False)
+def parse(options: type, argv: list[str], prog: str, epilog: str = ""):
+    """Fill the dataclass `options` from a command line; its fields declare every option (see `option`).
+
+    bool becomes --name and --no-name, tuple[str, ...] is comma separated. Raises UsageError for anything that
+    is not understood, for numbers that are not finite and for those out of bounds.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    description = (options.__doc__ or "").strip()
+    parser = Parser(
+        prog=prog, description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False
+    )
     types = typing.get_type_hints(options)
     for entry in fields(options):
-        settings = dict(entry.metadata)
-        kind = (typing.get_args(types[entry.name]) or (types[entry.name],))[0]  # of `kind | None` too
+        settings = {key: value for key, value in entry.metadata.items() if key != "bounds"}
+        positional = settings.pop("positional", False)
+        hint = types[entry.name]
+        many = typing.get_origin(hint) is tuple
+        kind = (typing.get_args(hint) or (hint,))[0]  # of `kind | None` and `tuple[kind, ...]` too
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings["type"] = kind
-            settings.setdefault("metavar", kind.__name__ if "choices" not in settings else None)
-        if entry.default not in (None, False):
-            settings["help"] += f" (default: {entry.default})"
-        parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default, **settings)
-    return options(**vars(parser.parse_args(argv)))
+            settings["type"] = comma_separated(kind) if many and not positional else kind
+            if not positional and "choices" not in settings:
+                settings.setdefault("metavar", f"{kind.__name__},..." if many else kind.__name__)
+        if positional and (many or entry.default is not MISSING):
+            settings.setdefault("nargs", ("+" if entry.default is MISSING else "*") if many else "?")
+        if entry.default is not MISSING:
+            settings["default"] = entry.default
+            shown = ",".join(map(str, entry.default)) if many else entry.default
+            settings["help"] += f" (default: {shown})" if shown not in (None, False, "") else ""
+        parser.add_argument(entry.name if positional else "--" + entry.name.replace("_", "-"), **settings)
+    values = vars(parser.parse_args(argv))
+    for entry in fields(options):
+        if isinstance(values[entry.name], list):
+            values[entry.name] = tuple(values[entry.name])
+        given = values[entry.name] if isinstance(values[entry.name], tuple) else (values[entry.name],)
+        for value in given:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                check_bounds("--" + entry.name.replace("_", "-"), value, **entry.metadata.get("bounds", {}))
+    return options(**values)
 
 
-def resolve(options: Options, world: int = 1) -> Options:
-    """Fill what was left out from the recipe; UsageError for impossible or contradictory values."""
-    kind = options.data if options.data in RECIPES else "folder"
-    recipe = dict(RECIPES.get(f"{kind} {options.model}", RECIPES[kind]))
-    micro_batches = recipe.pop("micro_batches")
-    given = {k: v for k, v in asdict(options).items() if v is not None}
-    config = create_model_config(given.get("model", recipe["model"]))
-    recipe |= {"size": recipe.get("size", config.input_size), "drop_path": config.drop_path}
-    if options.accumulate is None and micro_batches > 1 and micro_batches % world:
-        raise UsageError(
-            f"{world} processes cannot share the recipe's {micro_batches} micro-batches: "
-            "give --accumulate, and --batch and --lr to suit"
-        )
-    recipe["accumulate"] = max(1, micro_batches // world)
-    recipe |= augmentation_options(default_augmentation(options.data))
-    resolved = Options(**(recipe | given))
-    if resolved.out is None:
-        resolved.out = f"runs/{Path(resolved.data).resolve().name}-{Path(resolved.model).stem}"
-    for names, holds, wanted in RANGES:
-        for name in names.split():
-            value = getattr(resolved, name)
-            if value is not None and not holds(value):
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
-    if resolved.compile and resolved.grad_checkpointing:
-        raise UsageError("--grad-checkpointing does not work beneath --compile: leave out one of them")
-    if resolved.min_lr > resolved.lr:
-        raise UsageError(f"--min-lr {resolved.min_lr} is above --lr {resolved.lr}")
-    return resolved
+def comma_separated(kind: type):
+    """Return a converter from "a,b" to a tuple of `kind`, whose name argparse shows in errors."""
+
+    def convert(text: str) -> tuple:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+
+    convert.__name__ = f"list of {kind.__name__}"
+    return convert
 
 
-def create_model_config(model: str) -> ModelConfig:
-    with torch.device("meta"):
-        return create_model(model).config
+def check_bounds(name: str, value: float, least=None, most=None, above=None, below=None) -> None:
+    """Raise UsageError when a number is not finite or out of bounds."""
+    if not math.isfinite(value):
+        raise UsageError(f"{name} {value}: must be a finite number")
+    holds = {
+        f"at least {least}": least is None or value >= least,
+        f"above {above}": above is None or value > above,
+        f"at most {most}": most is None or value <= most,
+        f"below {below}": below is None or value < below,
+    }
+    if not all(holds.values()):
+        wanted = " and ".join(words for words in holds if not words.endswith(" None"))
+        raise UsageError(f"{name} {value:g}: must be {wanted}")
 
 
-def augmentation_options(augment: Augmentation) -> dict:
-    """The options that say what `augment` says."""
-    return {
-        "rand_augment": augment.magnitude if augment.layers else 0.0, "repeats": augment.repeats,
-        "flip": augment.flip, "padding": augment.padding, "min_scale": augment.scale[0],
-    }  # fmt: skip
-
-
-def augmentation(options: Options) -> Augmentation:
-    """The augmentation that resolved `options` ask for."""
-    return replace(
-        default_augmentation(options.data),
-        magnitude=options.rand_augment,
-        layers=2 if options.rand_augment else 0,
-        repeats=options.repeats,
-        flip=options.flip,
-        padding=options.padding,
-        scale=(options.min_scale, 1.0),
-    )
+def run_script(main: typing.Callable[[list[str]], int]) -> typing.NoReturn:
+    """Run a script's `main` on the command line and exit, quietly when whoever reads the output has gone."""
+    try:
+        try:
+            status = main(sys.argv[1:])
+        except SystemExit as end:  # argparse, after --help
+            status = end.code
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at exit
+        status = 128 + signal.SIGPIPE
+    sys.exit(status)
 
 
 # --------------------------------------------------------------------------------------------------
-# The recipe's parts: schedule, mixing, loss, optimizer
+# Parts of a recipe: schedule, mixing, losses, optimizers
 # --------------------------------------------------------------------------------------------------
 
 
 def lr_at(epoch: int, options: Options) -> float:
-    """Learning rate of an epoch: linear warm-up, cosine from `lr` to `min_lr`, cool-down at `min_lr`.
+    """Return the learning rate of an epoch: linear warm-up, cosine from `lr` to `min_lr`, then `min_lr`.
 
     The cosine counts from epoch 0, beneath the warm-up, as timm's CosineLRScheduler does by default: `lr`
     itself is never reached (paper, section 3.1).
     """
     if epoch < options.warmup_epochs:
-        return options.warmup_lr + epoch * (options.lr - options.warmup_lr) / options.warmup_epochs
+        start = min(WARMUP_LR, options.lr)
+        return start + epoch * (options.lr - start) / options.warmup_epochs
     if epoch >= options.epochs:
         return options.min_lr
-    return options.min_lr + (options.lr - options.min_lr) / 2 * (
-        1 + math.cos(math.pi * epoch / options.epochs)
-    )
+    cosine = 1 + math.cos(math.pi * epoch / options.epochs)
+    return options.min_lr + (options.lr - options.min_lr) / 2 * cosine
 
 
 @dataclass(frozen=True)
 class Mixup:
-    """Mixup or cutmix, one draw a batch: image i is mixed with image B-1-i (timm's `Mixup` in batch mode).
+    """Mixup or cutmix, one draw per batch: image i is mixed with image B-1-i (timm's `Mixup`, batch mode).
 
-    With both alphas above 0, each batch takes either with equal chance; cutmix's share is corrected for what
-    the border cuts off its box.
+    With both alphas above 0, each batch takes either with equal probability; the share of cutmix is corrected
+    for the part of its box beyond the border.
     """
 
     mixup: float  # alpha of the Beta distribution; 0: none
@@ -279,7 +202,7 @@ class Mixup:
     probability: float = 1.0  # that a batch is mixed at all
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[float, tuple[int, ...] | None]:
-        """The first image's share, and cutmix's box (top, bottom, left, right) or None for mixup."""
+        """Draw the first image's share, and cutmix's box (top, bottom, left, right) or None for mixup."""
         if not (self.mixup or self.cutmix) or rng.random() >= self.probability:
             return 1.0, None
         cut = rng.random() < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
@@ -295,10 +218,9 @@ class Mixup:
         return 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)
 
     def __call__(self, images: Tensor, labels: Tensor, num_classes: int, rng) -> tuple[Tensor, Tensor]:
-        """Mixed images (B, 3, H, W) float, in place, and their targets (B, num_classes) float32."""
-        targets = torch.zeros(len(labels), num_classes, device=labels.device).scatter_(
-            1, labels[:, None], 1.0
-        )
+        """Mix float images (B, 3, H, W) in place; return them and targets (B, num_classes), float32."""
+        targets = torch.zeros(len(labels), num_classes, device=labels.device)
+        targets.scatter_(1, labels[:, None], 1.0)
         share, box = self.draw(*images.shape[-2:], rng)
         if share == 1.0:
             return images, targets
@@ -319,20 +241,26 @@ def bce_loss(logits: Tensor, targets: Tensor, threshold: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), (targets > threshold).float())
 
 
+# Another loss is a line here: a function of logits (B, classes), targets (B, classes) in 0..1, and options.
+LOSSES = {
+    "bce": lambda logits, targets, options: bce_loss(logits, targets, options.loss_threshold),
+    "soft_ce": lambda logits, targets, options: F.cross_entropy(logits.float(), targets),
+}
+
+
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al., 2020) as apex's FusedLAMB and timm's `Lamb` compute it by default.
 
-    Gradients are clipped to `max_grad_norm`, over all groups together and in place. In groups with weight
-    decay, each tensor's update (Adam's, plus decay times the tensor) is scaled to the tensor's own norm,
-    unless either norm is zero; groups without take plain Adam steps. All tensors of a group go through each
-    operation at once, and Adam's part is PyTorch's fused kernel, which reads and writes each value once.
+    Gradients are clipped to `max_grad_norm`, over all groups together. In groups with weight decay, each
+    tensor's update (Adam's, plus decay times the tensor) is scaled to the tensor's own norm, unless either
+    norm is zero; groups without decay take plain Adam steps. All dense float32 tensors of a group go through
+    each operation at once, and Adam's part is PyTorch's fused kernel, which reads and writes each value once.
+    Other tensors take a loop, in float32 or wider; their moments have the parameter's type, as timm's.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, max_grad_norm=1.0):
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
-        )
-        self.max_grad_norm = max_grad_norm
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
+        super().__init__(params, defaults | {"max_grad_norm": max_grad_norm})
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -342,7 +270,7 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update; `closure`, if any, computes the loss anew and gives it."""
+        """Take one step; `closure`, if given, recomputes the loss and returns it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -351,24 +279,27 @@ class Lamb(torch.optim.Optimizer):
         gradients = [p.grad for params in present for p in params]
         if not gradients:
             return loss
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        clip = (norm / self.max_grad_norm).clamp_(min=1.0)
+        clip = (norms(gradients).norm() / self.defaults["max_grad_norm"]).clamp_(min=1.0)
         for group, params in zip(self.param_groups, present, strict=True):
             group["step"] += 1
-            if params:
-                self._update(group, params, clip)
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            # zeros_like is dense: where its strides differ from the parameter's, that has gaps
+            fused = [p.dtype == torch.float32 and same_layout(p, self.state[p]["exp_avg"]) for p in params]
+            self._update_fused(group, [p for p, f in zip(params, fused, strict=True) if f], clip.float())
+            self._update_others(group, [p for p, f in zip(params, fused, strict=True) if not f], clip)
         return loss
 
-    def _update(self, group: dict, params: list[Tensor], clip: Tensor) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    def _update_fused(self, group: dict, params: list[Tensor], clip: Tensor) -> None:
+        if not params:
+            return
         decay = group["weight_decay"]
         # With decay, Adam at a learning rate of -1 adds its update to decay x parameter; without, it steps.
         updates = torch._foreach_mul(params, decay) if decay else params
         torch._fused_adam_(
             updates,
-            [p.grad for p in params],
+            [p.grad if same_layout(p.grad, p) else torch.empty_like(p).copy_(p.grad) for p in params],
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [],
@@ -383,13 +314,46 @@ class Lamb(torch.optim.Optimizer):
             grad_scale=clip,
         )
         if decay:
-            norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(updates))
-            trust = torch.where((norms[0] > 0) & (norms[1] > 0), norms[0] / norms[1], 1.0)
+            before, after = norms(params), norms(updates)
+            trust = torch.where((before > 0) & (after > 0), before / after, 1.0)
             torch._foreach_addcmul_(params, updates, list((trust * -group["lr"]).unbind()))
+
+    def _update_others(self, group: dict, params: list[Tensor], clip: Tensor) -> None:
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        for p in params:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            gradient, state = p.grad.to(wide) / clip.to(wide), self.state[p]
+            first = state["exp_avg"].to(wide).lerp(gradient, 1 - beta1)
+            second = state["exp_avg_sq"].to(wide).lerp(gradient.square(), 1 - beta2)
+            state["exp_avg"].copy_(first)
+            state["exp_avg_sq"].copy_(second)
+            first, second = (m / (1 - b ** group["step"]) for m, b in ((first, beta1), (second, beta2)))
+            update = first / (second.sqrt() + group["eps"]) + decay * p.to(wide)
+            if decay:
+                before, after = p.to(wide).norm(), update.norm()
+                update *= torch.where((before > 0) & (after > 0), before / after, 1.0)
+            p.copy_(p.to(wide) - group["lr"] * update)
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """Return the Euclidean norm of each tensor, (N,), float32 or wider."""
+    if all(t.dtype == torch.float32 for t in tensors):
+        return torch.stack(torch._foreach_norm(tensors))
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.stack([torch.linalg.vector_norm(t, dtype=wide) for t in tensors])
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors of one shape keep their values in the same order and type."""
+    if a.dtype != b.dtype or a.layout != b.layout:
+        return False
+    return a.stride() == b.stride() or all(
+        n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for tensors of two dimensions and more, none for biases and norms."""
+    """Split parameters: weight decay for tensors of two dimensions or more, none for biases and norms."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
@@ -397,18 +361,258 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def make_optimizer(model: nn.Module, options: Options) -> Lamb:
-    groups = parameter_groups(model, options.weight_decay)
-    return Lamb(groups, lr=options.lr, max_grad_norm=options.max_grad_norm)
+# Another optimizer is a line here: a function of parameter groups and options. Gradients are clipped before
+# its step, unless it has a `max_grad_norm` of its own.
+OPTIMIZERS = {
+    "lamb": lambda groups, o: Lamb(groups, lr=o.lr, max_grad_norm=o.max_grad_norm),
+    "adamw": lambda groups, o: torch.optim.AdamW(groups, lr=o.lr),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Options and recipes
+# --------------------------------------------------------------------------------------------------
+
+
+# fmt: off
+@dataclass
+class Options:
+    """Train or evaluate a network. Options that are left out come from the recipe (see below)."""
+
+    data: str = option("digits", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
+    model: str | None = option(None, f"{', '.join(MODELS)}, or the path of a JSON config")
+    out: str | None = option(None, "folder of the run (default: runs/DATA-MODEL)")
+    recipe: str | None = option(None, "recipe to start from (default: chosen by --data and --init-weights)")
+    init_weights: str | None = option(None, "checkpoint to start from: ours, the authors' or timm's Xception")
+    freeze: bool = option(False, "train the classifier alone, everything else at rest")
+    eval: str | None = option(None, "only evaluate this checkpoint on --data: top-1 and top-5")
+    seed: int | None = option(None, "seed of initial weights, order and augmentation", 0, 2**32 - 1)
+
+    epochs: int | None = option(None, "epochs of the cosine schedule", 1)
+    batch: int | None = option(None, "images per micro-batch", 1)
+    accumulate: int | None = option(None, "micro-batches per process in an optimizer step", 1)
+    size: int | None = option(None, "side of the network's input in pixels", 8, 4096)
+    drop_path: float | None = option(None, "rate of stochastic depth (default: the model's)", 0, below=1)
+    loss: str = option("bce", "binary cross-entropy of thresholded targets, or a peer", choices=tuple(LOSSES))
+    loss_threshold: float | None = option(None, "mixed targets above it count as 1, others as 0", 0, below=1)
+
+    optimizer: str = option("lamb", "optimizer", choices=tuple(OPTIMIZERS))
+    lr: float | None = option(None, "learning rate, reached after the warm-up", above=0)
+    min_lr: float | None = option(None, "learning rate at the end of the cosine and in the cool-down", 0)
+    warmup_epochs: int | None = option(None, "epochs of linear warm-up, counted within --epochs", 0)
+    cooldown_epochs: int | None = option(None, "epochs at --min-lr after the cosine", 0)
+    weight_decay: float | None = option(None, "weight decay of tensors with two or more dimensions", 0)
+    max_grad_norm: float | None = option(None, "global norm that gradients are clipped to", above=0)
+    ema: float = option(0.0, "decay of averaged weights, which are then evaluated; 0: none", 0, below=1)
+
+    mixup: float | None = option(None, "alpha of mixup; 0: none", 0)
+    cutmix: float | None = option(None, "alpha of cutmix; 0: none", 0)
+    rand_augment: float | None = option(None, "magnitude of RandAugment; 0: none", 0, 10)
+    repeats: int | None = option(None, "repeated augmentation: copies of an image per epoch; 1: none", 1)
+    flip: float | None = option(None, "probability of a horizontal flip", 0, 1)
+    min_scale: float | None = option(None, "smallest share of an image in a random crop", above=0, most=1)
+
+    amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs", choices=AMP)
+    compile: bool = option(False, "torch.compile the training step")
+    grad_checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory, slower")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+
+    workers: int | None = option(None, "data-loading processes (default: one per core)", 0)
+    max_bad_files: int = option(50, "unreadable image files to tolerate", 0)
+    root: str = option("data", "folder that CIFAR is read from or downloaded to")
+    tensorboard: bool = option(False, "also log to OUT/tensorboard")
+    wandb: bool = option(False, "also log to Weights & Biases")
+# fmt: on
+
+
+# Options that may differ when a run continues, because they do not change what is learned. `accumulate` may
+# change as long as processes x accumulate stays the same; a recipe is compared by its values.
+FREE = {"out", "eval", "recipe", "device", "workers", "max_bad_files", "root", "tensorboard", "wandb"}
+FREE |= {"accumulate", "grad_checkpointing"}
+# Options of earlier versions, and the value that this version always uses; None: it did not matter.
+RETIRED = {"warmup_lr": WARMUP_LR, "channels_last": None, "log_every": None, "eval_batch": None}
+# What versions that did not have an option yet did.
+FORMERLY = {"optimizer": "lamb", "loss": "bce", "freeze": False}
+
+
+class Recipe(typing.NamedTuple):
+    """Values of options, and what they are expected to reach."""
+
+    expect: str
+    values: dict
+
+
+# Table 2 of the paper's appendix, with the meaning that the code of the published runs gave it: LAMB with its
+# own clipping, ten epochs of cool-down, 4 x 64 images per step. Augmentation: `data.default_augmentation`.
+PAPER = {
+    "model": "nexception_t", "seed": 1, "epochs": 300, "batch": 64, "micro_batches": 4, "loss_threshold": 0.2,
+    "lr": 2e-3, "min_lr": 1e-6, "warmup_epochs": 5, "cooldown_epochs": 10, "weight_decay": 0.02,
+    "max_grad_norm": 1.0, "mixup": 0.1, "cutmix": 1.0,
+}  # fmt: skip
+ONE = PAPER | {"micro_batches": 1, "cooldown_epochs": 0}
+CIFAR = ONE | {"model": "nexception_reduced", "epochs": 100, "batch": 128, "lr": 5e-3}
+RECIPES = {
+    "paper": Recipe("ImageNet, published: nexception_t 81.5%, nexception_tp 81.8% (not rerun here)", PAPER),
+    "paper-s": Recipe(
+        "ImageNet, published: nexception_s 82.0% (not rerun here)",
+        PAPER | {"seed": 2, "batch": 32, "lr": 1.4e-3},
+    ),
+    "small-folder": Recipe(
+        f"folders of fewer than {SMALL_FOLDER:,} images, from nothing: about a million images in all",
+        ONE | {"repeats": 1, "rand_augment": 0.0, "min_scale": 0.35, "cutmix": 0.0},
+    ),
+    "fine-tune": Recipe(
+        "with --init-weights: 30 short epochs, a tenth of the paper's learning rate",
+        ONE | {"epochs": 30, "lr": 2e-4, "warmup_epochs": 2, "repeats": 1, "rand_augment": 0.0,
+               "min_scale": 0.35, "mixup": 0.0, "cutmix": 0.0},
+    ),
+    "digits": Recipe(
+        "99.6 to 100% of the test images (seeds 1 to 3), 44 s on two idle CPU cores",
+        ONE | {"model": "nexception_nano", "epochs": 20, "lr": 1e-2, "warmup_epochs": 2, "cutmix": 0.0},
+    ),
+    "cifar10": Recipe("the paper's search network (not run in full here)", CIFAR),
+    "cifar100": Recipe("the paper's search network (not run in full here)", CIFAR),
+}  # fmt: skip
+
+
+def recipes_help() -> str:
+    """Return the recipes' values for --help."""
+    lines = ["recipes:"]
+    for name, recipe in RECIPES.items():
+        values = ", ".join(f"{key} {value}" for key, value in recipe.values.items())
+        lines.append(
+            textwrap.fill(f"{name}: {recipe.expect}", 110, initial_indent="  ", subsequent_indent="    ")
+        )
+        lines.append(textwrap.fill(values, 110, initial_indent="    ", subsequent_indent="    "))
+    lines.append(
+        "micro_batches is processes x accumulate; crops, flips and RandAugment as the data's default."
+    )
+    return "\n".join(lines)
+
+
+def resolve(
+    options: Options,
+    world: int = 1,
+    images: int | None = None,
+    former: dict | None = None,
+    say=lambda _: None,
+) -> Options:
+    """Fill options that were left out from the recipe that fits the data, the model and the initial weights.
+
+    images: number of training images of a folder, for the choice of its recipe. former: the record of a run
+    to be continued; when a version without named recipes wrote it, its values replace the recipe's. say:
+    called with a line for each choice that a user should know of. Raises UsageError for impossible or
+    contradictory values.
+    """
+    given = {k: v for k, v in asdict(options).items() if v is not None}
+    small_set = options.data in SMALL_SETS
+    if options.recipe is not None:
+        name, why = options.recipe, "--recipe"
+        if name not in RECIPES:
+            raise UsageError(f"--recipe {name}: must be one of {', '.join(RECIPES)}")
+    elif options.init_weights:
+        name, why = "fine-tune", "--init-weights"
+    elif small_set:
+        name, why = options.data, "--data"
+    elif images is not None and images < SMALL_FOLDER:
+        name, why = "small-folder", f"{images:,} training images; --recipe paper takes ImageNet's"
+    else:
+        name, why = "paper", "a large folder" if images else "an image folder"
+    config = model_config(options, RECIPES[name].values["model"])
+    if name == "paper" and same_shape(config, MODELS["nexception_s"]):
+        name, why = "paper-s", f"{why}, a network of nexception_s's shape"
+    recipe = {**RECIPES[name].values, "recipe": name}
+    if options.init_weights:
+        del recipe["model"]  # the checkpoint's own
+    if name == "small-folder":
+        recipe["epochs"] = min(300, max(60, 1_000_000 // images)) if images else 60
+    micro_batches = recipe.pop("micro_batches")
+    defaults = augmentation_options(default_augmentation(options.data))
+    defaults |= {"size": 32 if small_set else config.input_size, "drop_path": config.drop_path}
+    recipe = defaults | recipe
+    if former is not None and "recipe" not in former["options"]:
+        why = "continued from an earlier version"
+        known = {entry.name for entry in fields(Options)} - FREE
+        recipe |= {k: v for k, v in former["options"].items() if k in known and v is not None}
+        micro_batches = former["micro-batches a step"]
+    if options.accumulate is None and micro_batches > 1 and micro_batches % world:
+        images_per_step = micro_batches * recipe["batch"]
+        closest = max(1, round(images_per_step / world))
+        raise UsageError(
+            f"{world} processes cannot share the recipe's {micro_batches} micro-batches of {recipe['batch']}: "
+            f"--accumulate 1 --batch {closest} comes closest ({world} x {closest} images per step, batch norm "
+            f"over {closest} images in place of {recipe['batch']})"
+        )
+    recipe["accumulate"] = max(1, micro_batches // world)
+    resolved = Options(**(recipe | given))
+    device = pick_device(resolved.device)
+    resolved.device = str(device)
+    resolved.amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[
+        amp_dtype(resolved.amp, device)
+    ]
+    if resolved.out is None:
+        stem = Path(resolved.model or resolved.init_weights).stem
+        resolved.out = f"runs/{Path(resolved.data).resolve().name}-{stem}"
+    if resolved.warmup_epochs >= resolved.epochs:
+        shorter = resolved.epochs // 4
+        say(f"warm-up shortened from {resolved.warmup_epochs} to {shorter} of {resolved.epochs} epochs")
+        resolved.warmup_epochs = shorter
+    if resolved.min_lr > resolved.lr:
+        if "min_lr" in given:
+            raise UsageError(f"--min-lr {resolved.min_lr} is above --lr {resolved.lr}")
+        resolved.min_lr = resolved.lr
+    if resolved.batch == 1 and not resolved.freeze:
+        raise UsageError("--batch 1: batch norm needs at least 2 images")
+    if resolved.compile and resolved.grad_checkpointing:
+        raise UsageError("--grad-checkpointing does not work with --compile: leave out one of them")
+    if resolved.freeze and not resolved.init_weights:
+        raise UsageError("--freeze trains the classifier of a trained network: give --init-weights")
+    say(f"recipe: {name} ({why}); {RECIPES[name].expect}")
+    return resolved
+
+
+def model_config(options: Options, default: str) -> ModelConfig:
+    """Return the config of --model, else that of --init-weights, else that of the model `default`."""
+    if options.model is None and options.init_weights:
+        return load_checkpoint(options.init_weights).config
+    with torch.device("meta"):
+        return create_model(options.model or default).config
+
+
+def same_shape(a: ModelConfig, b: ModelConfig) -> bool:
+    """Tell whether two configs have the same macro-architecture, whatever their blocks consist of."""
+    names = ("layout", "stem_width", "widths", "depths", "exit_widths")
+    return all(getattr(a, name) == getattr(b, name) for name in names)
+
+
+def augmentation_options(augment: Augmentation) -> dict:
+    """Return the options that stand for `augment`."""
+    return {
+        "rand_augment": augment.magnitude if augment.layers else 0.0, "repeats": augment.repeats,
+        "flip": augment.flip, "min_scale": augment.scale[0],
+    }  # fmt: skip
+
+
+def augmentation(options: Options) -> Augmentation:
+    """Return the augmentation that resolved `options` ask for."""
+    return replace(
+        default_augmentation(options.data),
+        magnitude=options.rand_augment,
+        layers=2 if options.rand_augment else 0,
+        repeats=options.repeats,
+        flip=options.flip,
+        scale=(options.min_scale, 1.0),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # One process and its training
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Process:
-    """Where this process stands: its rank of `world` processes, and the device it trains on."""
+    """Rank of this process among `world` processes, and the device it trains on."""
 
     rank: int = 0
     world: int = 1
@@ -419,41 +623,65 @@ class Process:
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes, in place."""
+        """Average a tensor over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
             values /= self.world
         return values
 
     def from_first(self, function: typing.Callable):
-        """What `function()` gives in the first process, for all; a UsageError there is raised in all."""
+        """Call `function` in the first process and return its result in all; its errors reach all, too."""
         if self.world == 1:
             return function()
-        outcome = [None, None]
+        outcome, error = [None, None, ""], None
         if self.first:
             try:
                 outcome[0] = function()
-            except UsageError as error:
-                outcome[1] = str(error)
+            except Exception as raised:
+                error = raised
+                outcome[1:] = ("usage" if isinstance(raised, UsageError) else "run"), str(raised)
         dist.broadcast_object_list(outcome, src=0)
+        if error is not None:
+            raise error
         if outcome[1] is not None:
-            raise UsageError(outcome[1])
+            raise (UsageError if outcome[1] == "usage" else RunError)(outcome[2])
         return outcome[0]
 
 
-def start_process(device: str) -> Process:
-    """Join the processes that torchrun started, if it did; UsageError for a device that is not there."""
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(name: str) -> torch.device:
+    """Return the device of a name; "auto" or "" is the GPU if there is one, else the CPU.
+
+    Raises UsageError for a device that does not exist or cannot compute.
+    """
+    if name in ("auto", ""):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
+        device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {device}: no such device; auto, cpu and cuda are some that are") from None
+        raise UsageError(f"--device {name}: no such device; try auto, cpu or cuda") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UsageError(f"--device {name}: this machine has {count} usable GPUs")
+    elif device.type != "cpu":
+        try:
+            torch.ones(1, device=device).item()
+        except Exception:  # each backend raises its own errors
+            raise UsageError(f"--device {name}: not usable on this machine") from None
+    return device
+
+
+def start_process(device: str) -> Process:
+    """Join the processes that torchrun started, if any. Raises UsageError like `pick_device`."""
+    try:
+        rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except ValueError as error:
+        raise UsageError(f"RANK, WORLD_SIZE and LOCAL_RANK must be integers: {error}") from None
+    chosen = pick_device(device)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
-        there = torch.cuda.device_count()
-        if chosen.index >= there:
+        if chosen.index >= torch.cuda.device_count():
+            there = torch.cuda.device_count()
             raise UsageError(f"--device {device}: process {local} needs GPU {chosen.index} of {there}")
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
@@ -461,84 +689,140 @@ def start_process(device: str) -> Process:
         on_gpu = chosen.type == "cuda"
         store, rank, world = next(dist.rendezvous("env://", rank, world))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            # torchrun's store outlives a restart, with the addresses of processes that are no more (PyTorch
-            # issue 135712). Only on one machine do all processes know the same number of restarts.
+            # torchrun's store survives a restart, with the addresses of dead processes (PyTorch issue
+            # 135712). Only on one machine do all processes know the same number of restarts.
             store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         settings = {"store": store, "rank": rank, "world_size": world}
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None, **settings
-        )
+        settings["device_id"] = chosen if on_gpu else None
+        dist.init_process_group("nccl" if on_gpu else "gloo", **settings)
     return Process(rank, max(world, 1), chosen)
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of mixed precision, None for none."""
+    """Return the dtype of mixed precision, None for none."""
     if amp == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Return the running means and variances of all batch norms."""
+    names = ("running_mean", "running_var")
+    return [buffer for name, buffer in model.named_buffers() if name.endswith(names)]
+
+
+class VirtualStatistics:
+    """Running statistics as if every micro-batch had a process of its own.
+
+    Under DDP each step starts from rank 0's statistics, and every rank updates its copy once. Here the
+    statistics of micro-batch 0 carry over to the next step; `model` holds the mean over this process's
+    micro-batches only between `after_micro_batch` of the last and `end_step`, where averaged weights read it.
+    """
+
+    def __init__(self, model: nn.Module, process: Process, accumulate: int):
+        self.buffers, self.process, self.accumulate = running_statistics(model), process, accumulate
+
+    def start_step(self) -> None:
+        if self.process.world > 1 and self.buffers:
+            flat = torch.cat(self.buffers)
+            dist.broadcast(flat, 0)
+            torch._foreach_copy_(self.buffers, list(flat.split([len(b) for b in self.buffers])))
+        if self.accumulate > 1:
+            self.start = [b.clone() for b in self.buffers]
+
+    def after_micro_batch(self, micro: int) -> None:
+        if self.accumulate == 1 or not self.buffers:
+            return
+        if micro == 0:
+            self.carried = [b.clone() for b in self.buffers]
+            self.total = [b.clone() for b in self.buffers]
+        else:
+            torch._foreach_add_(self.total, self.buffers)
+        last = micro == self.accumulate - 1
+        if last:
+            torch._foreach_div_(self.total, self.accumulate)
+        torch._foreach_copy_(self.buffers, self.total if last else self.start)
+
+    def end_step(self, epoch_ends: bool) -> None:
+        if epoch_ends:
+            average_statistics(self.buffers, self.process)
+        elif self.accumulate > 1 and self.buffers:
+            torch._foreach_copy_(self.buffers, self.carried)
+
+
+def average_statistics(buffers: list[Tensor], process: Process) -> None:
+    """Average running statistics over all processes, in place."""
+    if process.world > 1 and buffers:
+        flat = process.mean(torch.cat(buffers))
+        torch._foreach_copy_(buffers, list(flat.split([len(b) for b in buffers])))
+
+
 class Training:
-    """A network in training: what a checkpoint must hold, and what turns micro-batches into optimizer steps.
+    """A network in training: everything that a checkpoint holds.
 
     `options` are resolved ones. `model` is the network itself, `forward` the same as training calls it
-    (compiled, wrapped for several processes), `ema` its averaged copy or None.
+    (compiled, wrapped for several processes), `ema` its averaged copy or None. `epoch` epochs are finished;
+    `losses` are those of the steps taken in the next one, float32 (steps,), or None; `metrics` has a
+    dictionary per epoch, `best` is the best validation top-1.
     """
 
     def __init__(self, model: nn.Module, options: Options, process: Process | None = None):
         self.options, self.process = options, process or Process()
         device = self.process.device
-        layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        self.model = model.to(device, memory_format=layout)
+        self.model = model.to(device, memory_format=torch.channels_last)
         self.model.set_grad_checkpointing(options.grad_checkpointing)
+        if options.freeze:
+            self.model.requires_grad_(False)
+            self.model.head.requires_grad_(True)
         self.amp = amp_dtype(options.amp, device)
-        self.optimizer = make_optimizer(self.model, options)
+        self.optimizer = OPTIMIZERS[options.optimizer](parameter_groups(model, options.weight_decay), options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if options.ema else None
-        self.mixup = Mixup(options.mixup, options.cutmix)
         self.forward = torch.compile(self.model) if options.compile else self.model
         if self.process.world > 1:
-            devices = [device] if device.type == "cuda" else None
             self.forward = nn.parallel.DistributedDataParallel(
-                self.forward, device_ids=devices, gradient_as_bucket_view=True
+                self.forward,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # VirtualStatistics does
+                gradient_as_bucket_view=True,
             )
+        self.epoch, self.losses, self.metrics, self.best = 0, None, [], -1.0
 
     @property
     def scored(self) -> nn.Module:
         """The network that evaluation scores: the averaged one, if there is one."""
         return self.model if self.ema is None else self.ema
 
-    def micro_step(self, images: Tensor, labels: Tensor, classes: int, rng: np.random.Generator) -> Tensor:
-        """Add one micro-batch's share to the gradients; images (B, 3, H, W), normalised. Gives its loss."""
-        torch.manual_seed(int(rng.integers(2**63)))  # of stochastic depth
-        images, targets = self.mixup(images, labels, classes, rng)
-        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
-            logits = self.forward(images)
-        loss = bce_loss(logits, targets, self.options.loss_threshold) / self.options.accumulate
-        self.scaler.scale(loss).backward()
-        return loss.detach()
-
-    def step(self) -> None:
-        """The optimizer step that follows the last micro-batch."""
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            update_average(self.ema, self.model, self.options.ema)
+    def train_mode(self) -> None:
+        self.model.train()
+        if self.options.freeze:
+            self.model.eval()
+            self.model.head.fc.train()
 
     def state(self) -> dict:
-        """The state dicts of a checkpoint: model, ema (or None), optimizer, scaler (empty when unused)."""
+        """Return the content of a checkpoint; ema is None and scaler empty when unused."""
         parts = {name: getattr(self, name) for name in ("model", "ema", "optimizer", "scaler")}
-        return {name: None if part is None else part.state_dict() for name, part in parts.items()}
+        state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
+        return state | {name: getattr(self, name) for name in ("epoch", "losses", "best", "metrics")}
 
     def load_state(self, state: dict) -> None:
         for name in ("model", "ema", "optimizer", "scaler"):
             if state[name]:
                 getattr(self, name).load_state_dict(state[name])
+        self.epoch, self.losses, self.best = state["epoch"], state["losses"], state["best"]
+        self.metrics = state["metrics"]
+
+
+def ema_decay(updates: int, decay: float) -> float:
+    """Return the decay of update 1, 2, ...: 0 at first, then 1 - updates^(-2/3), at most `decay`.
+
+    That is timm's `ModelEmaV3(use_warmup=True)`: short runs are not dominated by their initial weights.
+    """
+    return min(decay, 1 - updates ** (-2 / 3)) if updates > 1 else 0.0
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move every floating-point tensor of `average` by 1 - decay towards `model`'s; copy the counters."""
     pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
     floats = [(a, b) for a, b in pairs if a.is_floating_point()]
@@ -548,119 +832,125 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
             a.copy_(b)
 
 
-def train_one_epoch(
-    training: Training, data: Data, epoch: int, losses: Tensor | None = None, after_step=None
-):
-    """Train an epoch, or the rest of one whose first steps gave `losses`. Nothing in it waits for the device.
-
-    `after_step(step, losses)`, if given, is called after each optimizer step and may end the epoch early by
-    giving True. Returns the loss of each step done, float32 (steps,) on the device: the mean over this
-    process's micro-batches. (float16's loss scaling alone does look at the gradients in each step.)
-    """
-    options, process = training.options, training.process
-    first = 0 if losses is None else len(losses)
-    every = torch.zeros(data.steps, device=process.device)
-    if losses is not None:
-        every[:first] = losses
-    for group in training.optimizer.param_groups:
-        group["lr"] = lr_at(epoch, options)
-    training.model.train()
-    batches = data.train_batches(epoch, first)
-    for step in range(first, data.steps):
-        for micro in range(options.accumulate):
-            images, labels = next(batches)
-            images = normalize(images, data.mean, data.std)
-            # The last number keeps these draws apart from those of `data`'s augmentation.
-            rng = np.random.default_rng((options.seed, epoch, step, process.rank + process.world * micro, 1))
-            # Gradients are exchanged with the last micro-batch alone; `no_sync` without its context.
-            training.forward.require_backward_grad_sync = micro == options.accumulate - 1
-            every[step] += training.micro_step(images, labels, len(data.classes), rng)
-        training.step()
-        if after_step is not None and after_step(step, every):
-            return every[: step + 1]
-    for buffer in training.model.buffers():
-        if buffer.is_floating_point():
-            process.mean(buffer)
-    if training.ema is not None and process.world > 1:
-        for buffer in training.ema.buffers():
-            dist.broadcast(buffer, 0)
-    return every
+# --------------------------------------------------------------------------------------------------
+# Stopping, showing, the run folder
+# --------------------------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop."""
+    """A signal asked the run to stop; `Training` holds everything up to the last step."""
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, data: Data, split="val", amp: torch.dtype | None = None, stop=None) -> dict:
-    """Top-1 and top-5 in percent, mean cross-entropy and count over a split: each image once, in any process.
+class StopSignal:
+    """SIGTERM and Ctrl-C as a request that all processes learn of at the same step.
 
-    Files that cannot be read are left out and counted as "unreadable". Raises RunError when an image is
-    missing for any other reason, and Stopped when `stop.signal` was set in any process meanwhile.
+    `signal` is the number that this process received, or 0. A second Ctrl-C ends a single process at once.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    totals = torch.zeros(6, dtype=torch.float64, device=device)
-    for images, labels in data.eval_batches(split):
-        if stop is not None and stop.signal:
-            totals[4] += 1
-            break
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            logits = model(normalize(images, data.mean, data.std)).float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals[:3] += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
-        totals[3] += len(labels)
-    totals[5] += len(data.bad_files)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(totals)
-    model.train(was_training)
-    top1, top5, loss, count, stops, bad = totals.tolist()
-    if stops:
-        raise Stopped
-    missing = data.count(split) - int(count)
-    if not 0 <= missing <= bad or not count:
-        raise RunError(f"evaluation counted {count:.0f} of the {data.count(split)} images of {split}")
-    result = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
-    return result | {"count": int(count), "unreadable": missing}
+
+    def __init__(self, process: Process):
+        self.signal = 0
+        self.group = dist.new_group(backend="gloo") if process.world > 1 else None
+        self.asked = None
+        in_main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+        numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+        self.handlers = {number: signal.signal(number, self.receive) for number in numbers}
+
+    def receive(self, number, _frame) -> None:
+        if self.signal and self.group is None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+
+    def close(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Return whether any process had the request one step ago; every process calls this once per step."""
+        if self.group is None:
+            return bool(self.signal)
+        before, flag = self.asked, torch.tensor(self.signal)
+        # Asked now and answered at the next step: nobody waits, and all processes stop after the same one.
+        self.asked = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1].item())
 
 
-# --------------------------------------------------------------------------------------------------
-# The run folder: checkpoints, metrics, curves
+class Meter:
+    """Speed and data waiting time of an epoch: a progress bar on a terminal, else a line every 30 seconds."""
 
+    SECONDS_BETWEEN_LINES = 30
 
-def write_whole(path: Path, content: bytes | memoryview | str, previous: Path | None = None) -> None:
-    """Write a file whole or not at all; what `path` held before becomes `previous`, if that is given.
+    def __init__(self, data: Data, epochs: int, images_per_step: int, say: typing.Callable | None):
+        self.data, self.epochs, self.images_per_step = data, epochs, images_per_step
+        self.terminal = say is not None and sys.stderr.isatty()
+        self.say = say or (lambda text: None)
+        self.started, self.steps_done, self.warned = time.monotonic(), 0, False
 
-    Raises RunError, in one sentence, when there is no space or no permission; `path` is then as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = f"cannot write {path}: {error.strerror}; what was saved before is whole"
-        raise RunError(f"{reason}: make room and start the same command again") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    def start(self, epoch: int, step: int) -> None:
+        self.epoch, self.first, self.step = epoch, step, step
+        self.begun = self.said = time.monotonic()
+        self.waited = self.data.wait_seconds
+        self.bar = None
+        if self.terminal:
+            from tqdm import tqdm
+
+            name = f"epoch {epoch + 1}/{self.epochs}"
+            self.bar = tqdm(total=self.data.steps, initial=step, desc=name, leave=False)
+
+    def advance(self) -> None:
+        self.step += 1
+        self.steps_done += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def speed(self) -> tuple[float, float]:
+        """Return images per second of this epoch over all processes, and the share of time spent waiting."""
+        seconds = max(time.monotonic() - self.begun, 1e-9)
+        images = (self.step - self.first) * self.images_per_step
+        return images / seconds, (self.data.wait_seconds - self.waited) / seconds
+
+    def time_left(self) -> str:
+        """Estimate the rest of the run at this process's pace so far, evaluation included."""
+        steps = (self.epochs - self.epoch) * self.data.steps - self.step
+        seconds = int((time.monotonic() - self.started) / max(self.steps_done, 1) * steps)
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+    def show(self, loss: float, lr: float) -> None:
+        images, wait = self.speed()
+        text = (
+            f"loss {loss:.4f}  lr {lr:.2e}  {images:.0f} images/s  data wait {wait:.0%}  {self.time_left()}"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        elif time.monotonic() - self.said > self.SECONDS_BETWEEN_LINES:
+            self.said = time.monotonic()
+            self.say(f"epoch {self.epoch + 1}/{self.epochs}  step {self.step}/{self.data.steps}  {text}")
+
+    def end(self) -> tuple[float, float]:
+        """End an epoch's training part and return `speed`; say once what helps when data held it back."""
+        if self.bar is not None:
+            self.bar.close()
+        images, wait = self.speed()
+        if wait > 0.1 and not self.warned and self.data.name not in SMALL_SETS:
+            self.warned = True
+            self.say(
+                f"note: {wait:.0%} of this epoch was spent waiting for data: raise --workers, free CPU cores "
+                "or store smaller images (`python bench.py data` measures this machine's loader)"
+            )
+        return images, wait
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
-    """`torch.save`, whole or not at all (see `write_whole`)."""
+    """`torch.save`, whole or not at all (see `data.write_whole`)."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getbuffer(), previous)
 
 
 def read_checkpoint(path: Path) -> dict | None:
-    """A checkpoint, tensors on the CPU, or None with a warning where the file is broken."""
+    """Read a checkpoint, tensors on the CPU; None with a warning when the file is broken."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated file raises errors of many kinds
@@ -670,44 +960,85 @@ def read_checkpoint(path: Path) -> dict | None:
 
 
 class Folder:
-    """A run's folder, of which only the first process makes use."""
+    """The folder of a run. Only the first process writes there; `record` identifies the run."""
 
-    def __init__(self, path: str):
-        self.path = Path(path)
+    def __init__(self, path: str, record: dict, process: Process | None = None):
+        self.path, self.record, self.process = Path(path), record, process or Process()
         self.last, self.previous, self.best = (self.path / f"{n}.pt" for n in ("last", "previous", "best"))
+        self.lock, self.made = None, []
 
-    def open(self, record: dict) -> dict | None:
-        """Lock it and give the checkpoint to go on from, if any.
+    def open(self) -> Path | None:
+        """Make and lock the folder; return the checkpoint to continue from, if any.
 
-        UsageError when it is in use, cannot be made, or holds a run with another `record` (`Run.record`).
+        Raises UsageError when it is in use, cannot be made, or holds a run with another record.
         """
         try:
+            missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
+            self.made = missing
             self.lock = open(self.path / ".lock", "w")  # noqa: SIM115, held until the process ends
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{self.path} is in use by another run: give another --out") from None
+            if not lock_file(self.lock):
+                raise UsageError(f"{self.path} is in use by another run: give another --out")
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink()
         except OSError as error:
             raise UsageError(f"--out {self.path}: {error.strerror}") from None
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink()
         there = [path for path in (self.last, self.previous) if path.exists()]
-        found = next((content for content in map(read_checkpoint, there) if content is not None), None)
-        if found is None and there:
+        for path in there:
+            content = read_checkpoint(path)
+            if content is not None:
+                self.compare(content)
+                return path
+        if there:
             raise UsageError(f"no checkpoint in {self.path} can be read: move it away or give another --out")
-        if found is not None:
-            self.compare(comparable(found), comparable(record))
-        return found
+        return None
 
-    def compare(self, theirs: dict, ours: dict) -> None:
-        names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-        differ = "; ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} now" for name in names)
+    def compare(self, content: dict) -> None:
+        """Raise UsageError naming each difference between a checkpoint's run and this one."""
+        steps, epoch = "micro-batches a step", content.get("epoch")
+        if not isinstance(content.get("options"), dict) or not isinstance(epoch, int) or epoch < 0:
+            raise UsageError(f"{self.path} holds no checkpoint of train.py: give another --out")
+        known = {entry.name: entry.default for entry in fields(Options)} | FORMERLY
+        theirs = known | content["options"]
+        ours = self.record["options"]
+        for name, value in RETIRED.items():
+            if value is not None and name in theirs:
+                ours = ours | {name: value}
+        if theirs["amp"] == "auto":  # earlier versions did not resolve it
+            theirs["amp"] = ours["amp"]
+        names = (known.keys() | RETIRED.keys() & ours.keys()) - FREE
+        pairs = {name: (theirs[name], ours[name]) for name in sorted(names)}
+        for name in (steps, "config", "classes", "images"):
+            if name in content:
+                pairs[name] = content[name], self.record[name]
+        theirs, ours = pairs.pop("classes", ([], []))
+        if list(theirs) != list(ours):
+            other = [f"{a!r} there, {b!r} now" for a, b in zip(theirs, ours, strict=False) if a != b]
+            count = f"{len(theirs)} classes there, {len(ours)} now"
+            raise UsageError(
+                f"{self.path} was trained on other classes ({'; '.join(other[:5]) or count}): "
+                "give the same data to continue, or another --out"
+            )
+        differ = "; ".join(f"{name} {a} there, {b} now" for name, (a, b) in pairs.items() if a != b)
         if differ:
-            reason = f"{self.path} holds a run with other options ({differ})"
-            raise UsageError(f"{reason}: give the same to go on, or another --out")
+            reason = f"{self.path} holds a run with other options or data ({differ})"
+            raise UsageError(f"{reason}: give the same to continue, or another --out")
+
+    def save(self, training: Training) -> None:
+        """Write `last.pt` (plain types and tensors) and `metrics.jsonl`."""
+        if self.process.first:
+            save_checkpoint(self.last, self.record | training.state(), self.previous)
+            lines = "".join(json.dumps(line) + "\n" for line in training.metrics)
+            write_whole(self.path / "metrics.jsonl", lines)
+
+    def save_best(self, training: Training, result: dict) -> None:
+        """Write `best.pt`: the weights that evaluation scored."""
+        if self.process.first:
+            content = {"model": training.scored.state_dict(), "ema": None, "epoch": training.epoch + 1}
+            save_checkpoint(self.best, self.record | content | {"val": result})
 
     def draw_curves(self, metrics: list[dict], title: str) -> None:
-        """`curves.png`: training loss and learning rate, validation top-1 and top-5, by epoch."""
+        """Write `curves.png`: training loss and learning rate, validation top-1 and top-5, by epoch."""
         from matplotlib.figure import Figure
 
         lines = [line for line in metrics if "epoch" in line]
@@ -733,22 +1064,30 @@ class Folder:
         figure.savefig(picture, format="png", dpi=110)
         write_whole(self.path / "curves.png", picture.getbuffer())
 
+    def close(self, failed: bool = False) -> None:
+        """Unlock the folder; remove it if this call of train.py made it and leaves no run in it."""
+        if self.lock is not None:
+            if failed and self.made and not self.last.exists():
+                for path in (self.path / "config.json", self.path / ".lock"):
+                    path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty
+                    for path in self.made:
+                        path.rmdir()
+            self.lock.close()
 
-def comparable(record: dict) -> dict:
-    """What must be the same for a run to go on, out of a checkpoint or `Run.record`."""
-    options = {name: value for name, value in record["options"].items() if name not in FREE}
-    return options | {name: record[name] for name in ("micro-batches a step", "config")}
 
+def open_loggers(options: Options, start: bool) -> list[typing.Callable[[dict, int], None]]:
+    """Return functions of (values, epoch) for --tensorboard and --wandb; without `start`, only look for them.
 
-def open_loggers(options: Options) -> list[typing.Callable[[dict, int], None]]:
-    """Functions of (values, epoch) for the packages asked for; UsageError where one is not installed."""
+    Raises UsageError when a package is not installed or refuses.
+    """
     loggers = []
     if options.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UsageError("--tensorboard needs a package: pip install tensorboard") from None
-        writer = SummaryWriter(Path(options.out) / "tensorboard")
+        writer = SummaryWriter(Path(options.out) / "tensorboard") if start else None
 
         def to_tensorboard(values, epoch):
             for name, value in values.items():
@@ -761,391 +1100,382 @@ def open_loggers(options: Options) -> list[typing.Callable[[dict, int], None]]:
             import wandb
         except ImportError:
             raise UsageError("--wandb needs a package: pip install wandb") from None
-        name = "-".join(Path(options.out).parts[-2:])
-        wandb.init(project="nexception", id=name, resume="allow", dir=options.out, config=asdict(options))
+        name = "-".join(Path(options.out).parts[-2:]) if start else None
+        try:
+            if start:
+                config = asdict(options)
+                wandb.init(project="nexception", id=name, resume="allow", dir=options.out, config=config)
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--wandb: {reason} (`wandb login`, or WANDB_MODE=offline)") from None
         loggers.append(lambda values, epoch: wandb.log(values, step=epoch))
     return loggers
 
 
 # --------------------------------------------------------------------------------------------------
-# A run from start to end
+# Evaluation and the loop
+# --------------------------------------------------------------------------------------------------
 
 
-class StopSignal:
-    """SIGTERM and Ctrl-C as a wish that all processes come to know at the same step.
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, data: Data, split="val", amp: torch.dtype | None = None, *,
+    columns: Tensor | None = None, collect: typing.Callable[[Tensor, Tensor], None] | None = None, stop=None,
+) -> dict:  # fmt: skip
+    """Return top1 and top5 in percent, mean cross-entropy (loss), count and unreadable of a split.
 
-    `signal` is the number that this process received, or 0. A second Ctrl-C ends a single process at once.
+    Each image counts once, in whichever process; files that cannot be read are left out. columns: int64, the
+    outputs that belong to the data's classes (default: all). collect: called with the labels (B,) and float32
+    logits (B, classes) of each batch. Raises RunError when an image is missing for any other reason, and
+    Stopped when `stop.signal` is set in any process meanwhile.
     """
-
-    def __init__(self, process: Process):
-        self.signal = 0
-        self.group = dist.new_group(backend="gloo") if process.world > 1 else None
-        self.asked = None
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self.handlers = {number: signal.signal(number, self.receive) for number in numbers}
-
-    def receive(self, number, _frame) -> None:
-        if self.signal and self.group is None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = self.signal or number
-
-    def close(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def agreed(self) -> bool:
-        """Called once a step by every process: whether any of them had the wish a step ago."""
-        if self.group is None:
-            return bool(self.signal)
-        before, flag = self.asked, torch.tensor(self.signal)
-        # Asked now and answered at the next step: nobody waits, and all processes stop after the same one.
-        self.asked = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag
-        if before is None:
-            return False
-        before[0].wait()
-        return bool(before[1].item())
-
-
-class Progress:
-    """Time, images and waiting of an epoch: a bar on a terminal, a line now and then elsewhere."""
-
-    SECONDS_BETWEEN_LINES = 30
-
-    def __init__(self, process: Process, data: Data, epochs: int, images_a_step: int):
-        self.process, self.data, self.epochs, self.images_a_step = process, data, epochs, images_a_step
-        self.bar = tqdm(disable=True)
-        self.terminal = process.first and sys.stderr.isatty()
-        self.started, self.steps_done, self.warned = time.monotonic(), 0, False
-
-    def say(self, text: str) -> None:
-        if self.process.first:
-            tqdm.write(text) if self.terminal else print(text, flush=True)
-
-    def begin(self, epoch: int, step: int) -> None:
-        self.epoch, self.first, self.step = epoch, step, step
-        self.begun = self.said = time.monotonic()
-        self.waited = self.data.wait_seconds
-        name = f"epoch {epoch + 1}/{self.epochs}"
-        self.bar = tqdm(
-            total=self.data.steps, initial=step, desc=name, leave=False, disable=not self.terminal
-        )
-
-    def advance(self) -> None:
-        self.step += 1
-        self.steps_done += 1
-        self.bar.update()
-
-    def speed(self) -> tuple[float, float]:
-        """Images a second in this epoch, over all processes, and the share of its time spent on waiting."""
-        seconds = max(time.monotonic() - self.begun, 1e-9)
-        images = (self.step - self.first) * self.images_a_step
-        return images / seconds, (self.data.wait_seconds - self.waited) / seconds
-
-    def time_left(self) -> str:
-        """What the rest of the run will take at this process's pace so far, evaluation included."""
-        steps = (self.epochs - self.epoch) * self.data.steps - self.step
-        seconds = int((time.monotonic() - self.started) / max(self.steps_done, 1) * steps)
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-
-    def show(self, loss: float, lr: float) -> None:
-        images, wait = self.speed()
-        text = (
-            f"loss {loss:.4f}  lr {lr:.2e}  {images:.0f} images/s  data wait {wait:.0%}  {self.time_left()}"
-        )
-        self.bar.set_postfix_str(text)
-        if not self.terminal and time.monotonic() - self.said > self.SECONDS_BETWEEN_LINES:
-            self.said = time.monotonic()
-            self.say(f"epoch {self.epoch + 1}/{self.epochs}  step {self.step}/{self.data.steps}  {text}")
-
-    def end(self) -> tuple[float, float]:
-        """End an epoch's training part, giving `speed`; say once what to do when data held it back."""
-        self.bar.close()
-        images, wait = self.speed()
-        if wait > 0.1 and not self.warned and self.data.name not in SMALL_SETS:
-            self.warned = True
-            self.say(
-                f"note: {wait:.0%} of this epoch went into waiting for data: raise --workers, free CPU cores "
-                "or store smaller images (`python bench.py data` measures what this machine's loader gives)"
-            )
-        return images, wait
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    totals = torch.zeros(6, dtype=torch.float64, device=device)
+    for images, labels in data.eval_batches(split):
+        if stop is not None and stop.signal:
+            totals[4] += 1
+            break
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            logits = model(data.transform.normalize(images)).float()
+        if columns is not None:
+            logits = logits[:, columns]
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        totals[:3] += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
+        totals[3] += len(labels)
+        if collect is not None:
+            collect(labels, logits)
+    totals[5] += len(data.bad_files)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(totals)
+    model.train(was_training)
+    top1, top5, loss, count, stops, bad = totals.tolist()
+    if stops:
+        raise Stopped
+    missing = data.count(split) - int(count)
+    if not 0 <= missing <= bad or not count:
+        raise RunError(f"evaluation counted {count:.0f} of the {data.count(split)} images of {split}")
+    result = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+    return result | {"count": int(count), "unreadable": missing}
 
 
-class Run:
-    """One run: trains from where its folder stands to the end, and writes there (the first process alone)."""
+def check_finite(values: list[float], name: str, epoch: int, first: int, tolerated: int = 0) -> None:
+    """Raise RunError naming the step after `first` at which more than `tolerated` values in a row are bad."""
+    bad = 0
+    for step, value in enumerate(values, first + 1):
+        bad = 0 if math.isfinite(value) else bad + 1
+        if bad > tolerated:
+            where = f"{name} is {value} at epoch {epoch + 1}, step {step}"
+            raise RunError(f"{where}: try a lower --lr, or --amp off")
 
-    SECONDS_BETWEEN_DRAWINGS = 60
 
-    def __init__(self, options: Options, process: Process, data: Data):
-        self.options, self.process, self.data = options, process, data
-        self.epoch, self.losses, self.metrics, self.best = 0, None, [], -1.0
-        self.epochs = options.epochs + options.cooldown_epochs
-        self.checked = 0  # steps of this epoch whose losses are known to be finite
-        self.drawn = time.monotonic()
-        micro_batches = process.world * options.accumulate
-        self.progress = Progress(process, data, self.epochs, micro_batches * options.batch)
-        torch.manual_seed(options.seed)
-        overrides = {"drop_path": options.drop_path, "input_size": options.size}
-        model = create_model(options.model, num_classes=len(data.classes), **overrides)
-        self.record = {
-            "options": asdict(options), "micro-batches a step": micro_batches, "classes": list(data.classes),
-            "config": model.config.to_dict(), "transform": data.transform.to_dict(),
-        }  # fmt: skip
-        self.folder = Folder(options.out)
-        checkpoint = process.from_first(lambda: self.folder.open(self.record))
-        if checkpoint is None and options.init_weights:
-            with contextlib.redirect_stdout(sys.stdout if process.first else io.StringIO()):
-                load_weights(model, options.init_weights)
-        self.training = Training(model, options, process)
-        self.loggers = open_loggers(options) if process.first else []
-        self.introduce()
-        if checkpoint is not None:
-            self.resume(checkpoint)
-        self.stop = StopSignal(process)
+def fit(
+    training: Training, data: Data, folder: Folder | None = None, stop: StopSignal | None = None, say=None,
+    loggers=(),
+) -> list[dict]:  # fmt: skip
+    """Train from where `training` stands to the end; return its metrics, one dictionary per epoch.
 
-    def introduce(self) -> None:
-        """Say what is about to run, and write it to `config.json`."""
-        options, groups = self.options, self.training.optimizer.param_groups
-        shown = "  ".join(f"{name}={value}" for name, value in asdict(options).items() if value is not None)
-        self.progress.say(textwrap.fill(shown, 110, break_on_hyphens=False))
-        decayed, rest = (sum(p.numel() for p in group["params"]) for group in groups)
-        self.progress.say(
-            f"{decayed:,} parameters with weight decay, {rest:,} without; {self.data.steps} steps an epoch, "
-            f"each of {self.process.world} x {options.accumulate} x {options.batch} images"
-        )
-        if self.process.first:
-            record = self.record | {"torch": torch.__version__, "processes": self.process.world}
-            write_whole(self.folder.path / "config.json", json.dumps(record, indent=1) + "\n")
+    Without `folder` nothing is saved, without `say` nothing is printed. Apart from looking at the loss every
+    LOG_EVERY steps and at the end of an epoch, the loop never synchronizes with the GPU (float16's loss
+    scaling alone checks the gradients of each step). Raises Stopped when `stop` received a signal, and
+    RunError when the loss or the weights are no longer finite.
+    """
+    options, process, model = training.options, training.process, training.model
+    optimizer, scaler, forward = training.optimizer, training.scaler, training.forward
+    loss_function, mixup = LOSSES[options.loss], Mixup(options.mixup, options.cutmix)
+    statistics = VirtualStatistics(model, process, options.accumulate)
+    epochs, classes = options.epochs + options.cooldown_epochs, len(data.classes)
+    meter = Meter(data, epochs, process.world * options.accumulate * options.batch, say)
+    tolerated = MAX_SKIPPED if scaler.is_enabled() else 0
+    drawn = time.monotonic()
 
-    def resume(self, checkpoint: dict) -> None:
-        self.training.load_state(checkpoint)
-        self.epoch, self.losses, self.best = (checkpoint[name] for name in ("epoch", "losses", "best"))
-        self.metrics = checkpoint["metrics"]
-        self.checked = 0 if self.losses is None else len(self.losses)
-        where = f"going on at epoch {self.epoch + 1}/{self.epochs}, step {self.checked + 1}"
-        self.progress.say(f"{self.folder.path}: {'finished' if self.epoch == self.epochs else where}")
+    for epoch in range(training.epoch, epochs):
+        lr = lr_at(epoch, options)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        losses = torch.zeros(data.steps, device=process.device)  # mean over this process's micro-batches
+        first = checked = 0 if training.losses is None else len(training.losses)
+        if first:
+            losses[:first] = training.losses
+        training.train_mode()
+        meter.start(epoch, first)
+        batches, stopping, done = data.train_batches(epoch, first), False, first
+        for step in range(first, data.steps):
+            statistics.start_step()
+            for micro in range(options.accumulate):
+                images, labels = next(batches)
+                # The last number keeps these draws apart from those of data.py's augmentation.
+                rng = np.random.default_rng(
+                    (options.seed, epoch, step, process.rank + process.world * micro, 1)
+                )
+                torch.manual_seed(int(rng.integers(2**63)))  # of stochastic depth
+                images, targets = mixup(data.transform.normalize(images), labels, classes, rng)
+                # Gradients are exchanged with the last micro-batch alone; `no_sync` without its context.
+                forward.require_backward_grad_sync = micro == options.accumulate - 1
+                with torch.autocast(images.device.type, training.amp, enabled=training.amp is not None):
+                    logits = forward(images)
+                loss = loss_function(logits, targets, options) / options.accumulate
+                scaler.scale(loss).backward()
+                statistics.after_micro_batch(micro)
+                losses[step] += loss.detach()
+            if "max_grad_norm" not in optimizer.defaults:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if training.ema is not None:
+                update_ema(training.ema, model, ema_decay(epoch * data.steps + step + 1, options.ema))
+            statistics.end_step(epoch_ends=step == data.steps - 1)
 
-    def save(self) -> None:
-        """Write `last.pt` (plain types and tensors) and `metrics.jsonl`."""
-        if self.process.first:
-            content = self.record | self.training.state()
-            content |= {name: getattr(self, name) for name in ("epoch", "losses", "best", "metrics")}
-            save_checkpoint(self.folder.last, content, self.folder.previous)
-            lines = "".join(json.dumps(line) + "\n" for line in self.metrics)
-            write_whole(self.folder.path / "metrics.jsonl", lines)
+            done = step + 1
+            meter.advance()
+            stopping = stop is not None and stop.agreed()
+            if stopping or done % LOG_EVERY == 0:
+                window = process.mean(losses[checked:done].clone()).tolist()
+                check_finite(window, "the loss", epoch, checked, tolerated)
+                meter.show(sum(window) / len(window), lr)
+                checked = done
+            if stopping:
+                break
 
-    def check(self, finite: list[float], what: str, first: int) -> None:
-        """RunError that names the step when a value is not finite: nothing is saved over what was good."""
-        for step, value in enumerate(finite, first + 1):
-            if not math.isfinite(value):
-                where = f"{what} is {value} at epoch {self.epoch + 1}, step {step}"
-                kept = f"the last good checkpoint stays in {self.folder.path}"
-                raise RunError(f"{where}: the run stops, and {kept}; try a lower --lr, or --amp off")
-
-    def check_weights(self) -> None:
-        norms = torch._foreach_norm(list(self.training.model.parameters()))
-        self.check([torch.stack(norms).norm().item()], "the weights' norm", len(self.losses) - 1)
-
-    def after_step(self, step: int, losses: Tensor) -> bool:
-        """Show, check and listen; True when the run is to stop here."""
-        self.progress.advance()
-        stop = self.stop.agreed()
-        if stop or (step + 1) % self.options.log_every == 0:
-            window = self.process.mean(losses[self.checked : step + 1].clone()).tolist()
-            self.check(window, "the loss", self.checked)
-            self.checked = step + 1
-            self.progress.show(sum(window) / max(len(window), 1), lr_at(self.epoch, self.options))
-        return stop
-
-    def train(self) -> int:
-        """Train to the end and score the best weights on the test split; the exit status."""
-        try:
-            while self.epoch < self.epochs:
-                self.train_epoch()
-            self.finish()
-        except Stopped:
-            number = self.stop.signal or signal.SIGTERM
-            where = f"at the end of epoch {self.epoch}"
-            if self.losses is not None:
-                self.save()
-                where = f"in epoch {self.epoch + 1} after step {len(self.losses)}"
-            name = signal.Signals(number).name
-            self.progress.say(f"{name}: saved {where}; the same command goes on from there")
-            return 128 + number
-        return 0
-
-    def train_epoch(self) -> None:
-        self.progress.begin(self.epoch, self.checked)
-        losses = train_one_epoch(self.training, self.data, self.epoch, self.losses, self.after_step)
-        self.losses = self.process.mean(losses.clone())
-        self.check(self.losses.tolist(), "the loss", 0)  # waits for the device, so before the clock is read
-        self.check_weights()
-        speed = self.progress.end()
-        if len(self.losses) < self.data.steps:
+        if training.ema is not None:
+            average_statistics(running_statistics(training.ema), process)
+        training.losses = process.mean(losses[:done].clone())
+        values = training.losses.tolist()  # waits for the device, so before the clock is read
+        check_finite(values, "the loss", epoch, 0, tolerated)
+        weights = torch.stack(torch._foreach_norm(list(model.parameters()))).norm().item()
+        check_finite([weights], "the weights' norm", epoch, done - 1)
+        images_per_second, data_wait = meter.end()
+        if done < data.steps:
             raise Stopped
-        result = evaluate(self.training.scored, self.data, "val", self.training.amp, self.stop)
-        self.end_epoch(result, speed)
+        result = evaluate(training.scored, data, "val", training.amp, stop=stop)
 
-    def end_epoch(self, result: dict, speed: tuple[float, float]) -> None:
-        """Save a finished epoch and say how it went."""
-        values = {"lr": lr_at(self.epoch, self.options), "train_loss": float(self.losses.mean())}
-        values |= {f"val_{name}": result[name] for name in ("loss", "top1", "top5")}
-        values |= {"images_per_second": round(speed[0], 1), "data_wait": round(speed[1], 4)}
-        values["seconds"] = round(time.monotonic() - self.progress.begun, 2)
-        if result["top1"] > self.best and self.process.first:
-            # Before last.pt: a run killed between the two repeats the epoch and writes the same again.
-            weights = {"model": self.training.scored.state_dict(), "ema": None}
-            save_checkpoint(
-                self.folder.best, self.record | weights | {"epoch": self.epoch + 1, "val": result}
-            )
-        self.metrics.append({"epoch": self.epoch + 1} | values)
-        self.best = max(self.best, result["top1"])
-        self.epoch, self.losses, self.checked = self.epoch + 1, None, 0
-        self.save()
-        for log in self.loggers:
-            log(values, self.epoch)
-        if time.monotonic() - self.drawn > self.SECONDS_BETWEEN_DRAWINGS:
-            self.draw()
-        self.progress.say(
-            f"epoch {self.epoch}/{self.epochs}  loss {values['train_loss']:.4f}  lr {values['lr']:.2e}  "
-            f"val top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  best {self.best:.2f}%  "
-            f"{speed[0]:.0f} images/s  data wait {speed[1]:.0%}  {self.progress.time_left()}"
+        finite = [value for value in values if math.isfinite(value)]
+        row = {"lr": lr, "train_loss": sum(finite) / max(len(finite), 1)}
+        row |= {f"val_{name}": result[name] for name in ("loss", "top1", "top5")}
+        row |= {"images_per_second": round(images_per_second, 1), "data_wait": round(data_wait, 4)}
+        row["seconds"] = round(time.monotonic() - meter.begun, 2)
+        if folder is not None and result["top1"] > training.best:
+            folder.save_best(training, result)  # before last.pt: killed in between, the epoch is repeated
+        training.metrics.append({"epoch": epoch + 1} | row)
+        training.best = max(training.best, result["top1"])
+        training.epoch, training.losses = epoch + 1, None
+        if folder is not None:
+            folder.save(training)
+            if process.first and time.monotonic() - drawn > 60 and epoch + 1 < epochs:
+                draw_curves(training, folder, say)
+                drawn = time.monotonic()
+        for log in loggers:
+            log(row, epoch + 1)
+        meter.say(
+            f"epoch {epoch + 1}/{epochs}  loss {row['train_loss']:.4f}  lr {lr:.2e}  "
+            f"val top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  best {training.best:.2f}%  "
+            f"{images_per_second:.0f} images/s  data wait {data_wait:.0%}  {meter.time_left()}"
         )
+    return training.metrics
 
-    def close(self) -> None:
-        """End the data's workers, unlock the folder, give signals their former meaning."""
-        self.stop.close()
-        self.data.close()
-        if self.process.first:
-            self.folder.lock.close()
 
-    def draw(self) -> None:
-        self.drawn = time.monotonic()
-        if self.process.first:
-            title = f"{Path(self.options.model).stem} on {Path(self.options.data).name}"
-            self.folder.draw_curves(self.metrics, title)
+def draw_curves(training: Training, folder: Folder, say) -> None:
+    """Draw the folder's curves, where matplotlib is installed."""
+    options = training.options
+    title = f"{Path(options.model or options.init_weights).stem} on {Path(options.data).name}"
+    try:
+        folder.draw_curves(training.metrics, title)
+    except ImportError as error:
+        say(f"note: no curves.png ({error})")
 
-    def finish(self) -> None:
-        """Score the best weights on the test split, once in a run's life."""
-        if "epoch" in self.metrics[-1] and "test" in self.data.splits:
-            best = copy.deepcopy(self.training.model)
-            best.load_state_dict(self.process.from_first(lambda: read_checkpoint(self.folder.best)["model"]))
-            result = evaluate(best, self.data, "test", self.training.amp, self.stop)
-            self.metrics.append({f"test_{name}": result[name] for name in ("top1", "top5", "loss", "count")})
-            self.save()
-        self.draw()
-        self.progress.say(f"best validation top-1 {self.best:.2f}%, weights in {self.folder.best}")
-        final = self.metrics[-1]
-        if "test_top1" in final:
-            self.progress.say(
-                f"test top-1 {final['test_top1']:.2f}%, top-5 {final['test_top5']:.2f}% on "
-                f"{final['test_count']} images that neither training nor selection has seen"
-            )
+
+def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say) -> None:
+    """Score the best weights on the test split, once in a run's life, and draw the curves."""
+    process = training.process
+    if "epoch" in training.metrics[-1] and "test" in data.splits:
+        best = read_checkpoint(folder.best) if folder.best.exists() else None
+        if best is None:
+            raise RunError(f"{folder.best} is missing or broken: training is finished, its test is left out")
+        model = copy.deepcopy(training.model)
+        model.load_state_dict(best["model"])
+        result = evaluate(model, data, "test", training.amp, stop=stop)
+        training.metrics.append({f"test_{name}": result[name] for name in ("top1", "top5", "loss", "count")})
+        folder.save(training)
+    if process.first:
+        draw_curves(training, folder, say)
+    say(f"best validation top-1 {training.best:.2f}%, weights in {folder.best}")
+    final = training.metrics[-1]
+    if "test_top1" in final:
+        say(
+            f"test top-1 {final['test_top1']:.2f}%, top-5 {final['test_top5']:.2f}% on {final['test_count']} "
+            "images that were used neither for training nor for selection"
+        )
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line
-
-
-class FolderSplit:
-    """An `EvalFolder` behind the part of `Data`'s interface that `evaluate` uses."""
-
-    def __init__(self, folder: EvalFolder, transform: EvalTransform):
-        self.folder, self.close = folder, folder.close
-        self.mean, self.std = transform.mean, transform.std
-        self.eval_batches = lambda _split: iter(folder)
-        self.count = lambda _split: folder.count
-
-    @property
-    def bad_files(self) -> list[tuple[str, str]]:
-        return self.folder.bad_files
-
-
-def evaluation_data(options: Options, model: nn.Module, process: Process):
-    """What a checkpoint is scored on, its name and classes: small sets' test part, a folder's val/."""
-    shared = {"batch": options.eval_batch or options.batch or 64, "workers": options.workers}
-    shared |= {"rank": process.rank, "world": process.world, "device": process.device}
-    shared["max_bad_files"] = options.max_bad_files
-    if options.data in SMALL_SETS:
-        data = open_data(options.data, size=model.transform.size, root=options.root, **shared)
-        return data, "test", data.classes
-    places = [Path(options.data, name) for name in ("val", "validation", "test")]
-    place = str(next((path for path in places if path.is_dir()), options.data))
-    folder = eval_folder(place, model.transform, **shared)
-    return FolderSplit(folder, model.transform), place, folder.classes
+# Main
+# --------------------------------------------------------------------------------------------------
 
 
 def evaluate_checkpoint(options: Options, process: Process) -> None:
-    """`--eval`: print a checkpoint's top-1 and top-5."""
-    used = ("data", "eval", "batch", "eval_batch", "workers", "device", "amp", "root", "max_bad_files")
+    """Print a checkpoint's top-1 and top-5 (`--eval`) on the test part of a small set, or a folder's val/."""
+    used = ("data", "eval", "batch", "workers", "device", "amp", "root", "max_bad_files")
     for entry in fields(options):
         if entry.name not in used and getattr(options, entry.name) != entry.default:
-            raise UsageError(f"--{entry.name.replace('_', '-')} has no effect beside --eval: leave it out")
+            raise UsageError(f"--{entry.name.replace('_', '-')} has no effect with --eval: leave it out")
     model = load_checkpoint(options.eval).to(process.device, memory_format=torch.channels_last)
-    data, split, classes = evaluation_data(options, model, process)
-    if len(classes) != model.config.num_classes or tuple(model.classes or classes) != tuple(classes):
+    plan = Plan(batch=options.batch or 64, rank=process.rank, world=process.world)
+    settings = {"workers": options.workers, "device": process.device, "max_bad_files": options.max_bad_files}
+    if options.data in SMALL_SETS:
+        settings |= {"size": model.transform.size, "root": options.root}
+        split = place = "test"
+    else:
+        files = process.from_first(lambda: list_images(options.data, train=False))
+        settings |= {"files": files, "transform": model.transform, "train": False}
+        split, place = "val", os.fsdecode(files["val"].folder)
+    data = open_data(options.data, plan, **settings)
+    if len(data.classes) != model.config.num_classes or tuple(model.classes or data.classes) != data.classes:
         raise UsageError(
-            f"{options.eval} was not trained for the {len(classes)} classes of {options.data}: "
-            "`python bench.py accuracy` scores a checkpoint on folders of some of its classes"
+            f"{options.eval} was not trained for the {len(data.classes)} classes of {options.data}: "
+            "`python bench.py accuracy` scores a checkpoint on folders with some of its classes"
         )
     result = evaluate(model, data, split, amp_dtype(options.amp, process.device))
     data.close()
     if process.first:
         left_out = f", {result['unreadable']} unreadable left out" if result["unreadable"] else ""
-        print(f"{options.eval} on {result['count']} images of {options.data} ({split}{left_out})")
+        print(f"{options.eval} on {result['count']} images of {options.data} ({place}{left_out})")
         print(f"top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  loss {result['loss']:.4f}")
 
 
-def start_run(options: Options, process: Process) -> Run:
-    """The run that resolved `options` describe, data and folder opened."""
-    names = ("size", "batch", "accumulate", "eval_batch", "seed", "workers", "root", "max_bad_files")
-    shared = {name: getattr(options, name) for name in names}
-    shared |= {"rank": process.rank, "world": process.world, "device": process.device}
-    return Run(options, process, open_data(options.data, augment=augmentation(options), **shared))
+def train(options: Options, process: Process) -> int:
+    """Open the data, the model and the folder, train, and return the exit status."""
+
+    def say(text: str) -> None:
+        if process.first:
+            print(text, flush=True)
+
+    open_loggers(options, start=False)
+    files, images = None, None
+    if options.data not in SMALL_SETS:
+        files = process.from_first(lambda: list_images(options.data))
+        images = len(files["train"])
+    options = resolve(options, process.world, images, former_record(options), say)
+    plan = Plan(options.batch, options.accumulate, seed=options.seed, rank=process.rank, world=process.world)
+    settings = {"files": files, "augment": augmentation(options), "workers": options.workers}
+    settings |= {"size": options.size, "root": options.root, "max_bad_files": options.max_bad_files}
+    data = open_data(options.data, plan, device=process.device, **settings)
+    folder, stop, begun, done = None, None, False, False
+    try:
+        torch.manual_seed(options.seed)
+        overrides = {"drop_path": options.drop_path, "input_size": options.size}
+        config = model_config(options, options.model)
+        model = create_model(config, num_classes=len(data.classes), **overrides)
+        micro_batches = process.world * options.accumulate
+        record = {
+            "options": asdict(options), "micro-batches a step": micro_batches, "classes": list(data.classes),
+            "images": {split: data.count(split) for split in data.splits},
+            "config": model.config.to_dict(), "transform": data.transform.to_dict(),
+        }  # fmt: skip
+        folder = Folder(options.out, record, process)
+        if options.init_weights and not (folder.last.exists() or folder.previous.exists()):
+            with contextlib.redirect_stdout(sys.stdout if process.first else io.StringIO()):
+                load_weights(model, options.init_weights)
+        checkpoint = process.from_first(folder.open)
+        training = Training(model, options, process)
+        loggers = open_loggers(options, start=True) if process.first else []
+        shown = "  ".join(f"{name}={value}" for name, value in asdict(options).items() if value is not None)
+        say(textwrap.fill(shown, 110, break_on_hyphens=False))
+        epochs = options.epochs + options.cooldown_epochs
+        decayed, rest = (sum(p.numel() for p in g["params"]) for g in training.optimizer.param_groups)
+        say(
+            f"{decayed:,} parameters with weight decay, {rest:,} without; {epochs} epochs of {data.steps} "
+            f"steps of {process.world} x {options.accumulate} x {options.batch} images"
+        )
+        if process.first:
+            machine = {"torch": torch.__version__, "processes": process.world, "device": str(process.device)}
+            if process.device.type == "cuda":
+                machine["device"] += f", {torch.cuda.get_device_name(process.device)}"
+            write_whole(folder.path / "config.json", json.dumps(record | machine, indent=1) + "\n")
+        if checkpoint is not None:
+            content = read_checkpoint(checkpoint)  # each process by itself: nothing is pickled and broadcast
+            if content is None:
+                raise RunError(f"process {process.rank} cannot read {checkpoint}: is it on a shared disk?")
+            training.load_state(content)
+            step = 0 if training.losses is None else len(training.losses)
+            where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {step + 1}"
+            say(f"{folder.path}: {'finished' if training.epoch == epochs else where}")
+        stop, begun = StopSignal(process), True
+        try:
+            fit(training, data, folder, stop, say if process.first else None, loggers)
+            finish(training, data, folder, stop, say)
+        except Stopped:
+            where = f"at the end of epoch {training.epoch}"
+            if training.losses is not None:
+                folder.save(training)
+                where = f"in epoch {training.epoch + 1} after step {len(training.losses)}"
+            number = stop.signal or signal.SIGTERM
+            name = signal.Signals(number).name
+            say(f"{name}: saved {where}; the same command continues from there")
+            done = True
+            return 128 + number
+        done = True
+        return 0
+    except (UsageError, RunError) as error:
+        if not begun:
+            raise
+        kept = "" if not folder.last.exists() else f"; the same command continues from {folder.last}"
+        raise RunError(f"{error}{kept}") from None
+    finally:
+        if stop is not None:
+            stop.close()
+        data.close()
+        if folder is not None and process.first:
+            folder.close(failed=not done)
+
+
+def former_record(options: Options) -> dict | None:
+    """Return the record of the run in --out's folder, if there is one that can be read."""
+    if options.out is None:
+        return None
+    try:
+        record = json.loads(Path(options.out, "config.json").read_text())
+        return record if {"options", "micro-batches a step"} <= record.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def main(argv: list[str]) -> int:
-    """Train or evaluate as the command line says; user errors are one sentence, from the first process."""
-
-    def complain(error: object, status: int) -> int:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
-        return status
-
-    run, status = None, 0
+    """Train or evaluate as the command line says; print errors for users as one sentence, once."""
+    process, status, message = Process(), 0, None
     try:
-        options = parse(Options, argv, "train.py")
+        options = parse(Options, argv, "train.py", recipes_help())
         process = start_process(options.device)
         if process.device.type == "cpu":
             keep_large_buffers()
         if options.eval:
             evaluate_checkpoint(options, process)
         else:
-            run = start_run(resolve(options, process.world), process)
-    except ValueError as error:
-        return complain(error, 2)
+            status = train(options, process)
+    except UsageError as error:
+        status, message = 2, error
     except RunError as error:
-        return complain(error, 1)
-    if run is not None:
-        try:
-            status = run.train()
-        except (RunError, DataError) as error:
-            return complain(error, 1)
-        except RuntimeError as error:
-            if process.world == 1 or "by peer" not in str(error):
-                raise
-            return complain("another process is gone; the same command goes on from the last checkpoint", 1)
-        except KeyboardInterrupt:
-            return complain("stopped at once; the same command goes on from the last checkpoint", 130)
-        finally:
-            run.close()
+        status, message = 1, error
+    except KeyboardInterrupt:
+        status, message = 130, "stopped at once; the same command continues from the last checkpoint"
+    except RuntimeError as error:
+        if process.world == 1 or "by peer" not in str(error):
+            raise
+        status, message = 1, "another process is gone; the same command continues from the last checkpoint"
+    if message is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {message}", file=sys.stderr, flush=True)
+        return status
     if process.world > 1:
         # DDP goes first: as the last to hold the process group it would, keeping the interpreter's lock, wait
         # for gloo's thread, which may itself wait for that lock. With PyTorch 2.11 one run in three hung so.
-        run = None
         gc.collect()  # with --compile it stands in a cycle of references
         dist.destroy_process_group()
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)
