@@ -130,6 +130,32 @@ def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a PIL image to 8-bit RGB, deeper pixels scaled by the range that the file declares.
+
+    PIL's own conversion clips them at 255. Raises DataError for 32-bit pixels of an unknown range.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image.convert("RGB")
+    tags = getattr(image, "tag_v2", {})  # of TIFF files
+    ranges = [  # SMinSampleValue and SMaxSampleValue, MinSampleValue and MaxSampleValue
+        (float(np.min(tags.get(low, 0))), float(np.max(tags[high])))
+        for low, high in ((340, 341), (280, 281))
+        if high in tags
+    ]
+    if image.mode.startswith("I;16"):
+        low, high = 0, 2 ** tags.get(258, (16,))[0]  # BitsPerSample
+    elif image.format in ("PNG", "PPM"):  # mode I: PIL has widened 16 bits
+        low, high = 0, 2**16
+    elif ranges and ranges[0][0] < ranges[0][1]:
+        low, high = ranges[0]
+    else:
+        raise DataError("32-bit pixels of an undeclared range: convert the file to 8 or 16 bits")
+    pixels = (np.asarray(image, dtype=np.float64) - low) * (256 / (high - low))
+    pixels = pixels.clip(0, 255).astype(np.uint8)
+    return Image.fromarray(255 - pixels if tags.get(262) == 0 else pixels).convert("RGB")  # 0: WhiteIsZero
+
+
 @dataclass(frozen=True)
 class EvalTransform:
     """timm's evaluation transform: resize the shorter side to floor(size / crop_pct), centre crop, normalize.
@@ -161,7 +187,7 @@ class EvalTransform:
     def crop(self, image: Image.Image) -> torch.Tensor:
         """Return the resized centre crop of a PIL image, uint8 (3, size, size)."""
         height, width = self.resized(image.height, image.width)
-        image = image.convert("RGB").resize((width, height), PIL_FILTERS[self.interpolation])
+        image = to_rgb(image).resize((width, height), PIL_FILTERS[self.interpolation])
         top, left = self.corner(height, width)
         image = image.crop((left, top, left + self.size, top + self.size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -790,7 +816,7 @@ def decode(data: bytearray | memoryview) -> torch.Tensor:
         operator, rgb = jpeg_decoder()
         with contextlib.suppress(RuntimeError):
             return operator(torch.frombuffer(data, dtype=torch.uint8), rgb, False)
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image = to_rgb(Image.open(io.BytesIO(data)))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -963,7 +989,8 @@ class Data:
             if not self.steps:
                 raise DataError(
                     f"{name} has {self.count('train')} training images, too few for one step of "
-                    f"{plan.world} x {plan.batch} x {plan.accumulate} (processes x batch x accumulation): lower the batch"
+                    f"{plan.world} x {plan.batch} x {plan.accumulate} (processes x batch x accumulation): "
+                    "lower the batch"
                 )
 
     def count(self, split: str) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from sklearn.datasets import load_sample_image
 
 import data
@@ -465,6 +465,29 @@ def test_files_decode_as_pil_decodes_them(photograph):
     for kind, content in files.items():
         expected = as_tensor(Image.open(io.BytesIO(content)).convert("RGB"))
         assert torch.equal(data.decode(content), expected), kind
+
+
+def test_deep_images_are_scaled_and_not_clipped():
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = torch.from_numpy((ramp >> 8).astype(np.uint8))
+    white_is_zero, declared = TiffImagePlugin.ImageFileDirectory_v2(), TiffImagePlugin.ImageFileDirectory_v2()
+    white_is_zero[262] = 0
+    declared[341] = 0.5  # SMaxSampleValue
+    declared.tagtype[341] = 11
+    deep, floats = Image.fromarray(ramp), Image.fromarray((ramp / 2**17).astype(np.float32))
+    for content, right in (
+        (encode(deep, "PNG"), expected),
+        (encode(deep, "PPM"), expected),
+        (encode(deep, "TIFF"), expected),
+        (encode(deep, "TIFF", tiffinfo=white_is_zero), 255 - expected),
+        (encode(floats, "TIFF", tiffinfo=declared), expected),
+    ):
+        assert torch.equal(data.decode(content), right.expand(3, 256, 256))
+        crop = EvalTransform(size=256, crop_pct=1.0).crop(Image.open(io.BytesIO(content)))
+        assert torch.equal(crop, right.expand(3, 256, 256))
+    for image in (floats, Image.fromarray(ramp.astype(np.int32))):
+        with pytest.raises(DataError, match="undeclared range"):
+            data.decode(encode(image, "TIFF"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
