@@ -875,17 +875,24 @@ class FolderDataset(Dataset):
                             f"{MAX_SUBSTITUTES} files in a row of {folder!r} cannot be read: are they images?"
                         )
                         return DataError(reason), torch.empty(0, dtype=torch.int64), bad
-                rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill)
+                try:
+                    rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill)
+                except Exception as error:
+                    names = ", ".join(files.path(index) for index in taken)
+                    raise RuntimeError(f"cannot augment the batch of {names}") from error
         return images[: len(taken)], torch.from_numpy(files.labels[taken]), bad
 
     def make(self, path: str, draws: list[float] | None, place: torch.Tensor, bad: list) -> bool:
         """Put a file's crop (random with `draws`, else central) into `place`; note a bad file in `bad`."""
         try:
             image = decode(self.read(path))
-            place.copy_(self.centre_crop(image) if draws is None else self.random_crop(image, draws))
         except Exception as error:  # PIL's decoders raise errors of almost any type on broken files
             bad.append((path, f"{type(error).__name__}: {error}"))
             return False
+        try:
+            place.copy_(self.centre_crop(image) if draws is None else self.random_crop(image, draws))
+        except Exception as error:  # an error of the code, not of the file
+            raise RuntimeError(f"cannot transform {path}") from error
         return True
 
     def read(self, path: str) -> memoryview:

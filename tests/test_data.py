@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -536,6 +537,23 @@ def test_too_many_broken_files_stop_the_run(tmp_path, workers):
     opened = open_data(tmp_path, Plan(batch=5), size=16, workers=workers)
     with pytest.raises(DataError, match=r"^20 files in a row of .* cannot be read"):
         list(opened.train_batches(0))
+    opened.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", ["crop_box", "apply_operation"])
+def test_errors_of_the_augmentation_are_not_bad_files(monkeypatch, folder, name, workers):
+    def mine(*_):
+        raise KeyError("my own mistake")
+
+    monkeypatch.setattr(data, name, mine)
+    opened = open_data(folder, Plan(batch=4), size=16, workers=workers)
+    with pytest.raises(RuntimeError, match=r"(transform|augment) .*(red|blue)/\d+\.jpg") as raised:
+        list(opened.train_batches(0))
+    text = "".join(traceback.format_exception(raised.value))
+    assert "my own mistake" in text
+    assert "in mine" in text  # the place
+    assert not opened.bad_files
     opened.close()
 
 
