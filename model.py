@@ -480,7 +480,7 @@ def _read_checkpoint(path: str | os.PathLike) -> dict:
 
 def _weights_of(content: dict) -> dict[str, Tensor]:
     """The state dict inside the content of a checkpoint: averaged weights (EMA) first, without prefixes."""
-    for key in ("ema", "model", "state_dict"):
+    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):  # ours, timm's, DeiT's
         if isinstance(content.get(key), dict):
             content = content[key]
             break

@@ -42,6 +42,7 @@ from model import (
     main,
 )
 
+timm = pytest.importorskip("timm")
 HERE = Path(__file__).parent
 OFFICIAL = json.loads((HERE / "parity" / "official_state_dicts.json").read_text())
 PAPER_MODELS = tuple(OFFICIAL)
@@ -127,7 +128,6 @@ def test_training_step_agrees_with_the_authors(name):
 
 
 def test_xception_agrees_with_timm():
-    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     theirs = timm.create_model("legacy_xception").double()
     for name, value in theirs.state_dict().items():
@@ -183,6 +183,16 @@ def test_authors_checkpoint_file_loads_whatever_surrounds_it(tmp_path, capsys):
     assert torch.equal(small.stem.conv.weight, weights["stem.0.weight"])
     assert torch.equal(small.head.fc.weight, before)
     assert "1000 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_averaged_weights_of_foreign_checkpoints_come_first_as_in_timm(tmp_path, key):
+    raw, averaged, loaded = (create_model("nexception_nano", num_classes=2) for _ in range(3))
+    torch.save({key: raw.state_dict(), f"{key}_ema": averaged.state_dict()}, tmp_path / "foreign.pth")
+    load_weights(loaded, tmp_path / "foreign.pth")
+    theirs = timm.models.load_state_dict(tmp_path / "foreign.pth")
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, averaged.state_dict()[name]) and torch.equal(value, theirs[name])
 
 
 def test_load_weights_names_what_does_not_fit():
