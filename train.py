@@ -28,8 +28,10 @@ import contextlib
 import copy
 import gc
 import io
+import itertools
 import json
 import math
+import operator
 import os
 import signal
 import sys
@@ -93,11 +95,9 @@ def parse(options: type, argv: list[str], prog: str, epilog: str = ""):
     bool becomes --name and --no-name, tuple[str, ...] is comma separated. Raises UsageError for anything that
     is not understood, for numbers that are not finite and for those out of bounds.
     """
-    formatter = argparse.RawDescriptionHelpFormatter
-    description = (options.__doc__ or "").strip()
-    parser = Parser(
-        prog=prog, description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False
-    )
+    shown = {"description": (options.__doc__ or "").strip(), "epilog": epilog}
+    shown["formatter_class"] = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=prog, allow_abbrev=False, **shown)
     types = typing.get_type_hints(options)
     for entry in fields(options):
         settings = {key: value for key, value in entry.metadata.items() if key != "bounds"}
@@ -129,13 +129,11 @@ def parse(options: type, argv: list[str], prog: str, epilog: str = ""):
     return options(**values)
 
 
-def comma_separated(kind: type):
-    """Return a converter from "a,b" to a tuple of `kind`, whose name argparse shows in errors."""
-
+def comma_separated(kind: type) -> typing.Callable[[str], tuple]:
     def convert(text: str) -> tuple:
         return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
 
-    convert.__name__ = f"list of {kind.__name__}"
+    convert.__name__ = f"list of {kind.__name__}"  # argparse's errors show it
     return convert
 
 
@@ -143,14 +141,11 @@ def check_bounds(name: str, value: float, least=None, most=None, above=None, bel
     """Raise UsageError when a number is not finite or out of bounds."""
     if not math.isfinite(value):
         raise UsageError(f"{name} {value}: must be a finite number")
-    holds = {
-        f"at least {least}": least is None or value >= least,
-        f"above {above}": above is None or value > above,
-        f"at most {most}": most is None or value <= most,
-        f"below {below}": below is None or value < below,
-    }
-    if not all(holds.values()):
-        wanted = " and ".join(words for words in holds if not words.endswith(" None"))
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    holds = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
+    if not all(holds[words](value, bound) for words, bound in bounds.items()):
+        wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
         raise UsageError(f"{name} {value:g}: must be {wanted}")
 
 
@@ -199,12 +194,12 @@ class Mixup:
 
     mixup: float  # alpha of the Beta distribution; 0: none
     cutmix: float  # alpha of the Beta distribution; 0: none
-    probability: float = 1.0  # that a batch is mixed at all
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[float, tuple[int, ...] | None]:
         """Draw the first image's share, and cutmix's box (top, bottom, left, right) or None for mixup."""
-        if not (self.mixup or self.cutmix) or rng.random() >= self.probability:
+        if not (self.mixup or self.cutmix):
             return 1.0, None
+        rng.random()  # timm draws here whether to mix at all
         cut = rng.random() < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
         alpha = self.cutmix if cut else self.mixup
         share = float(rng.beta(alpha, alpha))
@@ -429,10 +424,6 @@ class Options:
 # change as long as processes x accumulate stays the same; a recipe is compared by its values.
 FREE = {"out", "eval", "recipe", "device", "workers", "max_bad_files", "root", "tensorboard", "wandb"}
 FREE |= {"accumulate", "grad_checkpointing"}
-# Options of earlier versions, and the value that this version always uses; None: it did not matter.
-RETIRED = {"warmup_lr": WARMUP_LR, "channels_last": None, "log_every": None, "eval_batch": None}
-# What versions that did not have an option yet did.
-FORMERLY = {"optimizer": "lamb", "loss": "bce", "freeze": False}
 
 
 class Recipe(typing.NamedTuple):
@@ -476,26 +467,18 @@ RECIPES = {
 
 
 def recipes_help() -> str:
-    """Return the recipes' values for --help."""
-    lines = ["recipes:"]
+    """Describe the recipes and their values for --help."""
+    lines = [
+        "recipes (micro_batches: processes x accumulate; augmentation: the data's own unless given here):"
+    ]
     for name, recipe in RECIPES.items():
         values = ", ".join(f"{key} {value}" for key, value in recipe.values.items())
-        lines.append(
-            textwrap.fill(f"{name}: {recipe.expect}", 110, initial_indent="  ", subsequent_indent="    ")
-        )
-        lines.append(textwrap.fill(values, 110, initial_indent="    ", subsequent_indent="    "))
-    lines.append(
-        "micro_batches is processes x accumulate; crops, flips and RandAugment as the data's default."
-    )
+        lines += textwrap.wrap(f"  {name}: {recipe.expect}. {values}", 110, subsequent_indent="    ")
     return "\n".join(lines)
 
 
 def resolve(
-    options: Options,
-    world: int = 1,
-    images: int | None = None,
-    former: dict | None = None,
-    say=lambda _: None,
+    options: Options, world: int = 1, images: int | None = None, former: dict | None = None, say=None
 ) -> Options:
     """Fill options that were left out from the recipe that fits the data, the model and the initial weights.
 
@@ -504,6 +487,7 @@ def resolve(
     called with a line for each choice that a user should know of. Raises UsageError for impossible or
     contradictory values.
     """
+    say = say or (lambda text: None)
     given = {k: v for k, v in asdict(options).items() if v is not None}
     small_set = options.data in SMALL_SETS
     if options.recipe is not None:
@@ -515,12 +499,12 @@ def resolve(
     elif small_set:
         name, why = options.data, "--data"
     elif images is not None and images < SMALL_FOLDER:
-        name, why = "small-folder", f"{images:,} training images; --recipe paper takes ImageNet's"
+        name, why = "small-folder", f"its {images:,} training images (--recipe paper: ImageNet's)"
     else:
-        name, why = "paper", "a large folder" if images else "an image folder"
+        name, why = "paper", "--data"
     config = model_config(options, RECIPES[name].values["model"])
     if name == "paper" and same_shape(config, MODELS["nexception_s"]):
-        name, why = "paper-s", f"{why}, a network of nexception_s's shape"
+        name, why = "paper-s", f"{why} and the shape of nexception_s"
     recipe = {**RECIPES[name].values, "recipe": name}
     if options.init_weights:
         del recipe["model"]  # the checkpoint's own
@@ -530,30 +514,27 @@ def resolve(
     defaults = augmentation_options(default_augmentation(options.data))
     defaults |= {"size": 32 if small_set else config.input_size, "drop_path": config.drop_path}
     recipe = defaults | recipe
-    if former is not None and "recipe" not in former["options"]:
-        why = "continued from an earlier version"
+    earlier_version = former is not None and "recipe" not in former["options"]
+    if earlier_version:
         known = {entry.name for entry in fields(Options)} - FREE
         recipe |= {k: v for k, v in former["options"].items() if k in known and v is not None}
         micro_batches = former["micro-batches a step"]
     if options.accumulate is None and micro_batches > 1 and micro_batches % world:
-        images_per_step = micro_batches * recipe["batch"]
-        closest = max(1, round(images_per_step / world))
+        batch = given.get("batch", recipe["batch"])
+        closest = max(2, round(micro_batches * batch / world))
         raise UsageError(
-            f"{world} processes cannot share the recipe's {micro_batches} micro-batches of {recipe['batch']}: "
-            f"--accumulate 1 --batch {closest} comes closest ({world} x {closest} images per step, batch norm "
-            f"over {closest} images in place of {recipe['batch']})"
+            f"{world} processes cannot share the recipe's {micro_batches} micro-batches of {batch}: "
+            f"--accumulate 1 --batch {closest} comes closest ({world} x {closest} images per step, batch norms "
+            f"see {closest} images in place of {batch})"
         )
     recipe["accumulate"] = max(1, micro_batches // world)
     resolved = Options(**(recipe | given))
     device = pick_device(resolved.device)
     resolved.device = str(device)
-    resolved.amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[
-        amp_dtype(resolved.amp, device)
-    ]
-    if resolved.out is None:
-        stem = Path(resolved.model or resolved.init_weights).stem
-        resolved.out = f"runs/{Path(resolved.data).resolve().name}-{stem}"
-    if resolved.warmup_epochs >= resolved.epochs:
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}
+    resolved.amp = names[amp_dtype(resolved.amp, device)]
+    resolved.out = default_out(options)
+    if resolved.warmup_epochs >= resolved.epochs and not earlier_version:
         shorter = resolved.epochs // 4
         say(f"warm-up shortened from {resolved.warmup_epochs} to {shorter} of {resolved.epochs} epochs")
         resolved.warmup_epochs = shorter
@@ -567,8 +548,18 @@ def resolve(
         raise UsageError("--grad-checkpointing does not work with --compile: leave out one of them")
     if resolved.freeze and not resolved.init_weights:
         raise UsageError("--freeze trains the classifier of a trained network: give --init-weights")
-    say(f"recipe: {name} ({why}); {RECIPES[name].expect}")
+    if earlier_version:
+        say(f"the options of {resolved.out}, which an earlier version began")
+    else:
+        say(f"recipe {name}, chosen by {why}: {RECIPES[name].expect}")
     return resolved
+
+
+def default_out(options: Options) -> str:
+    """Return the folder of a run: --out, or one named after the data and the model."""
+    recipe = RECIPES[options.data if options.data in SMALL_SETS else "paper"]
+    model = options.model or options.init_weights or recipe.values["model"]
+    return options.out or f"runs/{Path(options.data).resolve().name}-{Path(model).stem}"
 
 
 def model_config(options: Options, default: str) -> ModelConfig:
@@ -878,13 +869,12 @@ class StopSignal:
 
 
 class Meter:
-    """Speed and data waiting time of an epoch: a progress bar on a terminal, else a line every 30 seconds."""
+    """Speed and data waiting time of an epoch, printed every ten seconds."""
 
-    SECONDS_BETWEEN_LINES = 30
+    SECONDS_BETWEEN_LINES = 10
 
     def __init__(self, data: Data, epochs: int, images_per_step: int, say: typing.Callable | None):
         self.data, self.epochs, self.images_per_step = data, epochs, images_per_step
-        self.terminal = say is not None and sys.stderr.isatty()
         self.say = say or (lambda text: None)
         self.started, self.steps_done, self.warned = time.monotonic(), 0, False
 
@@ -892,18 +882,10 @@ class Meter:
         self.epoch, self.first, self.step = epoch, step, step
         self.begun = self.said = time.monotonic()
         self.waited = self.data.wait_seconds
-        self.bar = None
-        if self.terminal:
-            from tqdm import tqdm
-
-            name = f"epoch {epoch + 1}/{self.epochs}"
-            self.bar = tqdm(total=self.data.steps, initial=step, desc=name, leave=False)
 
     def advance(self) -> None:
         self.step += 1
         self.steps_done += 1
-        if self.bar is not None:
-            self.bar.update()
 
     def speed(self) -> tuple[float, float]:
         """Return images per second of this epoch over all processes, and the share of time spent waiting."""
@@ -918,20 +900,15 @@ class Meter:
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
     def show(self, loss: float, lr: float) -> None:
-        images, wait = self.speed()
-        text = (
-            f"loss {loss:.4f}  lr {lr:.2e}  {images:.0f} images/s  data wait {wait:.0%}  {self.time_left()}"
-        )
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-        elif time.monotonic() - self.said > self.SECONDS_BETWEEN_LINES:
-            self.said = time.monotonic()
-            self.say(f"epoch {self.epoch + 1}/{self.epochs}  step {self.step}/{self.data.steps}  {text}")
+        if time.monotonic() - self.said > self.SECONDS_BETWEEN_LINES:
+            self.said, (images, wait) = time.monotonic(), self.speed()
+            self.say(
+                f"epoch {self.epoch + 1}/{self.epochs}  step {self.step}/{self.data.steps}  loss {loss:.4f}  "
+                f"lr {lr:.2e}  {images:.0f} images/s  data wait {wait:.0%}  {self.time_left()}"
+            )
 
     def end(self) -> tuple[float, float]:
-        """End an epoch's training part and return `speed`; say once what helps when data held it back."""
-        if self.bar is not None:
-            self.bar.close()
+        """Return `speed` at the end of an epoch's steps; say once what helps when data held them back."""
         images, wait = self.speed()
         if wait > 0.1 and not self.warned and self.data.name not in SMALL_SETS:
             self.warned = True
@@ -957,6 +934,36 @@ def read_checkpoint(path: Path) -> dict | None:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         print(f"warning: {path} is broken ({reason})", file=sys.stderr)
         return None
+
+
+def draw_curves(training: Training, path: Path) -> None:
+    """Draw training loss and learning rate, validation top-1 and top-5, by epoch; path: a PNG file."""
+    from matplotlib.figure import Figure
+
+    lines = [line for line in training.metrics if "epoch" in line]
+    column = {name: [line[name] for line in lines] for name in lines[0]}
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    options = training.options
+    title = f"{Path(options.model or options.init_weights).stem} on {Path(options.data).name}"
+    figure.suptitle(title, fontsize=10)
+    left, right = figure.subplots(1, 2)
+    rates = left.twinx()
+    curves = left.plot(column["epoch"], column["train_loss"], label="training loss")
+    curves += rates.plot(column["epoch"], column["lr"], color="0.6", label="learning rate")
+    left.legend(handles=curves, frameon=False)
+    left.set(xlabel="epoch", ylabel="training loss")
+    left.set_ylim(bottom=0)
+    rates.set(ylabel="learning rate")
+    rates.ticklabel_format(style="sci", axis="y", scilimits=(0, 0))
+    for name, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
+        right.plot(column["epoch"], column[name], label=f"{label}, best {max(column[name]):.2f}%")
+    right.set(xlabel="epoch", ylabel="validation accuracy, %")
+    right.legend(frameon=False, loc="lower right")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    write_whole(path, picture.getbuffer())
 
 
 class Folder:
@@ -995,30 +1002,24 @@ class Folder:
 
     def compare(self, content: dict) -> None:
         """Raise UsageError naming each difference between a checkpoint's run and this one."""
-        steps, epoch = "micro-batches a step", content.get("epoch")
-        if not isinstance(content.get("options"), dict) or not isinstance(epoch, int) or epoch < 0:
+        stored, epoch = content.get("options"), content.get("epoch")
+        if not isinstance(stored, dict) or not isinstance(epoch, int) or epoch < 0:
             raise UsageError(f"{self.path} holds no checkpoint of train.py: give another --out")
-        known = {entry.name: entry.default for entry in fields(Options)} | FORMERLY
-        theirs = known | content["options"]
-        ours = self.record["options"]
-        for name, value in RETIRED.items():
-            if value is not None and name in theirs:
-                ours = ours | {name: value}
-        if theirs["amp"] == "auto":  # earlier versions did not resolve it
+        # An option that the checkpoint lacks is newer, and its default is what versions without it did.
+        theirs = {entry.name: entry.default for entry in fields(Options)} | stored
+        ours = dict(self.record["options"])
+        # Options of earlier versions, with what this one always does.
+        ours |= {"warmup_lr": WARMUP_LR, "padding": default_augmentation(ours["data"]).padding}
+        if theirs["amp"] == "auto":
             theirs["amp"] = ours["amp"]
-        names = (known.keys() | RETIRED.keys() & ours.keys()) - FREE
-        pairs = {name: (theirs[name], ours[name]) for name in sorted(names)}
-        for name in (steps, "config", "classes", "images"):
+        pairs = {name: (theirs[name], ours[name]) for name in ours if name in theirs and name not in FREE}
+        for name in ("micro-batches a step", "config", "classes", "images"):
             if name in content:
                 pairs[name] = content[name], self.record[name]
-        theirs, ours = pairs.pop("classes", ([], []))
-        if list(theirs) != list(ours):
-            other = [f"{a!r} there, {b!r} now" for a, b in zip(theirs, ours, strict=False) if a != b]
-            count = f"{len(theirs)} classes there, {len(ours)} now"
-            raise UsageError(
-                f"{self.path} was trained on other classes ({'; '.join(other[:5]) or count}): "
-                "give the same data to continue, or another --out"
-            )
+        if "classes" in pairs:
+            theirs, ours = pairs.pop("classes")
+            renamed = [(a, b) for a, b in itertools.zip_longest(theirs, ours) if a != b]
+            pairs |= {f"class {number}": names for number, names in enumerate(renamed[:5], 1)}
         differ = "; ".join(f"{name} {a} there, {b} now" for name, (a, b) in pairs.items() if a != b)
         if differ:
             reason = f"{self.path} holds a run with other options or data ({differ})"
@@ -1037,32 +1038,13 @@ class Folder:
             content = {"model": training.scored.state_dict(), "ema": None, "epoch": training.epoch + 1}
             save_checkpoint(self.best, self.record | content | {"val": result})
 
-    def draw_curves(self, metrics: list[dict], title: str) -> None:
-        """Write `curves.png`: training loss and learning rate, validation top-1 and top-5, by epoch."""
-        from matplotlib.figure import Figure
-
-        lines = [line for line in metrics if "epoch" in line]
-        column = {name: [line[name] for line in lines] for name in lines[0]}
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
-        figure.suptitle(title, fontsize=10)
-        left, right = figure.subplots(1, 2)
-        rates = left.twinx()
-        curves = left.plot(column["epoch"], column["train_loss"], label="training loss")
-        curves += rates.plot(column["epoch"], column["lr"], color="0.6", label="learning rate")
-        left.legend(handles=curves, frameon=False)
-        left.set(xlabel="epoch", ylabel="training loss")
-        left.set_ylim(bottom=0)
-        rates.set(ylabel="learning rate")
-        rates.ticklabel_format(style="sci", axis="y", scilimits=(0, 0))
-        for name, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
-            right.plot(column["epoch"], column[name], label=f"{label}, best {max(column[name]):.2f}%")
-        right.set(xlabel="epoch", ylabel="validation accuracy, %")
-        right.legend(frameon=False, loc="lower right")
-        for axis in (left, right):
-            axis.grid(alpha=0.3)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=110)
-        write_whole(self.path / "curves.png", picture.getbuffer())
+    def draw(self, training: Training) -> None:
+        """Write `curves.png`; a note takes its place where matplotlib is missing."""
+        if self.process.first:
+            try:
+                draw_curves(training, self.path / "curves.png")
+            except ImportError as error:
+                print(f"note: no curves.png ({error})", file=sys.stderr)
 
     def close(self, failed: bool = False) -> None:
         """Unlock the folder; remove it if this call of train.py made it and leaves no run in it."""
@@ -1265,8 +1247,8 @@ def fit(
         training.epoch, training.losses = epoch + 1, None
         if folder is not None:
             folder.save(training)
-            if process.first and time.monotonic() - drawn > 60 and epoch + 1 < epochs:
-                draw_curves(training, folder, say)
+            if time.monotonic() - drawn > 60 and epoch + 1 < epochs:
+                folder.draw(training)
                 drawn = time.monotonic()
         for log in loggers:
             log(row, epoch + 1)
@@ -1278,19 +1260,8 @@ def fit(
     return training.metrics
 
 
-def draw_curves(training: Training, folder: Folder, say) -> None:
-    """Draw the folder's curves, where matplotlib is installed."""
-    options = training.options
-    title = f"{Path(options.model or options.init_weights).stem} on {Path(options.data).name}"
-    try:
-        folder.draw_curves(training.metrics, title)
-    except ImportError as error:
-        say(f"note: no curves.png ({error})")
-
-
 def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say) -> None:
     """Score the best weights on the test split, once in a run's life, and draw the curves."""
-    process = training.process
     if "epoch" in training.metrics[-1] and "test" in data.splits:
         best = read_checkpoint(folder.best) if folder.best.exists() else None
         if best is None:
@@ -1300,8 +1271,7 @@ def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say
         result = evaluate(model, data, "test", training.amp, stop=stop)
         training.metrics.append({f"test_{name}": result[name] for name in ("top1", "top5", "loss", "count")})
         folder.save(training)
-    if process.first:
-        draw_curves(training, folder, say)
+    folder.draw(training)
     say(f"best validation top-1 {training.best:.2f}%, weights in {folder.best}")
     final = training.metrics[-1]
     if "test_top1" in final:
@@ -1346,7 +1316,16 @@ def evaluate_checkpoint(options: Options, process: Process) -> None:
         print(f"top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  loss {result['loss']:.4f}")
 
 
-def train(options: Options, process: Process) -> int:
+def read_record(path: Path) -> dict | None:
+    """Return the record of a run from its `config.json`, None where there is none."""
+    try:
+        record = json.loads(path.read_text())
+        return record if {"options", "micro-batches a step"} <= record.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def run(options: Options, process: Process) -> int:
     """Open the data, the model and the folder, train, and return the exit status."""
 
     def say(text: str) -> None:
@@ -1358,7 +1337,8 @@ def train(options: Options, process: Process) -> int:
     if options.data not in SMALL_SETS:
         files = process.from_first(lambda: list_images(options.data))
         images = len(files["train"])
-    options = resolve(options, process.world, images, former_record(options), say)
+    former = read_record(Path(default_out(options), "config.json"))
+    options = resolve(options, process.world, images, former, say)
     plan = Plan(options.batch, options.accumulate, seed=options.seed, rank=process.rank, world=process.world)
     settings = {"files": files, "augment": augmentation(options), "workers": options.workers}
     settings |= {"size": options.size, "root": options.root, "max_bad_files": options.max_bad_files}
@@ -1432,17 +1412,6 @@ def train(options: Options, process: Process) -> int:
             folder.close(failed=not done)
 
 
-def former_record(options: Options) -> dict | None:
-    """Return the record of the run in --out's folder, if there is one that can be read."""
-    if options.out is None:
-        return None
-    try:
-        record = json.loads(Path(options.out, "config.json").read_text())
-        return record if {"options", "micro-batches a step"} <= record.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def main(argv: list[str]) -> int:
     """Train or evaluate as the command line says; print errors for users as one sentence, once."""
     process, status, message = Process(), 0, None
@@ -1454,7 +1423,7 @@ def main(argv: list[str]) -> int:
         if options.eval:
             evaluate_checkpoint(options, process)
         else:
-            status = train(options, process)
+            status = run(options, process)
     except UsageError as error:
         status, message = 2, error
     except RunError as error:
