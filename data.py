@@ -28,6 +28,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -702,17 +703,51 @@ def default_augmentation(source: str) -> Augmentation:
 # Image folders: lists of files
 
 
-def natural_key(name: str) -> list:
-    """Sort key that puts `n2` before `n10`, as timm orders classes and files."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+def natural_key(name: str) -> tuple[str, str]:
+    """Sort key that puts `n2` before `n10`, as timm orders classes and files; ties by the name itself.
+
+    Each number is preceded by its number of digits, behind a character that no name contains.
+    """
+
+    def number(digits: re.Match) -> str:
+        value = str(int(digits[0]))  # decimal digits of any script; `①` and `²` are text
+        return f"\0{chr(len(value))}{value}"
+
+    return re.sub(r"\d+", number, name.lower()), name
 
 
-def find_images(folder: Path, name: str) -> list[str]:
-    """Return the image files below folder/name as paths relative to folder, in natural order."""
-    found = []
-    for parent, _, files in os.walk(folder / name, followlinks=True):
-        relative = os.path.relpath(parent, folder)
-        found += [os.path.join(relative, file) for file in files if file.lower().endswith(EXTENSIONS)]
+def is_hidden(name: str) -> bool:
+    """Tell whether a name belongs to a system, such as .ipynb_checkpoints or macOS's ._photo.jpg."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def find_images(folder: Path, name: str, skipped: Counter[str] | None = None) -> list[str]:
+    """Return the image files below folder/name as paths relative to folder, in natural order.
+
+    Hidden names are left out. Links are followed, but no folder is entered twice, nor one that contains
+    `folder`. Other files are counted in `skipped`, by extension.
+    """
+    above = [folder.resolve(), *folder.resolve().parents]
+    seen = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}
+    places, found = [name], []
+    while places:
+        place = places.pop()
+        status = os.stat(folder / place)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inner = []
+        with os.scandir(folder / place) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    inner.append(f"{place}/{entry.name}")
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    found.append(f"{place}/{entry.name}")
+                elif skipped is not None:
+                    skipped[os.path.splitext(entry.name)[1].lower() or "no extension"] += 1
+        places += sorted(inner, key=natural_key, reverse=True)  # the order does not depend on the file system
     return sorted(found, key=natural_key)
 
 
@@ -727,20 +762,29 @@ class FileList:
         if not folder.is_dir():
             raise DataError(f"there is no folder {str(folder)!r}: name one with a sub-folder for each class")
         self.folder = os.fsencode(folder)
-        self.classes = tuple(sorted((e.name for e in os.scandir(folder) if e.is_dir()), key=natural_key))
+        encoded, lengths, counts, skipped = [], [], [], Counter()
+        try:
+            names = [
+                entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)
+            ]
+            self.classes = tuple(sorted(names, key=natural_key))
+            for name in self.classes:
+                files = [os.fsencode(file) for file in find_images(folder, name, skipped)]
+                encoded.append(b"".join(files))
+                lengths.append(np.array([len(file) for file in files], dtype=np.int64))
+                counts.append(len(files))
+        except OSError as error:
+            raise DataError(f"cannot list {error.filename!r}: {error.strerror}") from None
         if not self.classes:
             raise DataError(f"{str(folder)!r} has no class folders: it needs a sub-folder for each class")
-        encoded, lengths, counts = [], [], []
-        for name in self.classes:
-            files = [os.fsencode(file) for file in find_images(folder, name)]
-            if not files:
-                raise DataError(
-                    f"class folder {str(folder / name)!r} contains no image ({', '.join(EXTENSIONS)}): "
-                    "fill or remove it"
-                )
-            encoded.append(b"".join(files))
-            lengths.append(np.array([len(file) for file in files], dtype=np.int64))
-            counts.append(len(files))
+        if 0 in counts:
+            raise DataError(
+                f"class folder {str(folder / self.classes[counts.index(0)])!r} contains no image "
+                f"({', '.join(EXTENSIONS)}): fill or remove it"
+            )
+        if skipped:
+            kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(5))
+            log.warning("skipped %d files in %s that are not images (%s)", skipped.total(), folder, kinds)
         self.ends = np.cumsum(np.concatenate(lengths))
         self.names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)

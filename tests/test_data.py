@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import sys
 import traceback
 from dataclasses import replace
@@ -578,6 +579,55 @@ def test_file_lists_are_sorted_and_hold_no_python_strings(tmp_path):
     theirs, _ = find_images_and_targets(str(tmp_path))
     files = FileList(tmp_path)
     assert [(files.path(n), files.labels[n]) for n in range(len(files))] == theirs
+
+
+def test_order_is_timms_and_never_the_file_systems(tmp_path):
+    from timm.utils.misc import natural_key as timms_key
+
+    rng = random.Random(0)
+    names = ["".join(rng.choices("aB-_. 019é", k=rng.randint(1, 8))) for _ in range(3000)]
+    in_order = sorted(names, key=data.natural_key)
+    assert [timms_key(name) for name in in_order] == sorted(map(timms_key, names))
+    ties = ["Cat", "cat", "1", "01", "①", "10²", "٣"]
+    rng.shuffle(ties)
+    assert sorted(ties, key=data.natural_key) == ["01", "1", "٣", "10²", "Cat", "cat", "①"]
+    listed = []
+    for root, order in ((tmp_path / "a", ties), (tmp_path / "b", ties[::-1])):
+        for name in order:
+            (root / "class").mkdir(parents=True, exist_ok=True)
+            (root / "class" / f"{name}.png").touch()
+        listed.append(data.find_images(root, "class"))
+    assert listed[0] == listed[1]
+
+
+def test_hidden_names_and_links_back_are_no_data(tmp_path, caplog):
+    root = make_folder(tmp_path / "root", {"train": 3})
+    make_folder(tmp_path / "elsewhere", {"linked": 2}, classes=("more",))
+    for hidden in (
+        "train/.ipynb_checkpoints",
+        "train/__MACOSX/red",
+        "train/red/.thumbnails",
+        "train/.DS_Store",
+    ):
+        (root / hidden).mkdir(parents=True)
+        (root / hidden / "0.jpg").touch()
+    for hidden in ("train/red/._0.jpg", "train/red/.DS_Store"):
+        (root / hidden).touch()
+    for skipped in ("train/red/notes.txt", "train/blue/0.npy"):
+        (root / skipped).touch()
+    (root / "train/blue/all").symlink_to(root / "train")  # back to a folder above
+    (root / "train/blue/everything").symlink_to(tmp_path)
+    (root / "train/blue/more").symlink_to(tmp_path / "elsewhere/linked/more")
+    (root / "train/blue/more again").symlink_to(tmp_path / "elsewhere/linked/more")
+    (root / "train/green").symlink_to(root / "train/red")
+    files = FileList(root / "train")
+    assert files.classes == ("blue", "green", "red")
+    assert [Path(files.path(n)).relative_to(root / "train").as_posix() for n in range(len(files))] == [
+        *("blue/0.jpg", "blue/1.jpg", "blue/2.jpg", "blue/more/0.jpg", "blue/more/1.jpg"),
+        *(f"{name}/{n}.jpg" for name in ("green", "red") for n in range(3)),
+    ]
+    assert len(caplog.records) == 1
+    assert re.search(r"skipped 3 files in .*train that are not images \(\.txt: 2, \.npy: 1\)", caplog.text)
 
 
 def private_memory(pid: int) -> int:
