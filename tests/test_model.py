@@ -42,7 +42,6 @@ from model import (
     main,
 )
 
-timm = pytest.importorskip("timm")
 HERE = Path(__file__).parent
 OFFICIAL = json.loads((HERE / "parity" / "official_state_dicts.json").read_text())
 PAPER_MODELS = tuple(OFFICIAL)
@@ -128,6 +127,7 @@ def test_training_step_agrees_with_the_authors(name):
 
 
 def test_xception_agrees_with_timm():
+    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     theirs = timm.create_model("legacy_xception").double()
     for name, value in theirs.state_dict().items():
@@ -187,6 +187,7 @@ def test_authors_checkpoint_file_loads_whatever_surrounds_it(tmp_path, capsys):
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])
 def test_averaged_weights_of_foreign_checkpoints_come_first_as_in_timm(tmp_path, key):
+    timm = pytest.importorskip("timm")
     raw, averaged, loaded = (create_model("nexception_nano", num_classes=2) for _ in range(3))
     torch.save({key: raw.state_dict(), f"{key}_ema": averaged.state_dict()}, tmp_path / "foreign.pth")
     load_weights(loaded, tmp_path / "foreign.pth")
@@ -499,3 +500,33 @@ def test_large_buffers_are_kept():
     del buffer
     after = inspect()
     assert after.heap == during.heap and after.used <= during.used - 2**26
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_from_the_meta_device_is_the_same(assign):
+    model = model_with_statistics(replace(MODELS["nexception_nano"], pooling="blur"), 0)
+    with torch.device("meta"):
+        empty = NEXcepTion(model.config)
+    if not assign:
+        empty.to_empty(device="cpu")
+        for value in [*empty.parameters(), *empty.buffers()]:
+            value.data.fill_(float("nan") if value.is_floating_point() else 7)  # whatever memory holds
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(empty.eval()(x), model(x))
+
+
+def test_torch_fx_traces_every_network_in_both_modes():
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    rng, x = random.Random(3), torch.randn(2, 3, 32, 32)
+    configs = [replace(config, depths=tuple(min(d, 1) for d in config.depths)) for config in MODELS.values()]
+    for config in configs + [random_config(rng) for _ in range(10)]:
+        model = model_with_statistics(replace(config, drop_path=0.0), 0)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+        stages = [f"stages.{i}" for i in range(len(model.stages))]
+        extractor = extraction.create_feature_extractor(model, return_nodes=["stem", *stages])
+        maps = model.feature_maps(x)
+        for theirs, ours in zip(list(extractor(x).values())[-len(maps) :], maps, strict=True):
+            torch.testing.assert_close(theirs, ours)
+        extracted = extractor.train()(x)[stages[-1]]  # the extractor traces this mode, too
+        torch.testing.assert_close(extracted, model.train().forward_features(x))
