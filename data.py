@@ -26,8 +26,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -967,6 +970,22 @@ class FolderDataset(Dataset):
         return resize(image, shape, self.transform.interpolation)[:, top : top + size, left : left + size]
 
 
+def leave_signals_to_parent(_worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM, which often go to every process: the parent saves, then stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def stop_workers(loader: DataLoader) -> None:
+    """Stop a loader's processes; kill those that do not stop by themselves, since they ignore SIGTERM."""
+    iterator, loader._iterator = loader._iterator, None
+    if iterator is not None and loader.num_workers:
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():
+                worker.kill()
+
+
 def check_shared_memory(workers: int, batch: int, size: int) -> None:
     """Raise DataError if the workers' batches do not fit into a container's shared memory."""
     needed = workers * (WORKERS_AHEAD + 1) * batch * 3 * size**2
@@ -1090,9 +1109,8 @@ class Data:
 
     def close(self) -> None:
         """Stop the workers, if there are any."""
-        if self.loader is not None and self.loader._iterator is not None:
-            iterator, self.loader._iterator = self.loader._iterator, None
-            iterator._shutdown_workers()
+        if self.loader is not None:
+            stop_workers(self.loader)
 
     def _stream(self, epoch: int, virtual_rank: int) -> np.ndarray:
         place = virtual_rank, self.plan.world * self.plan.accumulate
@@ -1113,26 +1131,42 @@ class Data:
 
     def _made(self, jobs: list[Job]) -> Batches:
         """Yield the batches of `jobs` in order; log unreadable files, and raise DataError at the limit."""
+        if self.loader is None:
+            yield from (self.dataset[job][:2] for job in jobs)
+            return
         self.jobs[:] = jobs
         self.iteration += 1
         mine = self.iteration
-        for images, labels, bad in (
-            map(self.dataset.__getitem__, jobs) if self.loader is None else self.loader
-        ):
-            for path, reason in bad:
-                if path not in self.bad:
-                    log.warning("cannot read %s (%s)", path, reason)
-                self.bad[path] = reason
-            if len(self.bad) > self.max_bad_files:
-                raise DataError(
-                    f"{len(self.bad)} files cannot be read and {self.max_bad_files} are allowed: repair or "
-                    f"remove them, or allow more: {', '.join(self.bad)}"
-                )
-            if isinstance(images, DataError):
-                raise images
-            yield images, labels
-            if self.loader is not None and mine != self.iteration:
-                raise RuntimeError("another iteration over this data began before this one had ended")
+        try:
+            # PyTorch's handler for SIGCHLD raises a worker's death wherever the main thread happens to be.
+            # Without it, the death is noticed here, within seconds, when a batch is missing.
+            handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+            batches = iter(self.loader)
+            if handler is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, handler)
+            for images, labels, bad in batches:
+                for path, reason in bad:
+                    if path not in self.bad:
+                        log.warning("cannot read %s (%s)", path, reason)
+                    self.bad[path] = reason
+                if len(self.bad) > self.max_bad_files:
+                    raise DataError(
+                        f"{len(self.bad)} files cannot be read and {self.max_bad_files} are allowed: repair "
+                        f"or remove them, or allow more: {', '.join(self.bad)}"
+                    )
+                if isinstance(images, DataError):
+                    raise images
+                yield images, labels
+                if mine != self.iteration:
+                    raise RuntimeError("another iteration over this data began before this one had ended")
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            ends = [worker.exitcode for worker in self.loader._iterator._workers if not worker.is_alive()]
+            ends = ", ".join(signal.Signals(-end).name if end < 0 else f"exit status {end}" for end in ends)
+            raise RunError(
+                f"a data-loading process ended unexpectedly ({ends}): if memory ran out, lower --workers"
+            ) from None
 
 
 def open_data(
@@ -1186,12 +1220,13 @@ def open_data(
         batch_size=None,
         sampler=data.jobs,
         num_workers=workers,
-        collate_fn=lambda batch: batch,
         persistent_workers=workers > 0,
         prefetch_factor=WORKERS_AHEAD if workers else None,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
         multiprocessing_context="fork"
         if workers and sys.platform == "linux"
         else None,  # no imports in workers
     )
+    weakref.finalize(data, stop_workers, data.loader)  # at the latest when Python exits
     return data

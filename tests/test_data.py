@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import random
 import re
+import signal
+import subprocess
 import sys
 import traceback
 from dataclasses import replace
@@ -661,6 +663,38 @@ def test_workers_start_once_and_their_memory_stays_flat(tmp_path):
     assert len(workers) == 2
     assert not memory or memory[-1] - memory[1] < 2000  # kB; in the first epoch workers import and warm up
     assert not {child.pid for child in multiprocessing.active_children()} & workers
+
+
+def test_workers_leave_signals_to_their_parent_and_a_killed_one_is_a_clear_error(folder):
+    opened = open_data(folder, Plan(batch=2), size=16, workers=2, augment=PLAIN)
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = opened.train_batches(0)
+    found = [next(batches)]
+    workers = [child.pid for child in multiprocessing.active_children()]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for worker in workers:
+            os.kill(worker, number)
+    found += list(batches)
+    again = open_data(folder, Plan(batch=2), size=16, workers=0, augment=PLAIN)
+    assert batches_equal(found, list(again.train_batches(0)))
+    assert workers == [child.pid for child in multiprocessing.active_children()]
+    assert signal.getsignal(signal.SIGCHLD) == handler  # nothing is raised in the middle of a training step
+    os.kill(workers[1], signal.SIGKILL)
+    with pytest.raises(data.RunError, match=r"^a data-loading process ended unexpectedly \(SIGKILL\)"):
+        list(opened.train_batches(1))
+    opened.close()
+    assert not multiprocessing.active_children()
+
+
+def test_workers_stop_when_python_exits(folder):
+    code = f"""
+import data, os
+opened = data.open_data({str(folder)!r}, data.Plan(batch=2), size=16, workers=2)
+next(opened.train_batches(0))
+raise SystemExit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 def test_a_bare_folder_gives_every_image_and_its_path(folder):
