@@ -72,7 +72,7 @@ class ModelConfig(Design):
     drop_path: float = 0.05  # rate of stochastic depth, in [0, 1)
     drop_path_spread: str = "constant"  # over the blocks: "constant", or "linear" from 0 to the rate
     in_channels: int = 3
-    num_classes: int = 1000
+    num_classes: int = 1000  # 0: no classifier, the model returns the pooled features
     input_size: int = 224  # side of the images in pixels that the network is meant for; it takes others
 
     def __post_init__(self):
@@ -88,8 +88,9 @@ class ModelConfig(Design):
             if value not in choices or type(value) is not type(choices[choices.index(value)]):
                 raise UsageError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
         for name in ("stem_width", "expansion", "in_channels", "num_classes", "input_size"):
-            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
-                raise UsageError(f"{name}: {getattr(self, name)!r} is not a whole number above 0")
+            least = 0 if name == "num_classes" else 1
+            if not _is_whole(getattr(self, name)) or getattr(self, name) < least:
+                raise UsageError(f"{name}: {getattr(self, name)!r} is not a whole number of at least {least}")
         if not isinstance(self.drop_path, (int, float)) or not 0 <= self.drop_path < 1:
             raise UsageError(f"drop_path: {self.drop_path!r} is not in [0, 1)")
 
@@ -147,7 +148,10 @@ class ModelConfig(Design):
     def replace(self, **changes) -> ModelConfig:
         """A copy with other values. Raises UsageError for a name that is not a field."""
         names = [f.name for f in fields(self)]
+        timm = {"in_chans": "in_channels", "drop_path_rate": "drop_path", "img_size": "input_size"}
         for name in changes:
+            if name in timm:
+                raise UsageError(f"{name}: not a field of ModelConfig, which calls it {timm[name]}")
             if name not in names:
                 raise UsageError(f"{name}: not a field of ModelConfig, which has {', '.join(names)}")
         return replace(self, **changes)
@@ -216,12 +220,12 @@ POINTS = {"NEXcepTion": MODELS["nexception_t"], "Xception": MODELS["xception"]}
 
 
 class Head(nn.Module):
-    """Global average pooling, for pyramids a norm over the features, and the linear classifier."""
+    """Global average pooling, for pyramids a norm over the features, and the linear classifier, if any."""
 
     def __init__(self, channels: int, config: ModelConfig):
         super().__init__()
         self.norm = NORMS[config.norm](channels) if config.layout == "pyramid" else nn.Identity()
-        self.fc = nn.Linear(channels, config.num_classes)
+        self.fc = nn.Linear(channels, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = x.mean((2, 3), keepdim=True)  # (B, C, H, W) -> (B, C, 1, 1)
@@ -257,8 +261,9 @@ class NEXcepTion(nn.Module):
     the first opens with `PyramidDownsample`.
 
     Maps normalized float images (B, in_channels, H, W), 32 pixels or more on a side (larger networks: their
-    stride), to logits (B, num_classes). `classes` (names) and `transform` (an `EvalTransform`) are None until
-    `load_checkpoint` sets them.
+    stride), to logits (B, num_classes), or with num_classes 0 to features (B, num_features). `feature_info`
+    lists, as in timm, channels, stride and module of each of `feature_maps`. `classes` (names) and
+    `transform` (an `EvalTransform`) are None until `load_checkpoint` sets them.
     """
 
     def __init__(self, config: ModelConfig):
@@ -295,6 +300,13 @@ class NEXcepTion(nn.Module):
         self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in stages)
         self.num_features = width
         self.head = Head(width, config)
+
+        maps = [(width, f"stages.{i}") for i, width in enumerate((*config.widths, *config.exit_widths[2:]))]
+        maps = [(config.stem_width, "stem"), *maps] if isotropic else maps
+        self.feature_info = [
+            {"num_chs": channels, "reduction": stride, "module": module}
+            for (channels, module), stride in zip(maps, config.strides, strict=True)
+        ]
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """Maps (B, C, H, W), one per stride of `config.strides`: the output of the stem (in pyramids part of
@@ -339,11 +351,18 @@ class NEXcepTion(nn.Module):
         self.grad_checkpointing = enable
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by an untrained one for `num_classes` classes and forget the class names."""
+        """Replace the classifier by an untrained one, or with 0 by none, and forget the class names."""
         self.config = self.config.replace(num_classes=num_classes)
         self.classes = None
-        weight = self.head.fc.weight
-        self.head.fc = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+        weight = next(self.parameters())
+        self.head.fc = Head(self.num_features, self.config).fc.to(weight.device, weight.dtype)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
 
 
 def create_model(
@@ -393,50 +412,50 @@ def count_macs(model: nn.Module, input_size: int | None = None, attention: bool 
 
 
 def entry_names(model: NEXcepTion) -> dict[str, dict[str, str]]:
-    """The names of the state dict's entries in each known layout, by the owner of the layout.
+    """The names of the state dict's entries (and of a classifier's) in each known layout, by its owner.
 
-    "our" are ours, in order; "the authors'" hold for networks shaped like -T, -S or -TP, "timm's" for
-    those shaped like its `legacy_xception`. In other networks some names stay ours.
+    "our" maps names to themselves; "the authors'" hold for networks shaped like -T, -S or -TP, "timm's" for
+    those shaped like its `legacy_xception`. Elsewhere some names are ours or mean nothing.
     """
     isotropic = model.config.layout == "isotropic"
     official = {"stem.conv": "stem.0", "stem.norm": "stem.2" if isotropic else "stem.1"}
     official |= {"head.fc": "fc" if isotropic else "head.fc"}
     timm = {"stem.conv1": "conv1", "stem.norm1": "bn1", "stem.conv2": "conv2", "stem.norm2": "bn2"}
     timm |= {"head.fc": "fc"}
+    skip = {"skip": "skip", "skip_norm": "skipbn"}
     se = {"se.reduce": "block_end.fc1", "se.norm": "block_end.bn", "se.expand": "block_end.fc2"}
-    middle = {
-        f"{part}{i}": f"{name}{i}"
-        for i in (1, 2, 3)
-        for part, name in [("conv", "sepconv"), ("norm", "norm")]
-    }
-    downsampling = {"skip": "skip", "skip_norm": "skipbn"}
-    downsampling |= {"conv1": "rep.0", "norm1": "rep.1", "conv2": "rep.3", "norm2": "rep.4"}
-    blocks = middles = 0  # counted so far
+    middle = {f"conv{n}": f"sepconv{n}" for n in (1, 2, 3)} | {f"norm{n}": f"norm{n}" for n in (1, 2, 3)} | se
+    downsampling = skip | {"conv1": "rep.0", "norm1": "rep.1", "conv2": "rep.3", "norm2": "rep.4"} | se
+    middles = residuals = 0  # blocks so far
     for i, stage in enumerate(model.stages):
         for j, block in enumerate(stage):
-            theirs: dict[str, str] = {}
+            path = f"stages.{i}.{j}"
             if isinstance(block, PyramidDownsample):
-                place, theirs = f"stages.{i}.downsample", {"norm": "0", "conv": "1"}
-            elif isinstance(block, ExitConv):
-                place = "exit_flow"
-                theirs = {"conv": str(3 * j - 2), "norm": str(3 * j - 1)}
-                timm |= {f"stages.{i}.{j}.conv": f"conv{j + 2}", f"stages.{i}.{j}.norm": f"bn{j + 2}"}
+                official |= {
+                    f"{path}.norm": f"stages.{i}.downsample.0",
+                    f"{path}.conv": f"stages.{i}.downsample.1",
+                }
+                continue
+            if isinstance(block, ExitConv):  # j is 1 or 2
+                official |= {
+                    f"{path}.conv": f"exit_flow.{3 * j - 2}",
+                    f"{path}.norm": f"exit_flow.{3 * j - 1}",
+                }
+                timm |= {f"{path}.conv": f"conv{j + 2}", f"{path}.norm": f"bn{j + 2}"}
+                continue
+            if isinstance(block, MiddleBlock):
+                place = f"middle_flow.{middles}" if isotropic else f"stages.{i}.blocks.{j - (i > 0)}"
+                middles += 1
             else:
-                blocks += 1
-                if isinstance(block, MiddleBlock):
-                    place = f"middle_flow.{middles}" if isotropic else f"stages.{i}.blocks.{j - (i > 0)}"
-                    theirs = middle | se
-                    middles += 1
-                else:
-                    place = "exit_flow.0" if i == len(model.stages) - 1 else f"downsampling_block{i + 1}"
-                    theirs = downsampling | se
-                # In timm's Sequential an activation precedes each convolution, except in block 1.
-                first = 0 if blocks == 1 else 1
-                own = {f"conv{k + 1}": f"rep.{first + 3 * k}" for k in range(3)}
-                own |= {f"norm{k + 1}": f"rep.{first + 3 * k + 1}" for k in range(3)}
-                own |= {"skip": "skip", "skip_norm": "skipbn"}
-                timm |= {f"stages.{i}.{j}.{part}": f"block{blocks}.{name}" for part, name in own.items()}
-            official |= {f"stages.{i}.{j}.{part}": f"{place}.{name}" for part, name in theirs.items()}
+                place = "exit_flow.0" if i == len(model.stages) - 1 else f"downsampling_block{i + 1}"
+            parts = middle if isinstance(block, MiddleBlock) else downsampling
+            official |= {f"{path}.{ours}": f"{place}.{theirs}" for ours, theirs in parts.items()}
+            residuals += 1
+            # timm's rep is a Sequential in which an activation precedes each convolution, except in block 1.
+            first = 0 if residuals == 1 else 1
+            parts = skip | {f"conv{n + 1}": f"rep.{first + 3 * n}" for n in range(3)}
+            parts |= {f"norm{n + 1}": f"rep.{first + 3 * n + 1}" for n in range(3)}
+            timm |= {f"{path}.{ours}": f"block{residuals}.{theirs}" for ours, theirs in parts.items()}
 
     def renamed(name: str, paths: dict[str, str], convs: dict[str, str]) -> str:
         path, rest = name, []
@@ -445,12 +464,11 @@ def entry_names(model: NEXcepTion) -> dict[str, dict[str, str]]:
             rest.insert(0, convs.get(last, last))
         return ".".join([paths[path], *rest] if path else rest)
 
-    names = list(model.state_dict())
+    names = dict.fromkeys([*model.state_dict(), "head.fc.weight", "head.fc.bias"])
+    convs = {"depthwise": "conv_dw", "pointwise": "conv_pw"}
     return {
         "our": {name: name for name in names},
-        "the authors'": {
-            name: renamed(name, official, {"depthwise": "conv_dw", "pointwise": "conv_pw"}) for name in names
-        },
+        "the authors'": {name: renamed(name, official, convs) for name in names},
         "timm's": {name: renamed(name, timm, {"depthwise": "conv1"}) for name in names},
     }
 
@@ -513,12 +531,14 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
     layouts = entry_names(model)
     owner = max(layouts, key=lambda key: len(weights.keys() & set(layouts[key].values())))
     own, theirs = model.state_dict(), layouts[owner]
-    found = {name: weights.pop(theirs[name]) for name in own if theirs[name] in weights}
+    found = {name: weights.pop(entry) for name, entry in theirs.items() if entry in weights}
     notes = []  # printed once everything fits
 
     fc = ("head.fc.weight", "head.fc.bias")
     classes = len(found[fc[0]]) if fc[0] in found and found[fc[0]].dim() == 2 else 0
-    if classes not in (0, model.config.num_classes) and found[fc[0]].shape[1] == model.num_features:
+    if model.num_classes == 0:
+        found = {name: value for name, value in found.items() if name not in fc}
+    elif classes not in (0, model.num_classes) and found[fc[0]].shape[1] == model.num_features:
         found |= {name: own[name] for name in fc}
         notes.append(
             f"{source}: {classes} classes; everything but the classifier is loaded, "
@@ -546,6 +566,13 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
         print(note)
 
 
+def published_transform(config: ModelConfig) -> EvalTransform:
+    """The evaluation transform of the published weights for networks like `config`."""
+    if config.stem == "conv":  # timm's legacy_xception: 299 of 333 pixels, range [-1, 1]
+        return EvalTransform(config.input_size, 0.8975, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    return EvalTransform(config.input_size)
+
+
 def load_checkpoint(path: str | os.PathLike, fuse: bool = False) -> NEXcepTion:
     """Build the network of a checkpoint file, in evaluation mode, with its `classes` and `transform`.
 
@@ -563,10 +590,8 @@ def load_checkpoint(path: str | os.PathLike, fuse: bool = False) -> NEXcepTion:
     model.classes = content.get("classes")
     if isinstance(content.get("transform"), dict):
         model.transform = EvalTransform.from_dict(content["transform"])
-    elif model.config.stem == "conv":  # timm's legacy_xception: 299 of 333 pixels, range [-1, 1]
-        model.transform = EvalTransform(model.config.input_size, 0.8975, "bicubic", (0.5,) * 3, (0.5,) * 3)
     else:
-        model.transform = EvalTransform(model.config.input_size)
+        model.transform = published_transform(model.config)
     model.eval()
     if fuse:
         _fold_norms(model)

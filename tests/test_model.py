@@ -40,6 +40,7 @@ from model import (
     load_checkpoint,
     load_weights,
     main,
+    published_transform,
 )
 
 HERE = Path(__file__).parent
@@ -319,13 +320,15 @@ def test_impossible_configs_are_refused_by_field():
         ({"widths": (8,) * 7}, "widths"),
         ({"drop_path": 1.0}, "drop_path"),
         ({"drop_path_spread": "cosine"}, "drop_path_spread"),
-        ({"num_classes": 0}, "num_classes"),
+        ({"num_classes": -1}, "num_classes"),
         ({"in_channels": True}, "in_channels"),
     ):
         with pytest.raises(UsageError, match=rf"^{name}: "):
             ModelConfig(**values)
     with pytest.raises(UsageError, match="width: not a field"):
         create_model("nexception_t", width=3)
+    with pytest.raises(UsageError, match="in_chans: not a field of ModelConfig, which calls it in_channels"):
+        create_model("nexception_t", in_chans=1)
     with pytest.raises(UsageError, match="'nexception_l' is not one of nexception_t"):
         create_model("nexception_l")
 
@@ -360,27 +363,75 @@ def test_small_and_odd_inputs(name):
             assert model(x).shape == (1, 4)
 
 
-def test_feature_maps_have_one_map_a_stride():
-    model = create_model("nexception_tp").eval()
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("nexception_t", [96, 128, 256, 512, 2048]),
+        ("xception", [64, 128, 256, 728, 2048]),
+        ("nexception_tp", [96, 192, 384, 768]),
+    ],
+)
+def test_feature_maps_have_the_channels_and_strides_that_feature_info_states(name, channels):
+    model = create_model(name).eval()
+    strides = [2, 4, 8, 16, 32][-len(channels) :]
     with torch.inference_mode():
-        maps = model.feature_maps(torch.randn(1, 3, 64, 64))
-        wide = create_model("nexception_t").eval().feature_maps(torch.randn(1, 3, 64, 64))
-    assert [tuple(m.shape[1:]) for m in maps] == [(96, 16, 16), (192, 8, 8), (384, 4, 4), (768, 2, 2)]
-    assert [tuple(m.shape[1:]) for m in wide] == [
-        (96, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (2048, 2, 2)]  # fmt: skip
+        maps = model.feature_maps(torch.randn(1, 3, 320, 320))
+    assert [m.shape[1] for m in maps] == channels == [info["num_chs"] for info in model.feature_info]
+    assert list(model.config.strides) == strides == [info["reduction"] for info in model.feature_info]
+    # Xception's unpadded stem loses three pixels.
+    assert all(
+        320 / stride - 3 <= m.shape[2] <= 320 / stride for m, stride in zip(maps, strides, strict=True)
+    )
+    for info, m in zip(model.feature_info, maps, strict=True):
+        assert isinstance(model.get_submodule(info["module"]), torch.nn.Module) and m.dim() == 4
 
 
-def test_channels_last_and_reset_classifier():
+def test_classifiers_as_in_timm():
     config = replace(MODELS["nexception_nano"], num_classes=10)
-    model = model_with_statistics(config, 0)
+    model = model_with_statistics(config, 0).double()
+    x = torch.randn(2, 3, 64, 48, dtype=torch.float64)
+    expected, pooled = model(x), model.forward_head(model.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(model.get_classifier()(pooled), expected)
+    headless = create_model(config, num_classes=0).double().eval()
+    load_weights(headless, model.state_dict())
+    assert headless.num_classes == 0 and torch.equal(headless(x), pooled)
+    model.reset_classifier(0)
+    assert torch.equal(model(x), pooled) and not list(model.get_classifier().parameters())
+    assert torch.equal(fuse(model)(x), fuse(headless)(x))
+    model.reset_classifier(4)
+    assert model(x).shape == (2, 4) and model.num_classes == model.config.num_classes == 4
+
+
+def test_models_register_with_timm():
+    timm = pytest.importorskip("timm")
+
+    def register(name):
+        def entry(
+            pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **fields
+        ):
+            model = create_model(name, in_channels=fields.pop("in_chans", 3), **fields)
+            cfg = vars(published_transform(model.config))
+            model.pretrained_cfg = cfg | {"input_size": (model.config.in_channels, cfg["size"], cfg["size"])}
+            return model
+
+        entry.__name__ = name
+        timm.models.register_model(entry)
+
+    for name in ("nexception_nano", "nexception_tp"):
+        register(name)
+    model = timm.create_model("nexception_nano", num_classes=7, in_chans=1)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+    config = timm.data.resolve_model_data_config(timm.create_model("nexception_tp", drop_path=0.1))
+    assert config["input_size"] == (3, 224, 224) and config["crop_pct"] == 0.95
+    assert config["mean"] == timm.data.IMAGENET_DEFAULT_MEAN and config["interpolation"] == "bicubic"
+
+
+def test_channels_last_maps_give_the_same_logits():
+    model = model_with_statistics(MODELS["nexception_nano"], 0)
     x = torch.randn(2, 3, 64, 48)
     expected = model(x)
     last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
-    model.reset_classifier(4)
-    assert model(x).shape == (2, 4) and model.config.num_classes == 4
-    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
-    torch.testing.assert_close(model.head.fc(pooled), model(x))
 
 
 def test_gradient_checkpointing_changes_no_gradient():
