@@ -566,6 +566,13 @@ class Job(NamedTuple):
     key: tuple[int, ...] | None  # (seed, epoch, virtual rank, step); None: evaluation
 
 
+# Fifth word of each random stream's key, because NumPy pads keys with zeros: (seed, epoch), the permutation's,
+# equals (seed, epoch, 0, 0, 0). 1 is training's mixing of images, (seed, epoch, step, rank, 1). The permutation
+# keeps the key of the first version, so that a run of that version, resumed in mid-epoch, still sees each image
+# once; only the draws of its augmentation change.
+AUGMENTATION, SUBSTITUTES = 2, 3
+
+
 def train_stream(count: int, repeats: int, seed_epoch: tuple[int, int], place: tuple[int, int]) -> np.ndarray:
     """Return the indices of the images that virtual rank `place` = (rank, world) sees in an epoch, int64.
 
@@ -611,7 +618,7 @@ class SmallDataset:
         labels = labels.index_select(0, indices)
         if job.key is None:
             return images.index_select(0, indices), labels, []
-        rng = np.random.default_rng(job.key)
+        rng = np.random.default_rng((*job.key, AUGMENTATION))
         images = crop_and_flip(self.padded, job.indices, self.augment, rng)
         return rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill), labels, []
 
@@ -905,13 +912,13 @@ class FolderDataset(Dataset):
                         taken.append(index)
                 taken = np.array(taken, dtype=np.int64)
             else:
-                rng = np.random.default_rng(job.key)
+                rng = np.random.default_rng((*job.key, AUGMENTATION))
                 draws = rng.random((len(images), CROP_DRAWS)).tolist()
                 taken = job.indices.copy()
                 for position, image in enumerate(images):
                     if self.make(files.path(taken[position]), draws[position], image, bad):
                         continue
-                    others = np.random.default_rng([*job.key, position])
+                    others = np.random.default_rng((*job.key, SUBSTITUTES, position))
                     for index in others.integers(len(files), size=MAX_SUBSTITUTES):
                         if self.make(files.path(index), draws[position], image, bad):
                             taken[position] = index
@@ -971,7 +978,7 @@ class FolderDataset(Dataset):
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, which often go to every process: the parent saves, then stops its workers."""
+    """Ignore Ctrl-C and SIGTERM, which often reach all processes of a job: the parent stops its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

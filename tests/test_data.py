@@ -318,6 +318,24 @@ def test_plain_streams_share_a_permutation():
     assert not np.array_equal(streams[0], data.train_stream(103, 1, (1, 2), (0, 4)))
 
 
+def test_every_random_stream_is_used_once(monkeypatch, tmp_path):
+    make_folder(tmp_path, {"train": 12, "val": 1})
+    (tmp_path / "train/red/3.jpg").write_bytes(b"broken")
+    keys, make = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda key: keys.append(tuple(key)) or make(key))
+    for rank in (0, 1):
+        opened = open_data(tmp_path, Plan(batch=4, rank=rank, world=2), size=16, workers=0, augment=PLAIN)
+        keys += [(0, epoch, step, rank, 1) for epoch in (0, 1, 2) for step in (0, 1, 2)]  # train.py's mixing
+        for epoch in (0, 1, 2):
+            list(opened.train_batches(epoch))
+    assert (0, 1, 0, 1, data.AUGMENTATION) in keys
+    assert any(len(key) == 6 for key in keys)  # a substitute's
+    states = {tuple(np.random.SeedSequence(key).generate_state(4)) for key in set(keys)}
+    assert len(states) == len(set(keys))
+    order = make((0, 0)).permutation(24)  # of every version, so that old runs go on in mid-epoch
+    assert np.array_equal(data.train_stream(24, 1, (0, 0), (1, 2)), order[1::2])
+
+
 def test_batches_do_not_depend_on_workers_or_on_the_first_step(folder):
     expected = epoch_of(folder, workers=0)
     assert len(expected) == 6
