@@ -23,6 +23,7 @@ import functools
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -489,7 +490,9 @@ def _read_checkpoint(path: str | os.PathLike) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated or foreign file raises errors of many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = str(error) if isinstance(error, OSError) else "damaged, or not written by torch.save"
+        if pickled := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it pickles {pickled[1]}, but only tensors and plain values are loaded"
         raise UsageError(f"{path} is not a readable checkpoint: {reason}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, not a state dict or checkpoint")
@@ -503,9 +506,12 @@ def _weights_of(content: dict) -> dict[str, Tensor]:
             content = content[key]
             break
     weights = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-    for prefix in ("module.", "_orig_mod."):
-        weights = {k.removeprefix(prefix): v for k, v in weights.items()}
-    return weights
+    while True:  # prefixes of DistributedDataParallel and averaging, torch.compile, Lightning, in any order
+        weights.pop("n_averaged", None)
+        prefixes = [p for p in ("module.", "_orig_mod.", "model.") if all(k.startswith(p) for k in weights)]
+        if not weights or not prefixes:
+            return weights
+        weights = {k.removeprefix(prefixes[0]): v for k, v in weights.items()}
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -520,8 +526,9 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
     """Copy weights into `model`: ours, the authors' or (for `xception`) those of timm's `legacy_xception`.
 
     Takes a file or a dictionary, a bare state dict or a checkpoint around one. If the number of classes
-    differs, everything but the classifier is loaded and a line says so. Raises UsageError that names what is
-    missing, unexpected or of another shape; the model is then untouched.
+    differs, everything but the classifier is loaded; RGB weights for another number of input channels are
+    adapted as in timm; a line says so. Raises UsageError that names what is missing, unexpected or of another
+    shape; the model is then untouched.
     """
     given = path_or_state_dict
     source = "state dict" if isinstance(given, dict) else os.fspath(given)
@@ -544,6 +551,15 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
             f"{source}: {classes} classes; everything but the classifier is loaded, "
             f"which starts untrained for {model.config.num_classes} classes"
         )
+
+    stem = "stem.conv.weight" if model.config.stem == "patchify" else "stem.conv1.weight"
+    channels, shape = model.config.in_channels, tuple(own[stem].shape)
+    if channels != 3 and stem in found and found[stem].shape == (shape[0], 3, *shape[2:]):
+        filters, how = found[stem].float(), "summed" if channels == 1 else "repeated and scaled"
+        repeated = filters.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
+        filters = filters.sum(1, keepdim=True) if channels == 1 else repeated
+        found[stem] = filters.to(found[stem].dtype)
+        notes.append(f"{source}: the stem's RGB filters are {how} for in_channels {channels}")
 
     problems = {
         "missing": [theirs[name] for name in own if name not in found],
@@ -723,7 +739,7 @@ def classify(model: NEXcepTion, photos: list[str]) -> None:
 
     for photo in photos:
         try:
-            with Image.open(photo) as image:
+            with Image.open(Path(photo).expanduser()) as image:
                 x = model.transform(image)[None]  # (C, H, W) -> (1, C, H, W)
         except OSError as error:
             raise UsageError(f"{photo} is not a readable image: {error}") from None

@@ -197,6 +197,50 @@ def test_averaged_weights_of_foreign_checkpoints_come_first_as_in_timm(tmp_path,
         assert torch.equal(value, averaged.state_dict()[name]) and torch.equal(value, theirs[name])
 
 
+def test_weights_load_under_the_prefixes_of_wrappers(tmp_path, monkeypatch):
+    class Wrapper(torch.nn.Module):  # as a LightningModule with `self.model`
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+    average = torch.optim.swa_utils.AveragedModel
+    parallel = torch.nn.DataParallel  # DistributedDataParallel's names
+    model = create_model("nexception_nano", num_classes=3)
+    wrapped = [
+        torch.compile(parallel(model)),
+        parallel(torch.compile(model)),
+        average(model),
+        torch.compile(average(parallel(model))),
+        Wrapper(torch.compile(model)),
+    ]
+    for wrapper in wrapped:
+        loaded = create_model("nexception_nano", num_classes=3)
+        load_weights(loaded, {"epoch": 3, "state_dict": wrapper.state_dict()})
+        for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    load_weights(loaded, "~/weights.pt")
+
+
+@pytest.mark.parametrize("name", ["nexception_nano", "xception"])
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_rgb_weights_adapt_to_other_channels_as_in_timm(name, channels, capsys):
+    timm = pytest.importorskip("timm")
+    small = {"widths": (16,), "depths": (0,), "exit_widths": (8, 8, 8), "num_classes": 2}
+    rgb, other = create_model(name, **small), create_model(name, in_channels=channels, **small)
+    load_weights(other, rgb.state_dict())
+    entry = next(iter(rgb.state_dict()))
+    expected = timm.models.adapt_input_conv(channels, rgb.state_dict()[entry])
+    torch.testing.assert_close(other.state_dict()[entry], expected)
+    assert f"in_channels {channels}" in capsys.readouterr().out
+    if channels == 1:  # a grey image and its RGB copy have the same logits
+        grey = torch.randn(2, 1, 40, 40)
+        torch.testing.assert_close(
+            other.eval()(grey), rgb.eval()(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5
+        )
+
+
 def test_load_weights_names_what_does_not_fit():
     config = replace(MODELS["nexception_nano"], num_classes=10)
     model = NEXcepTion(config)
@@ -221,8 +265,14 @@ def test_unsafe_and_truncated_files_are_refused(tmp_path):
     torch.save(create_model("nexception_nano").state_dict(), tmp_path / "whole.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
     (tmp_path / "empty.pt").touch()
-    for name in ("pickled.pt", "half.pt", "empty.pt"):
-        with pytest.raises(UsageError, match=f"{name} is not a readable checkpoint"):
+    (tmp_path / "text.pt").write_text("some text")
+    for name, reason in (
+        ("pickled.pt", r"it pickles model.NEXcepTion, but only tensors and plain values are loaded$"),
+        ("text.pt", "damaged"),
+        ("half.pt", "damaged"),
+        ("empty.pt", "damaged"),
+    ):
+        with pytest.raises(UsageError, match=f"{name} is not a readable checkpoint: {reason}"):
             load_checkpoint(tmp_path / name)
 
 
