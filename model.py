@@ -490,7 +490,7 @@ def _read_checkpoint(path: str | os.PathLike) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated or foreign file raises errors of many kinds
-        reason = str(error) if isinstance(error, OSError) else "damaged, or not written by torch.save"
+        reason = str(error) if isinstance(error, PermissionError) else "damaged, or not written by torch.save"
         if pickled := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"it pickles {pickled[1]}, but only tensors and plain values are loaded"
         raise UsageError(f"{path} is not a readable checkpoint: {reason}") from None
@@ -542,20 +542,21 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
     notes = []  # printed once everything fits
 
     fc = ("head.fc.weight", "head.fc.bias")
-    classes = len(found[fc[0]]) if fc[0] in found and found[fc[0]].dim() == 2 else 0
     if model.num_classes == 0:
         found = {name: value for name, value in found.items() if name not in fc}
-    elif classes not in (0, model.num_classes) and found[fc[0]].shape[1] == model.num_features:
-        found |= {name: own[name] for name in fc}
-        notes.append(
-            f"{source}: {classes} classes; everything but the classifier is loaded, "
-            f"which starts untrained for {model.config.num_classes} classes"
-        )
+    elif all(name in found for name in fc):
+        classes, *features = found[fc[0]].shape
+        if classes != model.num_classes and features == [model.num_features]:
+            found |= {name: own[name] for name in fc}
+            notes.append(
+                f"{source}: {classes} classes; everything but the classifier is loaded, "
+                f"which starts untrained for {model.num_classes} classes"
+            )
 
     stem = "stem.conv.weight" if model.config.stem == "patchify" else "stem.conv1.weight"
     channels, shape = model.config.in_channels, tuple(own[stem].shape)
     if channels != 3 and stem in found and found[stem].shape == (shape[0], 3, *shape[2:]):
-        filters, how = found[stem].float(), "summed" if channels == 1 else "repeated and scaled"
+        filters, how = found[stem].double(), "summed" if channels == 1 else "repeated and scaled"
         repeated = filters.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
         filters = filters.sum(1, keepdim=True) if channels == 1 else repeated
         found[stem] = filters.to(found[stem].dtype)
