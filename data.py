@@ -341,13 +341,13 @@ def equalize(images: torch.Tensor, _: list[float]) -> torch.Tensor:
     channels, device = images.shape[0] * 3, images.device
     values = torch.arange(256, device=device)
     offsets = torch.arange(channels, dtype=torch.int32, device=device)[:, None] * 256
-    cells = (images.reshape(channels, -1) + offsets).view(-1)
+    cells = (images.reshape(channels, -1) + offsets).flatten()
     counts = torch.bincount(cells, minlength=channels * 256).view(channels, 256)
     last = torch.where(counts > 0, values, 0).amax(1, keepdim=True)
     step = (counts.sum(1, keepdim=True) - counts.gather(1, last)) // 255
     table = (step // 2 + counts.cumsum(1) - counts) // step.clamp(min=1)
     table = torch.where(step > 0, table.clamp(max=255), values).byte()  # step 0: too few values, unchanged
-    return table.view(-1).index_select(0, cells).view_as(images)
+    return table.view(-1).index_select(0, cells).view(images.shape)
 
 
 def invert(images: torch.Tensor, _: list[float]) -> torch.Tensor:
@@ -485,7 +485,7 @@ OPERATIONS = (
     (equalize, lambda magnitude, sign: 0),
     (invert, lambda magnitude, sign: 0),
     (rotate, lambda magnitude, sign: sign * magnitude / 10 * 30),  # degrees
-    (posterize, lambda magnitude, sign: 4 - int(magnitude / 10 * 4)),  # bits kept
+    (posterize, lambda magnitude, sign: max(1, 4 - int(magnitude / 10 * 4))),  # bits kept
     (solarize, lambda magnitude, sign: 256 - int(magnitude / 10 * 256)),  # threshold
     (solarize_add, lambda magnitude, sign: int(magnitude / 10 * 110)),  # added below 128
     (color, enhancement),
@@ -566,10 +566,10 @@ class Job(NamedTuple):
     key: tuple[int, ...] | None  # (seed, epoch, virtual rank, step); None: evaluation
 
 
-# Fifth word of each random stream's key, because NumPy pads keys with zeros: (seed, epoch), the permutation's,
-# equals (seed, epoch, 0, 0, 0). 1 is training's mixing of images, (seed, epoch, step, rank, 1). The permutation
-# keeps the key of the first version, so that a run of that version, resumed in mid-epoch, still sees each image
-# once; only the draws of its augmentation change.
+# Fifth word of each random stream's key, because NumPy pads keys with zeros: (seed, epoch), the
+# permutation's, equals (seed, epoch, 0, 0, 0). 1 is training's mixing of images, (seed, epoch, step, rank,
+# 1). The permutation keeps the key of the first version, so that a run of that version, resumed in mid-
+# epoch, still sees each image once; only the draws of its augmentation change.
 AUGMENTATION, SUBSTITUTES = 2, 3
 
 
