@@ -255,7 +255,7 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 
 
 class NEXcepTion(nn.Module):
-    """The network described by `config`: a stem, stages whose strides double, a head.
+    """The network described by `config` (or its dictionary): a stem, stages whose strides double, a head.
 
     Isotropic (Xception, NEXcepTion-T and -S): each entry block opens a stage, the last of these continues
     with the middle flow, and the exit flow is a stage of its own. Pyramid (NEXcepTion-TP): every stage but
@@ -267,9 +267,9 @@ class NEXcepTion(nn.Module):
     `transform` (an `EvalTransform`) are None until `load_checkpoint` sets them.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig | dict):
         super().__init__()
-        self.config = config
+        self.config = config = ModelConfig.from_dict(config) if isinstance(config, dict) else config
         self.classes: list[str] | None = None
         self.transform: EvalTransform | None = None
         self.grad_checkpointing = False

@@ -452,6 +452,22 @@ def test_classifiers_as_in_timm():
     assert model(x).shape == (2, 4) and model.num_classes == model.config.num_classes == 4
 
 
+def test_models_travel_through_hugging_face_hub_s_mixin(tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("safetensors")
+
+    class Hub(NEXcepTion, hub.PyTorchModelHubMixin):
+        pass
+
+    config = replace(MODELS["nexception_nano"], num_classes=3)
+    for given in (config, config.to_dict()):
+        model = Hub(given).eval()
+        model.save_pretrained(tmp_path / "hub")
+        loaded = Hub.from_pretrained(tmp_path / "hub").eval()
+        x = torch.randn(2, 3, 32, 32)
+        assert loaded.config == config and torch.equal(loaded(x), model(x))
+
+
 def test_models_register_with_timm():
     timm = pytest.importorskip("timm")
 
