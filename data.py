@@ -40,7 +40,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 log = logging.getLogger("data")
@@ -860,8 +860,10 @@ def jpeg_decoder() -> tuple[Callable, int]:
     return torch.ops.image.decode_jpeg, ImageReadMode.RGB.value
 
 
-def decode(data: bytearray | memoryview) -> torch.Tensor:
+def decode(data: bytearray | memoryview, exif: bool = False) -> torch.Tensor:
     """Return a file's image as uint8 (3, H, W), with PIL's very pixels; raises what PIL raises.
+
+    With `exif`, the image is turned as its EXIF orientation says (ImageOps.exif_transpose).
 
     torchvision decodes JPEG files. What it refuses (other formats, whatever the file's name; truncated files)
     is left to PIL to read or to refuse.
@@ -869,9 +871,11 @@ def decode(data: bytearray | memoryview) -> torch.Tensor:
     if data[:3] == b"\xff\xd8\xff":
         operator, rgb = jpeg_decoder()
         with contextlib.suppress(RuntimeError):
-            return operator(torch.frombuffer(data, dtype=torch.uint8), rgb, False)
-    image = to_rgb(Image.open(io.BytesIO(data)))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            return operator(torch.frombuffer(data, dtype=torch.uint8), rgb, exif)
+    image = Image.open(io.BytesIO(data))
+    if exif:
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would lose the file's other tags
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
 def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
@@ -888,8 +892,10 @@ class FolderDataset(Dataset):
     would be some 300 small kernels per batch that delay the model's, and only the workers scale.
     """
 
-    def __init__(self, files: dict[str, FileList], transform: EvalTransform, augment: Augmentation):
-        self.files = files
+    def __init__(
+        self, files: dict[str, FileList], transform: EvalTransform, augment: Augmentation, exif: bool = False
+    ):
+        self.files, self.exif = files, exif
         self.counts = {split: len(listed) for split, listed in files.items()}
         self.transform, self.augment = transform, augment
         self.fill = fill_colour(transform.mean)
@@ -939,7 +945,7 @@ class FolderDataset(Dataset):
     def make(self, path: str, draws: list[float] | None, place: torch.Tensor, bad: list) -> bool:
         """Put a file's crop (random with `draws`, else central) into `place`; note a bad file in `bad`."""
         try:
-            image = decode(self.read(path))
+            image = decode(self.read(path), self.exif)
         except Exception as error:  # PIL's decoders raise errors of almost any type on broken files
             bad.append((path, f"{type(error).__name__}: {error}"))
             return False
@@ -1189,6 +1195,7 @@ def open_data(
     workers: int | None = None,
     root: str = "data",
     max_bad_files: int = 50,
+    exif: bool = False,
 ) -> Data:
     """Open a small set (see SMALL_SETS) or an image folder, for training and evaluation.
 
@@ -1203,6 +1210,7 @@ def open_data(
         workers: data-loading processes, for folders (default: this process's share of the cores; 0: none).
         root: folder of CIFAR's files.
         max_bad_files: unreadable files to tolerate.
+        exif: turn photographs of a folder as their EXIF orientation says (timm and torchvision do not).
 
     Raises DataError for mistakes of the user.
     """
@@ -1219,7 +1227,7 @@ def open_data(
     if workers is None:
         workers = max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", plan.world)))
     check_shared_memory(workers, max(plan.batch, plan.eval_batch), transform.size)
-    dataset = FolderDataset(files, transform, augment)
+    dataset = FolderDataset(files, transform, augment, exif)
     data = Data(source, dataset, next(iter(files.values())).classes, plan, device, max_bad_files)
     jpeg_decoder()  # imported once, before workers are forked
     data.loader = DataLoader(

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin
 from sklearn.datasets import load_sample_image
 
 import data
@@ -505,6 +505,28 @@ def test_files_decode_as_pil_decodes_them(photograph):
         assert torch.equal(data.decode(content), expected), kind
 
 
+def test_photographs_are_turned_if_asked(photograph, tmp_path):
+    image = photograph.resize((40, 25))
+    (tmp_path / "class").mkdir()
+    for kind in ("JPEG", "PNG", "WEBP"):
+        for orientation in range(1, 9):
+            exif = Image.Exif()
+            exif[0x112] = orientation
+            content = encode(image, kind, exif=exif)
+            file = Image.open(io.BytesIO(content))
+            upright = as_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+            assert torch.equal(data.decode(content, exif=True), upright), (kind, orientation)
+            assert torch.equal(data.decode(content), as_tensor(file.convert("RGB")))
+            assert torch.equal(data.decode(encode(image, kind), exif=True), data.decode(encode(image, kind)))
+    (tmp_path / "class/sideways.webp").write_bytes(content)
+    transform = EvalTransform(size=16)
+    for exif in (False, True):
+        opened = open_data(tmp_path, train=False, transform=transform, workers=0, exif=exif)
+        images, _ = next(opened.eval_batches())
+        expected = data.FolderDataset({}, transform, PLAIN).centre_crop(data.decode(content, exif))
+        assert torch.equal(images[0], expected)
+
+
 def test_deep_images_are_scaled_and_not_clipped():
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     expected = torch.from_numpy((ramp >> 8).astype(np.uint8))
@@ -520,6 +542,7 @@ def test_deep_images_are_scaled_and_not_clipped():
         (encode(deep, "TIFF", tiffinfo=white_is_zero), 255 - expected),
         (encode(floats, "TIFF", tiffinfo=declared), expected),
     ):
+        assert torch.equal(data.decode(content, exif=True), right.expand(3, 256, 256))
         assert torch.equal(data.decode(content), right.expand(3, 256, 256))
         crop = EvalTransform(size=256, crop_pct=1.0).crop(Image.open(io.BytesIO(content)))
         assert torch.equal(crop, right.expand(3, 256, 256))
