@@ -634,7 +634,8 @@ def fuse(model: NEXcepTion) -> NEXcepTion:
 
     Equal to `model.eval()` to 1e-5 in float32. Folded are norms that directly follow a convolution, and those
     that directly precede an unpadded one or the classifier; layer norms stay, and so does the norm after the
-    activation of an isotropic patchify stem. `load_weights` does not take the state dict of the copy.
+    activation of an isotropic patchify stem. Gradients flow through the copy (Grad-CAM). `load_weights` does
+    not take its state dict.
     """
     fused = copy.deepcopy(model).eval()
     _fold_norms(fused)
@@ -735,13 +736,17 @@ def table() -> str:
 
 
 def classify(model: NEXcepTion, photos: list[str]) -> None:
-    """Print the five most likely classes of each photograph with their probabilities."""
-    from PIL import Image
+    """Print the five most likely classes of each photograph with their probabilities.
+
+    Photographs taken sideways are turned as their EXIF entry says. Transparency is ignored, as by Pillow's
+    `convert("RGB")` and the loaders of timm and torchvision: hidden colours count.
+    """
+    from PIL import Image, ImageOps
 
     for photo in photos:
         try:
             with Image.open(Path(photo).expanduser()) as image:
-                x = model.transform(image)[None]  # (C, H, W) -> (1, C, H, W)
+                x = model.transform(ImageOps.exif_transpose(image))[None]  # (C, H, W) -> (1, C, H, W)
         except OSError as error:
             raise UsageError(f"{photo} is not a readable image: {error}") from None
         with torch.inference_mode():

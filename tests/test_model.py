@@ -350,6 +350,33 @@ def test_fuse_leaves_no_foldable_norm_and_the_original_untouched():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["nexception_nano", "xception"])
+def test_gradients_through_a_fused_network_are_those_of_the_network(name):
+    """Of the input and, as Grad-CAM takes them, of the last map, where the input needs none."""
+    small = replace(MODELS[name], widths=(16, 24), depths=(1,), exit_widths=(16, 24, 32), num_classes=5)
+    model, x = model_with_statistics(small, 0).double(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    slopes = []
+    for network in (model, fuse(model)):
+        maps = network.forward_features(x)
+        cam = torch.autograd.grad(network.forward_head(maps)[:, 2].sum(), maps)[0]
+        leaf = x.clone().requires_grad_()
+        slopes.append((cam, torch.autograd.grad(network(leaf)[:, 2].sum(), leaf)[0]))
+    for plain, fused in zip(*slopes, strict=True):
+        torch.testing.assert_close(fused, plain)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_activation_module_runs_once(name):
+    """So that hooks on one of them see one map, Xception's stem included."""
+    model, calls = create_model(name).eval(), []
+    activations = [m for m in model.modules() if isinstance(m, tuple(blocks.ACTIVATIONS.values()))]
+    for activation in activations:
+        activation.register_forward_hook(lambda module, *_: calls.append(module))
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 32, 32))
+    assert len(calls) == len(set(calls)) == len(activations) > 0
+
+
 def test_impossible_configs_are_refused_by_field():
     for values, name in (
         ({"stem": "convolution"}, "stem"),
@@ -578,6 +605,7 @@ def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
     assert "24,544,976" in listed and "8.357 G" in listed
 
     model = model_with_statistics(replace(MODELS["nexception_nano"], num_classes=6), 0)
+    model.head.fc.weight.data.mul_(100)  # probabilities that tell images apart
     transform = EvalTransform(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
     content = {"model": model.state_dict(), "config": model.config.to_dict(), "classes": list("abcdef")}
     torch.save(content | {"transform": transform.to_dict()}, tmp_path / "best.pt")
@@ -587,6 +615,13 @@ def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
     main([str(tmp_path / "best.pt"), str(tmp_path / "photo.png")])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and lines[1].split()[-1] == "abcdef"[most_likely]
+
+    # The same picture as a camera stores it that was held sideways: turned, and an EXIF entry that says so.
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90°
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "sideways.png", exif=exif)
+    main([str(tmp_path / "best.pt"), str(tmp_path / "sideways.png")])
+    assert capsys.readouterr().out.splitlines()[1:] == lines[1:]
 
     for arguments, message in (
         (("absent.pt", "photo.png"), "no such file"),
