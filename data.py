@@ -51,6 +51,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 CROP_DRAWS = 24  # uniform numbers per random crop: 22 for `crop_box`, one for the filter, one for the flip
+SIZES = (8, 4096)  # pixels: smallest and largest side of the images
 MAX_SUBSTITUTES = 20  # files tried in place of an unreadable one
 WORKERS_AHEAD = 2  # batches that each worker prepares in advance
 
@@ -607,6 +608,11 @@ class SmallDataset:
         if "train" in splits:
             images, labels = self.splits["train"]
             margin, (height, width) = augment.padding, images.shape[2:]
+            if not 0 <= margin < height:
+                raise DataError(
+                    f"a padding of {margin}: must be at least 0 and less than the {height} pixels"
+                )
+            check_memory(len(images), height + 2 * margin)
             self.padded = F.pad(images, (margin,) * 4)  # with black, once for all epochs
             images = self.padded[:, :, margin : margin + height, margin : margin + width]
             self.splits["train"] = images, labels  # a view: the images are in memory once
@@ -623,8 +629,19 @@ class SmallDataset:
         return rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill), labels, []
 
 
+def check_memory(images: int, size: int) -> None:
+    """Raise DataError if a set of uint8 (images, 3, size, size) and its copies exceed the memory."""
+    needed = 3 * images * 3 * size**2
+    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise DataError(
+            f"{images} images of {size} x {size} pixels need {needed / 2**30:.0f} GiB, more memory than there "
+            "is: use a smaller --size or --padding"
+        )
+
+
 def resize_all(images: torch.Tensor, size: int) -> torch.Tensor:
     """Resize uint8 (N, 3, H, W) to (N, 3, size, size), bilinear and antialiased, in parts to save memory."""
+    check_memory(len(images), size)
     if images.shape[-1] == size:
         return images
     parts = images.split(4096)
@@ -699,6 +716,14 @@ SMALL_SETS = {  # one line per data set
     "cifar10": SmallSet(CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), padding=4, flip=0.5),
     "cifar100": SmallSet(CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), padding=4, flip=0.5),
 }
+
+
+def default_transform(source: str, size: int | None = None) -> EvalTransform:
+    """Return the default evaluation transform, at `size` pixels (default: 32 for small sets, else 224)."""
+    if source not in SMALL_SETS:
+        return EvalTransform(224 if size is None else size)
+    small = SMALL_SETS[source]
+    return EvalTransform(32 if size is None else size, 1.0, "bilinear", small.mean, small.std)
 
 
 def default_augmentation(source: str) -> Augmentation:
@@ -1216,13 +1241,13 @@ def open_data(
     """
     source, device = str(source), torch.device(device)
     augment = augment or default_augmentation(source)
+    transform = transform or default_transform(source, size)
+    if not SIZES[0] <= transform.size <= SIZES[1]:
+        raise DataError(f"a size of {transform.size} pixels: must be from {SIZES[0]} to {SIZES[1]}")
     if source in SMALL_SETS:
-        small = SMALL_SETS[source]
-        transform = transform or EvalTransform(size or 32, 1.0, "bilinear", small.mean, small.std)
-        splits, classes = small.load(transform.size, root)
+        splits, classes = SMALL_SETS[source].load(transform.size, root)
         splits = {split: tensors for split, tensors in splits.items() if train or split != "train"}
         return Data(source, SmallDataset(splits, transform, augment, device), classes, plan, device)
-    transform = transform or EvalTransform(size or 224)
     files = files or list_images(source, train)
     if workers is None:
         workers = max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", plan.world)))

@@ -801,6 +801,22 @@ def test_mistakes_are_said_before_any_training(tmp_path):
         open_data(tmp_path / "flat", train=False)
 
 
+def test_sizes_that_no_machine_can_hold_are_refused_before_memory_is_taken(monkeypatch, folder):
+    for size in (0, 1, 7, 4097, 100_000):
+        for source in ("digits", folder):
+            with pytest.raises(DataError, match=f"a size of {size} pixels: must be from 8 to 4096"):
+                open_data(source, size=size, workers=0)
+    for padding in (-1, 32, 100_000):
+        with pytest.raises(DataError, match=f"a padding of {padding}: must be .* less than the 32 pixels"):
+            open_data("digits", augment=Augmentation(padding=padding, layers=0, repeats=1))
+    monkeypatch.setattr(
+        os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 2**12}[name]
+    )  # 4 GiB
+    with pytest.raises(DataError, match=r"1797 images of 4096 x 4096 pixels need 253 GiB, more .* --size"):
+        open_data("digits", size=4096)
+    data.check_memory(1797, 500)
+
+
 def test_folders_to_evaluate_on_have_three_names(tmp_path):
     for names in (("val",), ("validation",), ("test",), ("val", "test"), ("validation", "test")):
         root = make_folder(tmp_path / "-".join(names), {"train": 6, **dict.fromkeys(names, 3)})
