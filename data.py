@@ -634,8 +634,8 @@ def check_memory(images: int, size: int) -> None:
     needed = 3 * images * 3 * size**2
     if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise DataError(
-            f"{images} images of {size} x {size} pixels need {needed / 2**30:.0f} GiB, more memory than there "
-            "is: use a smaller --size or --padding"
+            f"{images} images of {size} x {size} pixels need {needed / 2**30:.0f} GiB of memory, more than "
+            "there is: use a smaller --size or --padding"
         )
 
 
@@ -1024,8 +1024,13 @@ def stop_workers(loader: DataLoader) -> None:
                 worker.kill()
 
 
+def local_processes(world: int) -> int:
+    """Return the number of training processes on this machine, of `world` in total."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))  # set by torchrun
+
+
 def check_shared_memory(workers: int, batch: int, size: int) -> None:
-    """Raise DataError if the workers' batches do not fit into a container's shared memory."""
+    """Raise DataError if the batches of all workers of a machine do not fit into its shared memory."""
     needed = workers * (WORKERS_AHEAD + 1) * batch * 3 * size**2
     if workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
         raise DataError(
@@ -1250,8 +1255,10 @@ def open_data(
         return Data(source, SmallDataset(splits, transform, augment, device), classes, plan, device)
     files = files or list_images(source, train)
     if workers is None:
-        workers = max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", plan.world)))
-    check_shared_memory(workers, max(plan.batch, plan.eval_batch), transform.size)
+        workers = max(1, cpu_count() // local_processes(plan.world))
+    check_shared_memory(
+        local_processes(plan.world) * workers, max(plan.batch, plan.eval_batch), transform.size
+    )
     dataset = FolderDataset(files, transform, augment, exif)
     data = Data(source, dataset, next(iter(files.values())).classes, plan, device, max_bad_files)
     jpeg_decoder()  # imported once, before workers are forked

@@ -812,7 +812,9 @@ def test_sizes_that_no_machine_can_hold_are_refused_before_memory_is_taken(monke
     monkeypatch.setattr(
         os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 2**12}[name]
     )  # 4 GiB
-    with pytest.raises(DataError, match=r"1797 images of 4096 x 4096 pixels need 253 GiB, more .* --size"):
+    with pytest.raises(
+        DataError, match=r"1797 images of 4096 x 4096 pixels need 253 GiB of memory, more .* --size"
+    ):
         open_data("digits", size=4096)
     data.check_memory(1797, 500)
 
@@ -830,12 +832,15 @@ def test_folders_to_evaluate_on_have_three_names(tmp_path):
         assert list(list_images(root, train=False)) == ["val"]
 
 
-def test_shared_memory_that_is_too_small_is_a_clear_error(monkeypatch):
+def test_shared_memory_that_is_too_small_is_a_clear_error(monkeypatch, folder):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda _: type("usage", (), {"free": 2**20}))
     monkeypatch.setattr(data.os.path, "isdir", lambda _: True)
     with pytest.raises(DataError, match=r"8 workers need 220 MiB in /dev/shm.*--workers.*--shm-size"):
         data.check_shared_memory(8, 64, 224)
     data.check_shared_memory(0, 64, 224)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # of 16 processes on two machines
+    with pytest.raises(DataError, match=r"16 workers need 441 MiB"):
+        open_data(folder, Plan(batch=64, world=16), workers=2)
 
 
 def test_files_are_written_whole_or_not_at_all(monkeypatch, tmp_path):
