@@ -50,6 +50,8 @@ from blocks import (
 )
 from data import EvalTransform, UsageError, write_whole
 
+LARGEST, DEEPEST = 2**20, 1000  # width or number of classes, depth of a stage: beyond these, surely a mistake
+
 
 def _is_whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -89,9 +91,9 @@ class ModelConfig(Design):
             if value not in choices or type(value) is not type(choices[choices.index(value)]):
                 raise UsageError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
         for name in ("stem_width", "expansion", "in_channels", "num_classes", "input_size"):
-            least = 0 if name == "num_classes" else 1
-            if not _is_whole(getattr(self, name)) or getattr(self, name) < least:
-                raise UsageError(f"{name}: {getattr(self, name)!r} is not a whole number of at least {least}")
+            value, least = getattr(self, name), 0 if name == "num_classes" else 1
+            if not _is_whole(value) or not least <= value <= LARGEST:
+                raise UsageError(f"{name}: {value!r} is not a whole number from {least} to {LARGEST:,}")
         if not isinstance(self.drop_path, (int, float)) or not 0 <= self.drop_path < 1:
             raise UsageError(f"drop_path: {self.drop_path!r} is not in [0, 1)")
 
@@ -105,9 +107,14 @@ class ModelConfig(Design):
                 found = len(getattr(self, name))
                 raise UsageError(f"{name}: {found} values, but the {self.layout} layout takes {count}")
         least = len(MIXED_KERNELS) if self.kernel == "mixed" else 1
-        for name, lowest in (("widths", least), ("exit_widths", 1), ("depths", 0)):
-            if any(value < lowest for value in getattr(self, name)):
-                raise UsageError(f"{name}: {getattr(self, name)} has a value below {lowest}")
+        for name, low, high in (
+            ("widths", least, LARGEST),
+            ("exit_widths", 1, LARGEST),
+            ("depths", 0, DEEPEST),
+        ):
+            for value in getattr(self, name):
+                if not low <= value <= high:
+                    raise UsageError(f"{name}: {value} is not from {low} to {high:,}")
         least = max(least, 2) if self.stem == "conv" else least
         if self.stem_width < least:
             raise UsageError(f"stem_width: {self.stem_width} is below {least}")
@@ -177,7 +184,7 @@ class ModelConfig(Design):
         """Raises UsageError that names the file when it does not hold a config."""
         try:
             return cls.from_dict(json.loads(Path(path).expanduser().read_text()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
             raise UsageError(f"{path} holds no model config: {error}") from None
 
 
@@ -366,13 +373,19 @@ class NEXcepTion(nn.Module):
         return self.config.num_classes
 
 
+def count_parameters(model: nn.Module) -> int:
+    """The number of trainable and frozen parameters; buffers do not count."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def create_model(
     name_or_config: str | os.PathLike | dict | ModelConfig, num_classes: int | None = None, **overrides
 ) -> NEXcepTion:
     """Build an untrained network (PyTorch's default initialization, as the authors').
 
     `name_or_config` is a name in `MODELS`, a `ModelConfig`, its dictionary, or the path of its JSON file;
-    `overrides` are fields of the config. Raises UsageError that names the unknown model or the field.
+    `overrides` are fields of the config. Raises UsageError that names the unknown model or the field, or if
+    the weights do not fit into this machine's memory.
     """
     config = name_or_config
     if isinstance(config, dict):
@@ -386,12 +399,16 @@ def create_model(
         config = MODELS[name] if name in MODELS else ModelConfig.from_json(name)
     if num_classes is not None:
         overrides["num_classes"] = num_classes
-    return NEXcepTion(config.replace(**overrides))
-
-
-def count_parameters(model: nn.Module) -> int:
-    """The number of trainable and frozen parameters; buffers do not count."""
-    return sum(p.numel() for p in model.parameters())
+    config = config.replace(**overrides)
+    with torch.device("meta"):
+        needed = 4 * count_parameters(NEXcepTion(config))
+    if hasattr(os, "sysconf") and needed > (
+        memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ):
+        raise UsageError(
+            f"widths: the weights take {needed / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f} GiB"
+        )
+    return NEXcepTion(config)
 
 
 def count_macs(model: nn.Module, input_size: int | None = None, attention: bool = False) -> int:
@@ -605,10 +622,12 @@ def load_checkpoint(path: str | os.PathLike, fuse: bool = False) -> NEXcepTion:
         model = _recognize(path, weights)
     load_weights(model, weights)
     model.classes = content.get("classes")
+    model.transform = published_transform(model.config)
     if isinstance(content.get("transform"), dict):
-        model.transform = EvalTransform.from_dict(content["transform"])
-    else:
-        model.transform = published_transform(model.config)
+        try:
+            model.transform = EvalTransform.from_dict(content["transform"])
+        except TypeError as error:
+            raise UsageError(f"{path}: its transform is not an EvalTransform: {error}") from None
     model.eval()
     if fuse:
         _fold_norms(model)
@@ -743,12 +762,19 @@ def classify(model: NEXcepTion, photos: list[str]) -> None:
     """
     from PIL import Image, ImageOps
 
+    if model.config.in_channels != 3 or model.num_classes == 0:
+        raise UsageError("photographs take a model with a classifier and in_channels 3")
     for photo in photos:
         try:
             with Image.open(Path(photo).expanduser()) as image:
-                x = model.transform(ImageOps.exif_transpose(image))[None]  # (C, H, W) -> (1, C, H, W)
-        except OSError as error:
+                ImageOps.exif_transpose(image, in_place=True)  # a copy would lose the range of deep pixels
+                image.load()
+        except Exception as error:  # Pillow's decoders raise errors of many kinds
             raise UsageError(f"{photo} is not a readable image: {error}") from None
+        try:
+            x = model.transform(image)[None]  # (C, H, W) -> (1, C, H, W)
+        except UsageError as error:
+            raise UsageError(f"{photo}: {error}") from None
         with torch.inference_mode():
             probabilities, order = model(x).softmax(1)[0].sort(descending=True)
         print(photo)

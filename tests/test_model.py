@@ -12,6 +12,8 @@ import ctypes
 import json
 import random
 import shutil
+import struct
+import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -398,10 +400,15 @@ def test_impossible_configs_are_refused_by_field():
         ({"drop_path": 1.0}, "drop_path"),
         ({"drop_path_spread": "cosine"}, "drop_path_spread"),
         ({"num_classes": -1}, "num_classes"),
+        ({"stem_width": 10**12}, "stem_width"),
+        ({"widths": (10**9,)}, "widths"),
+        ({"depths": (10**7,)}, "depths"),
         ({"in_channels": True}, "in_channels"),
     ):
         with pytest.raises(UsageError, match=rf"^{name}: "):
             ModelConfig(**values)
+    with pytest.raises(UsageError, match=r"^widths: the weights take [\d,]{5,} GiB, this machine has "):
+        create_model("nexception_t", widths=(2**20, 2**20))
     with pytest.raises(UsageError, match="width: not a field"):
         create_model("nexception_t", width=3)
     with pytest.raises(UsageError, match="in_chans: not a field of ModelConfig, which calls it in_channels"):
@@ -419,6 +426,9 @@ def test_config_travels_through_a_json_file(tmp_path):
     (tmp_path / "broken.json").write_text('{"stem": "conv", "colour": 3}')
     with pytest.raises(UsageError, match=r"broken.json holds no model config: colour: not a field"):
         create_model(tmp_path / "broken.json")
+    (tmp_path / "deep.json").write_text('{"widths": ' + "[" * 10**5 + "]" * 10**5 + "}")
+    with pytest.raises(UsageError, match=r"deep.json holds no model config: "):
+        create_model(tmp_path / "deep.json")
 
 
 def test_stochastic_depth_is_spread_as_the_authors_did():
@@ -623,14 +633,42 @@ def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
     main([str(tmp_path / "best.pt"), str(tmp_path / "sideways.png")])
     assert capsys.readouterr().out.splitlines()[1:] == lines[1:]
 
+    sixteen = np.random.default_rng(0).integers(0, 65536, (50, 70), dtype=np.uint16)
+    for name, values in (("16.png", sixteen), ("8.png", (sixteen >> 8).astype(np.uint8))):
+        Image.fromarray(values).save(tmp_path / name)
+    main([str(tmp_path / name) for name in ("best.pt", "16.png", "8.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:6] == lines[7:]
+
+    # 60,000 × 60,000 pixels, a text of 200 MB, and a frame of an animation that is larger than its image.
+    header = struct.pack("<IiiHHIIiiII", 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0)
+    (tmp_path / "bomb.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + header)
+    frame = struct.pack(">IIIIIHHBB", 0, 10**5, 10**5, 0, 0, 1, 1, 0, 0)
+    for name, *chunks in (
+        ("text.png", b"zTXtk\0\0" + zlib.compress(bytes(2 * 10**8))),
+        ("apng.png", b"acTL" + struct.pack(">II", 2, 0), b"fcTL" + frame),
+    ):
+        chunks.insert(0, b"IHDR" + struct.pack(">IIBBBBB", 32, 32, 8, 2, 0, 0, 0))
+        chunks += [b"IDAT" + zlib.compress(bytes(32 * 97)), b"IEND"]
+        sealed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(sealed))
+    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(tmp_path / "float.tiff")
+    torch.save({"model": model.state_dict(), "config": {"layers": 3}}, tmp_path / "foreign.pt")
+
     for arguments, message in (
+        (("best.pt", "bomb.bmp"), "bomb.bmp is not a readable image"),
+        (("best.pt", "text.png"), "text.png is not a readable image"),
+        (("best.pt", "apng.png"), "apng.png is not a readable image"),
+        (("best.pt", "float.tiff"), "float.tiff: 32-bit pixels"),
+        (("foreign.pt", "photo.png"), "layers: not a field of ModelConfig"),
         (("absent.pt", "photo.png"), "no such file"),
         (("best.pt", "best.pt"), "not a readable image"),
         (("best.pt",), "name the photographs"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main([str(tmp_path / name) for name in arguments])
-        assert message in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert message in said and len(said.splitlines()) == 1
 
 
 class MallocInfo(ctypes.Structure):
