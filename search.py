@@ -1,125 +1,153 @@
-"""Searches the NEXcepTion design space with SMAC, as the paper did (section 3), and explains what it found.
+"""Search the NEXcepTion design space with SMAC, as in section 3 of the paper, and explain what was found.
 
-    python search.py                                  # digits: a real search, 10 minutes on 2 CPU cores
+    python search.py                                  # digits: a real search in 10 minutes on 2 CPU cores
     python search.py --data cifar100 --walltime 3d    # the paper's search: three days on one GPU
-    python search.py importance runs/search-digits    # which choices matter: the paper's Figure 4
-    python search.py report runs/search-digits        # one page: progress, importance, the ten best
+    python search.py status runs/search-digits        # progress of a search, from another terminal
+    python search.py importance runs/search-digits    # which choices matter: Figure 4 of the paper
+    python search.py report runs/search-digits        # report.md: progress, importance, the ten best
 
-It ends with the best configuration, its test accuracy beside NEXcepTion's and Xception's own choices trained
-alike, and the command that trains the network found in full. Kill it at any moment: the same command goes on
-with every finished trial. `--trials` and `--walltime` may grow; `--workers 2` runs two trials at once.
+A search ends with the best configuration, its accuracy beside NEXcepTion's and Xception's own choices trained
+alike, and the command that trains the network in full. Kill it at any moment: the same command continues with
+every finished trial. `--trials` and `--walltime` may grow.
 
-A run folder holds `search.json` (what is searched), `trials.jsonl` (the finished trials, one a line),
-`state.json` (Hyperband's brackets), `smac/` (a SMAC3 run folder, for DeepCAVE), `incumbent.json` (the network
-found, for `train.py --model`), `final.json` (test accuracies), `importance.png` and `report.html`.
+A run folder holds `search.json` (what is searched), `trials.jsonl` (the finished trials, one per line) and
+`trials.csv` (the same as a table), `state.json` (Hyperband's brackets), `smac/` (a SMAC3 run folder, for
+DeepCAVE), `incumbent.json` (the network found, for `train.py --model`), `final.json` (the comparison) and
+`report.md` with its figures.
 """
 
 from __future__ import annotations
 
-import atexit
-import base64
 import contextlib
-import html
+import copy
+import csv
 import importlib
 import io
-import itertools
 import json
 import logging
 import math
+import multiprocessing
+import multiprocessing.util
 import os
-import queue
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
+import zlib
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, TimeoutError, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded
+    # OpenMP threads spin while they wait: beside other busy processes they then take ten times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import psutil
 import torch
 from ConfigSpace import CategoricalHyperparameter, Configuration, ConfigurationSpace
-from distributed import Client, KilledWorker, LocalCluster
+from distributed import Client, KilledWorker
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from pebble import ProcessExpired, ProcessPool
 from sklearn.ensemble import RandomForestRegressor
-from smac import MultiFidelityFacade, Scenario
+from smac import HyperbandFacade, MultiFidelityFacade, Scenario
 from smac.acquisition.function import EI
 from smac.acquisition.maximizer.abstract_acquisition_maximizer import AbstractAcquisitionMaximizer
 from smac.initial_design import RandomInitialDesign
 from smac.intensifier.hyperband import Hyperband
 from smac.main.config_selector import ConfigSelector
-from smac.main.exceptions import ConfigurationSpaceExhaustedException
 from smac.model.random_forest.random_forest import RandomForest
 from smac.multi_objective.parego import ParEGO
 from smac.random_design import ProbabilityRandomDesign
 from smac.runhistory import StatusType, TrialInfo, TrialValue
 from smac.runhistory.encoder import RunHistoryEncoder
-from tqdm import tqdm
 
-import train as recipe
-from data import Data, normalize, open_data
-from model import MODELS, ModelConfig, count_macs, count_parameters, create_model, keep_large_buffers
-from train import RunError, UsageError, option, parse, write_whole
+from blocks import SPACE
+from data import SMALL_SETS, Data, Plan, RunError, UsageError, cpu_count, lock_file, open_data, write_whole
+from model import MODELS, POINTS, ModelConfig, count_macs, count_parameters, create_model, keep_large_buffers
+from train import Options as TrainOptions
+from train import (
+    Process,
+    Training,
+    amp_dtype,
+    augmentation,
+    evaluate,
+    fit,
+    option,
+    parse,
+    pick_device,
+    resolve,
+    run_script,
+)
 
 ETA = 3  # Hyperband keeps the best third for three times the epochs
-OBJECTIVES = ("accuracy", "throughput", "macs", "parameters")
 FAILURES_THAT_STOP = 5  # a search whose first trials all fail has a fault of its own
-SCHEDULER_PATIENCE = 30  # seconds to wait for a Dask scheduler that exists
+SCHEDULER_PATIENCE = 30  # seconds to wait for an answer of a Dask scheduler
 RANDOM_START = 16  # random configurations before the forest has anything to learn from
-TREES = 100  # of the importance's forest
+TREES = 100  # in the forest behind the importances
+START_LIMIT = 300  # seconds for the imports of a trial process
+OUT_OF_MEMORY = 251  # exit status of a trial process above its memory limit
 
-# ----------------------------------------------------------------------------------------------------------
+# For each objective: its cost (smaller is better) from what a trial reports, its value from the cost, how to
+# print a value, and the label of its axis.
+# fmt: off
+OBJECTIVES = {
+    "accuracy": (lambda t: 1 - t["top1"] / 100, lambda c: 100 - 100 * c, "{:.2f}%", "validation top-1, %"),
+    "throughput": (lambda t: -t["inference_images_per_second"], lambda c: -c, "{:,.0f} images/s", "images/s"),
+    "macs": (lambda t: t["macs"] / 1e6, lambda c: c, "{:.1f} MMACs", "MACs, M"),
+    "parameters": (lambda t: t["parameters"] / 1e6, lambda c: c, "{:.3f} M parameters", "parameters, M"),
+}
+# fmt: on
+
+# --------------------------------------------------------------------------------------------------
 # The space
-# ----------------------------------------------------------------------------------------------------------
-
-POSITIONS = ("none", "1", "2", "3", "12", "13", "23", "123")
-# All values are strings: ConfigSpace hands choices back as numpy types, and strings survive JSON unchanged.
-SPACE: dict[str, tuple[str, ...]] = {
-    "stem": ("conv", "patchify"),
-    "kernel": ("3", "5", "7", "9", "mixed"),
-    "pooling": ("max", "conv", "blur"),
-    "block": ("xception", "bottleneck"),
-    "se": ("no", "yes"),
-    "activation": ("relu", "gelu", "elu", "celu"),
-    "activation_positions": POSITIONS,
-    "norm": ("batch", "layer"),
-    "norm_positions": POSITIONS,
-}
-POINTS = {
-    "NEXcepTion": ("patchify", "5", "blur", "bottleneck", "yes", "gelu", "2", "batch", "12"),
-    "Xception": ("conv", "3", "max", "xception", "no", "relu", "123", "batch", "123"),
-}
-POINTS = {name: dict(zip(SPACE, values, strict=True)) for name, values in POINTS.items()}
+# --------------------------------------------------------------------------------------------------
 
 
-def configspace(choices: dict[str, tuple[str, ...]] = SPACE, seed: int = 0) -> ConfigurationSpace:
-    """The space of section 3, 61,440 configurations; or another one of unordered choices."""
-    space = ConfigurationSpace(name="nexception", seed=seed)
-    space.add([CategoricalHyperparameter(name, list(values)) for name, values in choices.items()])
-    return space
+def encode(value) -> str:
+    """Write a value of `SPACE` as a string: "yes" for True, "12" for the positions (1, 2), "none" for ().
+
+    ConfigSpace returns choices as numpy types; strings survive JSON unchanged.
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ("".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
-def overrides(config: dict) -> dict:
-    """The `ModelConfig` fields that a configuration of the space sets."""
-    fields = {name: str(config[name]) for name in SPACE}
-    if fields["kernel"] != "mixed":
-        fields["kernel"] = int(fields["kernel"])
-    fields["se"] = fields["se"] == "yes"
-    for name in ("activation_positions", "norm_positions"):
-        fields[name] = () if fields[name] == "none" else tuple(int(digit) for digit in fields[name])
-    return fields
+def decode(config: dict) -> dict:
+    """Return the typed values of a configuration of strings, as fields of `ModelConfig`."""
+    return {name: {encode(value): value for value in SPACE[name]}[str(config[name])] for name in SPACE}
+
+
+def current_space() -> dict[str, list[str]]:
+    """Return the values of each choice as strings, as the registries of `blocks.py` hold them now."""
+    return {name: [encode(value) for value in values] for name, values in SPACE.items()}
+
+
+def points() -> dict[str, dict[str, str]]:
+    """Return NEXcepTion's and Xception's own choices, as configurations."""
+    return {name: {c: encode(getattr(model, c)) for c in SPACE} for name, model in POINTS.items()}
 
 
 def model_config(config: dict, base: str) -> ModelConfig:
-    """The network of a configuration, in the macro-architecture of the named model `base`."""
-    return replace(MODELS[base], **overrides(config))
+    """Return the network of a configuration, in the macro-architecture of the model named `base`."""
+    return replace(MODELS[base], **decode(config))
+
+
+def configspace(space: dict[str, list[str]] | None = None, seed: int = 0) -> ConfigurationSpace:
+    """Return the space of section 3, 61,440 configurations, or another one of unordered choices."""
+    result = ConfigurationSpace(name="nexception", seed=seed)
+    values = (space or current_space()).items()
+    result.add([CategoricalHyperparameter(name, list(names)) for name, names in values])
+    return result
 
 
 def short(config: dict) -> str:
-    """A configuration in a few characters: `patchify 5 blur bottleneck SE gelu@2 batch@12`."""
+    """Return a configuration in a few characters: `patchify 5 blur bottleneck SE gelu@2 batch@12`."""
     if set(config) != set(SPACE):
         return " ".join(f"{name}={value}" for name, value in config.items())
     c = {name: str(value).replace("none", "-") for name, value in config.items()}
@@ -128,66 +156,64 @@ def short(config: dict) -> str:
     return f"{shape} {c['activation']}@{c['activation_positions']} {c['norm']}@{c['norm_positions']}"
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Options
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
+# fmt: off
 @dataclass
 class Options:
-    """Search for the best network of the design space. The same command goes on with a search that ended."""
+    """Search for the best network of the design space. The same command continues a search."""
 
-    data: str = option("digits", "digits, cifar10, cifar100, or an image folder with train/ and val/")
-    root: str = option("data", "folder of CIFAR's files")
-    model: str = option(
-        "", "the trials' shape (default: nexception_nano for digits, else nexception_reduced)"
-    )
+    data: str = option("digits", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
+    root: str = option("data", "folder of the CIFAR files")
+    model: str = option("", "shape of the trials' networks (default: nexception_nano or nexception_reduced)")
     out: str = option("", "run folder (default: runs/search-DATA)")
-    trials: int = option(0, "stop after so many trials in all (default: none but the wall time)")
-    walltime: str = option("", "stop after so long in all: 90s, 10m, 3d (default without --trials: 7m or 3d)")
-    min_epochs: int = option(0, "lowest budget, epochs (default: 1 for digits, else 5)")
-    max_epochs: int = option(0, "highest budget, epochs: the lowest times a power of 3 (default: times 9)")
-    single_fidelity: bool = option(False, "every trial runs the highest budget")
+    trials: int = option(0, "stop after this many trials in total (default: --walltime decides)", 0)
+    walltime: str = option("", "stop after this time in total: 90s, 10m (default without --trials: 7m or 3d)")
+    sampler: str = option("smac", "a forest in Hyperband, random draws in it, or random draws at full budget",
+                          choices=("smac", "hyperband", "random"))
+    min_epochs: int = option(0, "lowest budget in epochs (default: 1 for digits, else 5)", 0)
+    max_epochs: int = option(0, "highest budget: the lowest times a power of 3 (default: times 9)", 0)
+    single_fidelity: bool = option(False, "run every trial at the highest budget")
     objectives: str = option("accuracy", "for a Pareto front: accuracy,throughput or macs or parameters")
-    priors: bool = option(True, "begin with NEXcepTion's and Xception's own choices")
-    batch: int = option(64, "images in a training batch")
-    workers: int = option(0, "trials at once (default: one a GPU, or one a CPU core up to four)")
-    workers_per_gpu: int = option(1, "trials at once on each GPU")
+    priors: bool = option(True, "start with the choices of NEXcepTion and Xception")
+    batch: int = option(64, "images per training batch", 2)
+    workers: int = option(0, "concurrent trials (default: one per GPU, or per CPU core up to four)", 0)
+    workers_per_gpu: int = option(1, "concurrent trials on each GPU", 1)
     scheduler: str = option("", "address of a Dask cluster that runs the trials, tcp://host:8786")
-    time_limit: str = option("", "end a trial that takes longer (default: 2m for digits, else 2h)")
-    memory_limit: float = option(0.0, "end a trial whose process takes more, GB (default: 0.9 RAM / workers)")
-    compile: bool = option(False, "torch.compile each trial's network; pays in long trials on GPUs")
-    device: str = option("auto", "auto (every GPU, else the CPU), cpu or cuda")
-    grow: str = option("", "write the network found as a -T, -S or -TP", choices=("", "t", "s", "tp"))
-    seed: int = option(0, "of SMAC; the trials' own is drawn from it")
+    time_limit: str = option("", "stop a trial that takes longer (default: 2m for digits, else 2h)")
+    memory_limit: float = option(0.0, "stop a trial that takes more, GB (default: 0.9 RAM / workers)", 0)
+    compile: bool = option(False, "torch.compile the network of each trial; pays off in long trials on GPUs")
+    device: str = option("auto", "auto (all GPUs, else the CPU), cpu, cuda, cuda:1, ...")
+    grow: str = option("", "write the network found in this size of NEXcepTion", choices=("", "t", "s", "tp"))
+    seed: int = option(0, "seed of the sampler, from which that of each trial follows", 0, 2**32 - 1)
+    # fmt: on
 
     def resolved(self) -> Options:
-        """Defaults that depend on the data filled in; UsageError for what contradicts itself."""
+        """Fill in the defaults that depend on the data; UsageError for contradictions."""
         digits = self.data == "digits"
         o = replace(self)
         o.model = o.model or ("nexception_nano" if digits else "nexception_reduced")
-        o.out = o.out or f"runs/search-{Path(o.data).name}"
+        o.out = o.out or f"runs/search-{Path(o.data).resolve().name}"
         if not o.trials and not o.walltime:
             o.walltime = "7m" if digits else "3d"
         o.min_epochs = o.min_epochs or (1 if digits else 5)
         o.max_epochs = o.max_epochs or 9 * o.min_epochs
         o.time_limit = o.time_limit or ("2m" if digits else "2h")
-        check_budgets(o.min_epochs, o.max_epochs)
+        o.single_fidelity = o.single_fidelity or o.sampler == "random"
         names = o.objectives.split(",")
         if names[0] != "accuracy" or len(set(names)) < len(names) or set(names) - set(OBJECTIVES):
-            raise UsageError(
-                f"--objectives {o.objectives}: takes accuracy first, then any of {', '.join(OBJECTIVES[1:])}"
-            )
+            known = ", ".join(name for name in OBJECTIVES if name != "accuracy")
+            raise UsageError(f"--objectives {o.objectives}: takes accuracy first, then any of {known}")
         if o.model not in MODELS:
             raise UsageError(f"--model {o.model}: is none of {', '.join(MODELS)}")
-        for name in ("trials", "workers", "workers_per_gpu", "batch", "min_epochs"):
-            if getattr(self, name) < (name in ("workers_per_gpu", "batch")):
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         return o
 
 
-def seconds(text: str) -> float:
-    """`90s`, `10m`, `12h`, `3d` or plain seconds, as seconds; an empty text is no limit."""
+def seconds(text: str, name: str) -> float:
+    """Return `90s`, `10m`, `12h`, `3d` or plain seconds as seconds; an empty text means no limit."""
     if not text:
         return math.inf
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -196,12 +222,12 @@ def seconds(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < math.inf:
-        raise UsageError(f"{text!r} is no time: write it as 90s, 10m, 12h or 3d")
+        raise UsageError(f"{name} {text}: write a time as 90s, 10m, 12h or 3d")
     return value
 
 
 def clock(span: float) -> str:
-    """Seconds as a person reads them: 4.2 s, 3:20, 2:03:20."""
+    """Return seconds as people read them: 4.2 s, 3:20, 2:03:20."""
     if span < 60:
         return f"{span:.1f} s"
     minutes, rest = divmod(round(span), 60)
@@ -210,7 +236,7 @@ def clock(span: float) -> str:
 
 
 def check_budgets(lowest: int, highest: int) -> list[int]:
-    """The budgets from lowest to highest, times 3 each; UsageError, with the nearest, if they do not fit."""
+    """Return the budgets from lowest to highest by factors of 3; UsageError with the nearest that fit."""
     if highest < lowest:
         raise UsageError(f"--max-epochs {highest} is below --min-epochs {lowest}")
     budgets = [lowest]
@@ -224,106 +250,132 @@ def check_budgets(lowest: int, highest: int) -> list[int]:
     return budgets
 
 
-# ----------------------------------------------------------------------------------------------------------
+def trial_devices(o: Options) -> list[tuple[str, int]]:
+    """Return where each of the concurrent trials runs: (device, CPU threads; 0 for PyTorch's default)."""
+    if o.scheduler:
+        return [("auto", 0)] * (o.workers or 1)
+    device = pick_device(o.device)
+    if device.type == "cpu":
+        workers = o.workers or min(cpu_count(), 4)
+        return [("cpu", max(1, cpu_count() // workers))] * workers
+    several = device.index is None and device.type == "cuda"
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if several else [str(device)]
+    places = len(gpus) * o.workers_per_gpu
+    if o.workers > places:
+        raise UsageError(
+            f"--workers {o.workers}: {len(gpus)} GPUs x --workers-per-gpu {o.workers_per_gpu} take {places}"
+        )
+    return [(gpus[i % len(gpus)], 1) for i in range(o.workers or places)]
+
+
+# --------------------------------------------------------------------------------------------------
 # The trial
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _opened: dict[tuple, Data] = {}  # the data set stays on its device between the trials of a process
 
 
-def train(config: dict, seed: int, budget: float, settings: dict):
-    """SMAC's target function: build the reduced network, train it for `budget` epochs, score it.
+def train(config: dict, seed: int, budget: float, settings: dict | None = None):
+    """Build the small network of a configuration, train it for `budget` epochs and score it.
 
-    config: a value for each choice of `SPACE`. settings: data, root, model, batch, device, threads, compile,
-    objectives, and split ("val", held-out training data; "test" for the final comparison). Returns the
-    costs, one an objective (1 - top-1, -images/s, millions of MACs and of parameters), and what else is
-    worth knowing. Raises FloatingPointError when the loss is not finite.
+    This is SMAC's target function, also for SMAC facades of your own.
+
+    Args:
+        config: a value for each choice of `SPACE`, as strings (see `encode`).
+        settings: what differs from the default search: data, root, model, batch, device, threads (0 for
+            PyTorch's default), compile, precision ("auto", "bf16", "fp16" or "off"), objectives, and the
+            split to score ("val"; "test" for the final comparison, where the data have one).
+
+    Returns:
+        The cost, or a list of costs where there are several objectives, and a dictionary of other results.
+        Raises RunError when the loss is not finite.
     """
-    epochs, device = round(budget), prepared_device(settings)
-    options = trial_options(settings, epochs, seed)
-    if device.type == "cpu" and settings["model"] != "nexception_nano" and torch.cpu._is_amx_tile_supported():
-        options = replace(options, amp="bf16")  # 1.6 times as fast at the paper's width; at nano's, no faster
+    s = {"data": "digits", "root": "data", "model": "nexception_nano", "batch": 64, "device": "auto"}
+    s |= {"threads": 0, "compile": False, "precision": "auto", "objectives": ["accuracy"], "split": "val"}
+    s |= settings or {}
+    epochs, device = round(budget), pick_device(s["device"])
+    if device.type == "cpu":
+        torch.set_num_threads(s["threads"] or torch.get_num_threads())
+        keep_large_buffers()
+    else:
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats(device)
+    options = trial_options(s, epochs, seed, device)
     data = opened(options, device)
+    begun = time.perf_counter()
     torch.manual_seed(seed)
-    network = model_config(config, settings["model"])
-    network = create_model(network, num_classes=len(data.classes), input_size=data.size)
-    training = recipe.Training(network, options, recipe.Process(device=device))
-    curve, spent, begun = [], 0.0, time.perf_counter()
-    for epoch in range(epochs):
-        epoch_begun = time.perf_counter()
-        loss = recipe.train_one_epoch(training, data, epoch).mean().item()
-        spent += time.perf_counter() - epoch_begun
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"diverged: the mean loss of epoch {epoch + 1} is {loss}")
-        scores = recipe.evaluate(network, data, "val", training.amp)
-        curve.append([round(loss, 5), round(scores["top1"], 3)])
-    if settings["split"] in data.splits and settings["split"] != "val":
-        scores = recipe.evaluate(network, data, settings["split"], training.amp)
+    network = model_config(config, s["model"])
+    network = create_model(network, num_classes=len(data.classes), input_size=data.transform.size)
+    training = Training(network, options, Process(device=device))
+    curve = fit(training, data)
+    scores, split = {"top1": curve[-1]["val_top1"], "loss": curve[-1]["val_loss"]}, "val"
+    if s["split"] != "val" and s["split"] in data.splits:
+        split = s["split"]
+        scores = evaluate(training.scored, data, split, training.amp)
     info = {
         "top1": scores["top1"],
+        "loss": scores["loss"],
+        "split": split,
         "parameters": count_parameters(network),
         "macs": count_macs(network),
-        "training_images_per_second": epochs * data.steps * options.batch / spent,
-        "inference_images_per_second": inference_speed(network, data, training.amp, settings["objectives"]),
+        "training_images_per_second": float(np.median([epoch["images_per_second"] for epoch in curve])),
+        "inference_images_per_second": inference_speed(network, data, training.amp, s["objectives"]),
         "seconds": time.perf_counter() - begun,
-        "curve": curve,  # of each epoch: mean training loss, validation top-1 in percent
+        # Of each epoch: mean training loss, validation top-1 in percent
+        "curve": [[round(epoch["train_loss"], 5), round(epoch["val_top1"], 3)] for epoch in curve],
+        "precision": options.amp,
         "device": f"cpu, {torch.get_num_threads()} threads",
     }
     if device.type == "cuda":
         info["device"] = torch.cuda.get_device_name(device)
         info["peak_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
-    costs = {"accuracy": 1 - info["top1"] / 100, "throughput": -info["inference_images_per_second"]}
-    costs |= {"macs": info["macs"] / 1e6, "parameters": info["parameters"] / 1e6}
-    return [costs[name] for name in settings["objectives"]], info
+    costs = [OBJECTIVES[name][0](info) for name in s["objectives"]]
+    return costs if len(costs) > 1 else costs[0], info
 
 
 TRAIN = f"{train.__module__}:{train.__qualname__}"
 
 
-def prepared_device(settings: dict) -> torch.device:
-    """The device of a trial, with threads, allocator and counters as the trial wants them."""
-    name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name if settings["device"] == "auto" else settings["device"])
-    if device.type == "cpu":
-        torch.set_num_threads(settings["threads"] or torch.get_num_threads())
-        keep_large_buffers()
-    else:
-        torch.backends.cudnn.benchmark = True
-        torch.cuda.reset_peak_memory_stats(device)
-    return device
+def fastest_precision(model: str, device: str) -> str:
+    """Return the mixed precision that pays off on a device: "bf16", "fp16" or "off"."""
+    device = pick_device(device)
+    if device.type == "cpu":  # AMX makes bf16 1.6 times as fast at the paper's width; at nano's, no faster
+        return "bf16" if model != "nexception_nano" and torch.cpu._is_amx_tile_supported() else "off"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype("auto", device), "off")
 
 
-def trial_options(settings: dict, epochs: int, seed: int) -> recipe.Options:
-    """The recipe of `train.py` for the data, its cosine over the trial's epochs, a quarter of it warm-up."""
-    usual = recipe.resolve(recipe.Options(data=settings["data"], model=settings["model"]))
+def trial_options(settings: dict, epochs: int, seed: int, device: torch.device) -> TrainOptions:
+    """Return the recipe of `train.py` with the trial's epochs, of which at most a quarter are warm-up."""
+    s, usual = settings, resolve(TrainOptions(data=settings["data"], model=settings["model"]))
+    precision = fastest_precision(s["model"], str(device)) if s["precision"] == "auto" else s["precision"]
     return replace(
         usual, epochs=epochs, warmup_epochs=min(usual.warmup_epochs, epochs // 4), cooldown_epochs=0,
-        batch=settings["batch"], accumulate=1, repeats=1, seed=seed, channels_last=True,
-        compile=settings["compile"], root=settings["root"],
+        batch=s["batch"], accumulate=1, repeats=1, seed=seed, compile=s["compile"], root=s["root"],
+        amp=precision, device=str(device),
     )  # fmt: skip
 
 
-def opened(o: recipe.Options, device: torch.device) -> Data:
-    """The data set, opened once a process and kept for its next trials."""
-    key = (o.data, o.root, o.size, o.batch, o.seed, device)
+def opened(o: TrainOptions, device: torch.device) -> Data:
+    """Return the data set, opened once per process and kept for its next trials."""
+    key = (o.data, o.root, o.size, o.batch, device)
     if key not in _opened:
         for data in _opened.values():
             data.close()
         _opened.clear()
-        shape = {"size": o.size, "batch": o.batch, "augment": recipe.augmentation(o)}
-        _opened[key] = open_data(o.data, seed=o.seed, device=device, root=o.root, **shape)
+        settings = {"size": o.size, "augment": augmentation(o), "device": device, "root": o.root}
+        _opened[key] = open_data(o.data, Plan(o.batch), **settings)
+    _opened[key].plan = Plan(o.batch, seed=o.seed)
     return _opened[key]
 
 
 @torch.inference_mode()
 def inference_speed(network: torch.nn.Module, data: Data, amp: torch.dtype | None, objectives: list) -> float:
-    """Images a second in evaluation mode: the median of ten batches, of three where it is no objective.
+    """Return images per second in evaluation mode: the median of ten batches; of three if it is no objective.
 
-    On a CPU, ten batches take a sixth of the time of a short trial. One goes before them to warm up.
+    On a CPU, ten batches take a sixth of the time of a short trial. One batch before them warms up.
     """
     device = next(network.parameters()).device
-    images, _ = next(iter(data.eval_batches("val")))
-    images = normalize(images, data.mean, data.std)
+    images = data.transform.normalize(next(iter(data.eval_batches("val")))[0])
     network.eval()
     times = []
     for _ in range(11 if "throughput" in objectives else 4):
@@ -336,202 +388,164 @@ def inference_speed(network: torch.nn.Module, data: Data, amp: torch.dtype | Non
     return len(images) / float(np.median(times[1:]))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Trial processes: warm, killable, each with one trial at a time
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Trial processes: warm, killable, one trial at a time
+# --------------------------------------------------------------------------------------------------
+
+_memory = {"peak": 0, "limit": math.inf}  # resident bytes; in a trial process
 
 
-def resolve(target: str):
-    """The function that `module:name` names."""
+def import_target(target: str):
+    """Return the function that `module:name` names."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
-def serve_trials() -> None:
-    """What a trial process runs: one JSON answer for each JSON job on standard input, until that closes."""
-    answers, questions = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0), "rb")
-    os.dup2(2, 1)  # what a trial prints must not mix with the answers
-    # A forked loader worker closes sys.stdin, and would wait for ever on the thread that reads it.
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    jobs: queue.Queue[dict] = queue.Queue()
-
-    def read():
-        for line in questions:
-            jobs.put(json.loads(line))
-        os._exit(0)  # whoever asked is gone: nobody waits for the trial that may be running
-
-    threading.Thread(target=read, daemon=True).start()
-    answer = {"status": "ready"}
-    while True:
-        print(json.dumps(answer), file=answers, flush=True)
-        answer = answered(jobs.get())
+def prepare_process(job: dict, log: str) -> None:
+    """Run once in each trial process, before the clock of its first trial starts."""
+    os.setsid()  # signals to the search's process group are for the search to act on
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.unlink(log)  # the search has it open
+    sys.path += [entry for entry in job.get("path", ()) if entry not in sys.path]
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    threading.Thread(target=watch, daemon=True).start()
+    with contextlib.suppress(Exception):  # the trial meets the same error, and reports it
+        import_target(job["target"])
 
 
-def answered(job: dict) -> dict:
-    """Run one job; whatever it does, return {"status", "cost", "info"} ("stale": replace this process)."""
+def watch() -> None:
+    """End this process when its parent dies, or when it holds more memory than the trial may."""
+    parent, process = multiprocessing.parent_process(), psutil.Process()
+    while parent.is_alive():
+        _memory["peak"] = max(_memory["peak"], process.memory_info().rss)
+        if _memory["peak"] > _memory["limit"]:
+            os._exit(OUT_OF_MEMORY)
+        parent.join(0.05)
+    os._exit(1)
+
+
+def answer(job: dict) -> dict:
+    """Run a job in a trial process; whatever happens, return {"status", "cost", "info"}."""
+    _memory.update(peak=0, limit=job["memory_limit"])
     try:
         arguments = [job["config"], job["seed"], job["budget"]]
-        result = resolve(job["target"])(*arguments, *([job["settings"]] if job["settings"] else []))
+        result = import_target(job["target"])(*arguments, *([job["settings"]] if job["settings"] else []))
         cost, info = result if isinstance(result, tuple) else (result, {})
         costs = [float(value) for value in (cost if isinstance(cost, (list, tuple)) else [cost])]
         if not all(math.isfinite(value) for value in costs):
             raise FloatingPointError(f"diverged: the cost is {costs}")
         json.dumps(info)
+        info = {**info, "peak_rss_mb": round(_memory["peak"] / 1e6)}
         return {"status": "success", "cost": costs, "info": info}
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: no trial may end the search
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
         info = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-4000:]}
-        stale = memory or "CUDA" in str(error)
-        return {"status": "memoryout" if memory else "crashed", "info": info, "stale": stale}
+        return {"status": "memoryout" if memory else "crashed", "info": info}
+    finally:
+        _memory["limit"] = math.inf
 
 
 class TrialProcess:
-    """A spawned Python process that has imported everything and waits for jobs.
+    """A spawned process for trials, in a pebble pool of its own: ending one trial never touches another."""
 
-    It belongs to no process group of ours (Ctrl-C is for the search to act on) and ends by itself when its
-    standard input closes, however we died.
-    """
-
-    START_LIMIT = 300  # seconds for the imports; the clock of a trial starts after them
-
-    def __init__(self, path: list[str], threads: int):
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        # OpenMP's threads spin while they wait: beside another busy process two take ten times as long.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": os.pathsep.join(path)}
-        if threads:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "import search; search.serve_trials()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            env=environment,
-            text=True,
-            start_new_session=True,
-        )
-        self.answers: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        started = self._answer(self.START_LIMIT, math.inf)
-        self.broken = None if started["status"] == "ready" else started
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.answers.put(line)
-        self.answers.put(None)
+    def __init__(self, job: dict):
+        handle, path = tempfile.mkstemp(prefix="trial-")
+        self.log = os.fdopen(handle, "rb")
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPool(1, initializer=prepare_process, initargs=(job, path), context=spawn)
+        # Ctrl-C is for the search alone, also while the process starts: it inherits the mask of this thread.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.future = self.pool.schedule(os.getpid)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def run(self, job: dict) -> dict:
-        """The outcome of one trial, within the job's limits on time (seconds) and memory (bytes)."""
-        if self.broken:
-            return self.broken
-        with contextlib.suppress(OSError):  # a process that has just died answers by its end
-            self.process.stdin.write(json.dumps(job) + "\n")
-            self.process.stdin.flush()
-        outcome = self._answer(job["time_limit"], job["memory_limit"])
-        if outcome.pop("stale", False):
-            self.kill()
-        return outcome
+        """Return the outcome of a trial within the job's limits on time (seconds) and memory (bytes)."""
+        begun, ended = time.time(), True
+        try:
+            self.future.result(START_LIMIT)  # the imports do not count as time of the first trial
+            begun = time.time()
+            self.future = self.pool.schedule(answer, (job,), timeout=job["time_limit"])
+            outcome, ended = self.future.result(), False
+        except TimeoutError:
+            error = f"not finished within --time-limit, {clock(job['time_limit'])}"
+            outcome = {"status": "timeout", "info": {"error": error}}
+        except (ProcessExpired, BrokenProcessPool) as end:
+            code, status = getattr(end, "exitcode", None), "memoryout"
+            if code == OUT_OF_MEMORY:
+                error = f"above --memory-limit, {job['memory_limit'] / 1e9:.2f} GB"
+            elif code == -signal.SIGKILL:  # on Linux the kernel's way to free memory
+                error = "killed by the system, most likely out of memory"
+            else:
+                status, error = "crashed", f"the trial process died with status {code}"
+            self.log.seek(0)
+            tail = self.log.read()[-2000:].decode(errors="replace")
+            outcome = {"status": status, "info": {"error": error, "traceback": tail}}
+        if ended or outcome["status"] == "memoryout" or "CUDA" in outcome["info"].get("error", ""):
+            self.close()  # it is dead, or its next trial might meet the same error
+        return {**outcome, "start": begun, "end": time.time()}
 
-    def _answer(self, time_limit: float, memory_limit: float) -> dict:
-        """Wait for a line, watching the clock and the resident memory; kill the process that oversteps."""
-        deadline, peak = time.monotonic() + time_limit, 0
-        while True:
-            try:
-                line = self.answers.get(timeout=0.05)
-            except queue.Empty:
-                with contextlib.suppress(psutil.Error):
-                    peak = max(peak, psutil.Process(self.process.pid).memory_info().rss)
-                if peak > memory_limit:
-                    return self._ended("memoryout", f"above the memory limit of {memory_limit / 1e9:.2f} GB")
-                if time.monotonic() > deadline:
-                    return self._ended("timeout", f"not finished within the time limit of {time_limit:g} s")
-                continue
-            if line is None:
-                return self._died()
-            outcome = json.loads(line)
-            outcome.setdefault("info", {})["peak_rss_mb"] = round(peak / 1e6)
-            return outcome
-
-    def _ended(self, status: str, error: str) -> dict:
-        self.kill()
-        return {"status": status, "info": {"error": error}}
-
-    def _died(self) -> dict:
-        code = self.process.wait()
-        self.errors.seek(0)
-        tail = self.errors.read()[-2000:].decode(errors="replace")
-        if code == -signal.SIGKILL:  # on Linux the kernel's way to free memory
-            return {
-                "status": "memoryout",
-                "info": {"error": "killed by the system, most likely out of memory"},
-            }
-        return {
-            "status": "crashed",
-            "info": {"error": f"the trial's process died, status {code}", "traceback": tail},
-        }
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+    def close(self) -> None:
+        """Kill the process, and end a `run` that waits for it with CancelledError."""
+        self.future.cancel()
+        self.pool.stop()
+        self.pool.join()
 
 
-_idle: dict[tuple, list[TrialProcess]] = {}  # by (target, device, threads); of this Dask worker's process
+_idle: dict[tuple, list[TrialProcess]] = {}  # by (target, device, threads); of this process
 _busy: set[TrialProcess] = set()
 
 
 def run_trial(job: dict) -> dict:
-    """The task that Dask runs: hand the job to a warm trial process, start one where none is idle."""
-    key = (job["target"], job["device"], job["threads"])
-    pool = _idle.setdefault(key, [])
-    worker = None
-    while pool and worker is None:
-        candidate = pool.pop()
-        worker = candidate if candidate.alive else None
-    worker = worker or TrialProcess(job["path"], job["threads"])
-    _busy.add(worker)
-    started = time.time()
+    """Run a trial in a warm process and return its outcome: status, cost (of a success), info, start, end.
+
+    job: target ("module:function"), config, seed, budget, settings (None, or the target's fourth argument),
+    device and threads (which tell warm processes apart), time_limit (seconds), memory_limit (bytes), path
+    (further entries of sys.path).
+    """
+    # Workers that Dask's nanny starts are daemons, which may not have children unless they say so.
+    multiprocessing.current_process().daemon = False
+    idle = _idle.setdefault((job["target"], job["device"], job["threads"]), [])
+    process = None
+    while idle and process is None:
+        candidate = idle.pop()
+        process = candidate if candidate.pool.active else None
+    process = process or TrialProcess(job)
+    _busy.add(process)
     try:
-        outcome = worker.run(job)
+        outcome = process.run(job)
     finally:
-        _busy.discard(worker)
-    if worker.alive:
-        pool.append(worker)
-    return {**outcome, "start": started, "end": time.time()}
+        _busy.discard(process)
+    if process.pool.active:
+        idle.append(process)
+    return outcome
 
 
 def close_trial_processes() -> None:
-    """Kill every trial process that this process started."""
-    for worker in [*_busy, *itertools.chain(*_idle.values())]:
-        worker.kill()
+    """Kill all trial processes of this process."""
+    for process in [*_busy, *(process for idle in _idle.values() for process in idle)]:
+        process.close()
     _idle.clear()
 
 
-atexit.register(close_trial_processes)
+# Before multiprocessing waits for its children, also where atexit functions come too late: in Dask's workers.
+multiprocessing.util.Finalize(None, close_trial_processes, exitpriority=100)
 
-# ----------------------------------------------------------------------------------------------------------
-# What survives: the journal of finished trials, and one search a folder
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The run folder
+# --------------------------------------------------------------------------------------------------
 
 
-def lock(file, folder: Path) -> None:
-    """Hold `file` for this process alone; UsageError when another search has it. Does nothing on Windows."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(
-            f"another search is running in {folder}: wait for it, or take another --out"
-        ) from None
+def unwritable(path: str | Path, error: OSError) -> RunError:
+    return RunError(f"cannot write {path}: {error.strerror}; make room and start the same command again")
 
 
 def parsed(line: bytes) -> dict | None:
-    """A JSON object, or None for what a fault of the disk left."""
+    """Return a JSON object, or None for what a fault of the disk left."""
     try:
         return json.loads(line)
     except ValueError:
@@ -539,18 +553,19 @@ def parsed(line: bytes) -> dict | None:
 
 
 class Journal:
-    """The finished trials, one JSON object a line, on the disk before SMAC hears of them.
+    """The finished trials, one JSON object per line, on the disk before SMAC hears of them.
 
-    A row: config, seed, budget (epochs), status ("success", "crashed", "timeout", "memoryout"), cost (a list,
-    one value an objective, smaller is better; finite for failures too), start and end (seconds since 1970),
-    elapsed (seconds of search so far), origin (who proposed it), info (what the trial said). UsageError when
-    another search holds the folder.
+    A row: config, seed (of the training), smac_seed (the same for all), budget (epochs), status ("success",
+    "crashed", "timeout", "memoryout"), cost (a list, one value per objective, smaller is better; finite for
+    failures too), start and end (seconds since 1970), elapsed (seconds of search so far), origin (who
+    proposed it), info (what the trial reported). UsageError when another search holds the folder.
     """
 
     def __init__(self, path: Path):
         path.touch()
         self.file = open(path, "r+b")  # noqa: SIM115 (open as long as the search)
-        lock(self.file, path.parent)
+        if not lock_file(self.file):
+            raise UsageError(f"another search is running in {path.parent}: wait, or give another --out")
         content = self.file.read()
         whole = content[: content.rfind(b"\n") + 1]  # a line that a kill cut short is no finished trial
         self.rows = [row for row in map(parsed, whole.splitlines()) if row]
@@ -563,13 +578,11 @@ class Journal:
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:
-            raise RunError(
-                f"cannot write {self.file.name}: {error.strerror}; make room and start again"
-            ) from None
+            raise unwritable(self.file.name, error) from None
         self.rows.append(row)
 
     def set_aside(self) -> None:
-        """Empty the journal, its rows kept in `failed.jsonl` beside it."""
+        """Empty the journal and keep its rows in `failed.jsonl` beside it."""
         path = Path(self.file.name)
         write_whole(path.with_name("failed.jsonl"), path.read_bytes())
         self.file.truncate(0)
@@ -578,64 +591,88 @@ class Journal:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    """The finished trials of a run folder, also while its search goes on."""
-    lines = (folder / "trials.jsonl").read_bytes().splitlines()
-    return [row for row in map(parsed, lines) if row]
+    """Return the finished trials of a run folder, also while its search is running."""
+    path = folder / "trials.jsonl"
+    return [row for row in map(parsed, path.read_bytes().splitlines() if path.exists() else []) if row]
 
 
 def settings_of(folder: Path) -> dict:
-    """What a run folder searches: see `Search.settings`."""
+    """Return what a run folder searches (see `Search`), with the defaults of the version that began it."""
     try:
-        return json.loads((folder / "search.json").read_text())
+        found = json.loads((folder / "search.json").read_text())
     except (OSError, ValueError):
-        raise UsageError(f"{folder} is no search's run folder: it has no readable search.json") from None
+        raise UsageError(f"{folder} is not the folder of a search: it has no readable search.json") from None
+    return {"sampler": "smac", "trial_seeds": "one for all", "precision": None, **found}
 
 
-def check_unchanged(folder: Path, settings: dict) -> None:
-    """UsageError, with every difference, when the folder holds a search for something else."""
-    if not (folder / "search.json").exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise UsageError(f"{folder} holds files that are no search's: take another --out")
-        return
-    before, now = settings_of(folder), json.loads(json.dumps(settings))
-    changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
-    if changed:
-        lines = "; ".join(f"{k} was {before.get(k)}, is now {now.get(k)}" for k in changed)
-        raise UsageError(
-            f"{folder} holds another search ({lines}): take another --out, or the options it began with"
-        )
+def best_rows(rows: list[dict], budget: float) -> list[dict]:
+    """Return the incumbents at a budget: trials that none beats in every objective, most accurate first."""
+    front: list[dict] = []
+    for row in sorted(successes(rows, budget), key=lambda row: row["cost"]):
+        costs = [zip(other["cost"], row["cost"], strict=True) for other in front]
+        if not any(all(a <= b for a, b in pairs) for pairs in costs):
+            front.append(row)
+    return front
 
 
-# ----------------------------------------------------------------------------------------------------------
+def successes(rows: list[dict], budget: float) -> list[dict]:
+    """Return the successful trials at a budget."""
+    return [row for row in rows if row["status"] == "success" and round(row["budget"]) == round(budget)]
+
+
+def result_text(costs: list[float], objectives: list[str]) -> str:
+    """Return costs as people read them: 98.15%  2,310 images/s  12.3 MMACs  0.41 M parameters."""
+    pairs = zip(objectives, costs, strict=False)
+    return "  ".join(OBJECTIVES[name][2].format(OBJECTIVES[name][1](cost)) for name, cost in pairs)
+
+
+def write_csv(folder: Path, rows: list[dict], settings: dict) -> None:
+    """Write trials.csv: one row per trial, with columns that pandas reads in one line."""
+    names = {"top1": "accuracy", "loss": "loss", "parameters": "parameters", "macs": "macs"}
+    names |= {"training_images_per_second": "images_per_second", "precision": "precision", "error": "error"}
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*settings["space"], "budget", "seed", "status", "seconds", "elapsed", *names.values()])
+    for row in rows:
+        config = [row["config"][name] for name in settings["space"]]
+        times = [round(row["end"] - row["start"], 3), round(row["elapsed"], 3)]
+        reported = [row["info"].get(name, "") for name in names]
+        table.writerow([*config, row["budget"], row["seed"], row["status"], *times, *reported])
+    write_whole(folder / "trials.csv", text.getvalue())
+
+
+# --------------------------------------------------------------------------------------------------
 # SMAC
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def one_hot(codes: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Codes of unordered choices, (N, P), as indicator columns, (N, sum of sizes): no order to split by."""
+    """Return codes of unordered choices, (N, P), as indicator columns, (N, sum of sizes)."""
     codes = codes.astype(int)
-    return np.concatenate(
-        [np.eye(size, dtype=np.float32)[codes[:, i]] for i, size in enumerate(sizes)], axis=1
-    )
+    columns = [np.eye(size, dtype=np.float32)[codes[:, i]] for i, size in enumerate(sizes)]
+    return np.concatenate(columns, axis=1)
 
 
 def every_point(sizes: list[int]) -> np.ndarray:
-    """The codes of all configurations, (product of sizes, P)."""
+    """Return the codes of all configurations, (product of sizes, P)."""
     return np.stack([axis.ravel() for axis in np.meshgrid(*map(np.arange, sizes), indexing="ij")], axis=1)
 
 
 class OneHotForest(RandomForest):
-    """SMAC's random forest, on indicator columns instead of the choices' arbitrary integer codes.
+    """SMAC's random forest, on indicator columns instead of the arbitrary integer codes of the choices.
 
-    Its default of at most 2**20 leaves has scikit-learn set aside room for all of them: a second a forest.
+    SMAC has no option for the encoding, so this overrides the methods that its models are made of. By default
+    its forest allows 2**20 leaves, and scikit-learn sets aside room for all of them: a second per forest.
     """
 
     def __init__(self, space: ConfigurationSpace, seed: int):
         super().__init__(space, min_samples_leaf=1, n_trees=50, n_jobs=1, max_leaf_nodes=None, seed=seed)
         self._sizes = [len(space[name].choices) for name in space]
-        self._rf_opts["max_features"] = 5 / 6  # of the indicator columns
+        self._rf_opts["max_features"] = 5 / 6  # of the indicator columns; `ratio_features` counts the choices
+        self.trained = 0
 
     def _train(self, X, y):
+        self.trained += 1
         return super()._train(one_hot(X, self._sizes), y)
 
     def _predict(self, X, covariance_type="diagonal"):
@@ -643,29 +680,30 @@ class OneHotForest(RandomForest):
         return mean.reshape(-1, 1), variance.reshape(-1, 1)
 
     def _impute_inactive(self, X):
-        return X  # no choice of ours depends on another
+        return X  # no choice depends on another
 
 
 class BestOfAll(AbstractAcquisitionMaximizer):
-    """Scores every configuration of the space: exact where local search samples, and faster.
+    """Score every configuration of the space: exact where local search samples, and faster.
 
-    SMAC falls back on random configurations when its candidates run out; these do not before the space does.
+    `proposed`, to be set, returns the configurations proposed so far, the latest last.
     """
 
     CANDIDATES = 8  # SMAC takes one, or draws a random configuration, and asks again
-    DISTANCE = 3  # choices in which the configurations of one batch differ, where they can
+    DISTANCE = 3  # choices in which the configurations of one bracket differ, where they can
 
     def __init__(self, space: ConfigurationSpace, seed: int):
         super().__init__(space, seed=seed)
         self._points = every_point([len(space[name].choices) for name in space]).astype(float)
-        self._forest = None
-        self.proposed = list  # a function that returns all configurations proposed so far
+        self._trained = 0
+        self.proposed = list
 
     def _maximize(self, previous_configs, n_points):
-        proposed, forest = self.proposed(), self._acquisition_function.model._rf
-        if forest is not self._forest:
-            self._forest, self._values = forest, self._acquisition_function._compute(self._points).ravel()
-        elif proposed:  # one batch of Hyperband's, from one forest: let it not be one idea in nine variations
+        proposed, function = self.proposed(), self.acquisition_function
+        if function.model.trained != self._trained:
+            # The public call takes Configurations, of which 61,440 would take seconds to make.
+            self._trained, self._values = function.model.trained, function._compute(self._points).ravel()
+        elif proposed:  # one bracket, drawn from one forest: keep it from being one idea in nine variations
             last = proposed[-1].get_array()
             self._values[(self._points != last).sum(axis=1) < self.DISTANCE] = -1.0
         known = {tuple(config.get_array()) for config in proposed}
@@ -681,192 +719,259 @@ class BestOfAll(AbstractAcquisitionMaximizer):
 
 
 class ExactHyperband(Hyperband):
-    """Hyperband with the right number of brackets: SMAC's floor(log 243 / log 3) is 4."""
+    """Hyperband with the brackets of its paper, which also finishes spaces smaller than its brackets.
+
+    SMAC computes brackets with floating-point logarithms and powers: it leaves one out for budgets from 1 to
+    243, and from 1 to 729 the last stage of its first bracket is empty. When it runs out of configurations
+    within a bracket, it stops and forgets those it has drawn. Here such a bracket is smaller, and later ones
+    take up configurations at budgets that they have not had, until all have had the highest. SMAC publishes
+    nothing for that; these are the hooks by which it makes Hyperband from successive halving.
+    """
 
     @staticmethod
     def _get_max_iterations(eta, max_budget, min_budget):
         return round(math.log(max_budget / min_budget, eta))
 
+    @staticmethod
+    def _compute_configs_and_budgets_for_stages(eta, max_budget, max_iter, s_max=None):
+        brackets = (max_iter if s_max is None else s_max) + 1
+        first = -(-brackets * eta**max_iter // (max_iter + 1))
+        budgets = [max_budget / eta ** (max_iter - stage) for stage in range(max_iter + 1)]
+        return budgets, [first // eta**stage for stage in range(max_iter + 1)]
 
-def build_smac(folder: Path, settings: dict, crash_cost: list[float]) -> MultiFidelityFacade:
-    """SMAC's facade, to ask and tell: it runs nothing itself and reads nothing from the folder.
+    def __post_init__(self):
+        super().__post_init__()
+        self._planned = copy.deepcopy(self._n_configs_in_stage)
+        self._known, self._drawn = [], iter(())
 
-    One budget makes Hyperband plain Bayesian optimisation. The configurations asked for first are
-    NEXcepTion's and Xception's (`priors`), then random ones, then the forest's.
+    def set_state(self, state):
+        super().set_state(state)
+        self._tracker[0, 0]  # SMAC fills a tracker without any bracket from the trials it knows
+
+    def known(self) -> list[Configuration]:
+        """Return all configurations proposed so far."""
+        return list(dict.fromkeys([*self.runhistory.get_configs(), *self._waiting(), *self._known]))
+
+    def _waiting(self) -> list[Configuration]:
+        return [c for groups in self._tracker.values() for _, configs in groups for c in configs]
+
+    @property
+    def config_generator(self):
+        return self._drawn
+
+    def _get_next_bracket(self):
+        drawn = []
+        for _ in range(self._s_max + 1):
+            bracket = super()._get_next_bracket()
+            drawn = self._draw(bracket)
+            if drawn:
+                break
+        self._drawn = iter(drawn)
+        self._n_configs_in_stage[bracket][0] = len(drawn) or 1
+        return bracket
+
+    def _draw(self, bracket: int) -> list[Configuration]:
+        """Return new configurations for a bracket; once there are none, those without its first budget."""
+        wanted, drawn, known = self._planned[bracket][0], [], set(self.known())
+        while len(drawn) < wanted and len(known) < self._scenario.configspace.estimate_size():
+            config = next(self._config_generator)
+            if config not in known:  # SMAC repeats itself as long as it has no results
+                known.add(config)
+                drawn.append(config)
+                self._known = drawn
+        if len(drawn) < wanted:
+            budget, history = self._budgets_in_stage[bracket][0], self.runhistory
+            failed = (StatusType.CRASHED, StatusType.TIMEOUT, StatusType.MEMORYOUT)
+            out = {k.config_id for k, v in history.items() if k.budget >= budget or v.status in failed}
+            busy = {*drawn, *self._waiting()}
+            again = [c for c in history.get_configs() if not (c in busy or history.get_config_id(c) in out)]
+            drawn += sorted(again, key=history.get_cost)[: wanted - len(drawn)]
+        self._known = drawn
+        return drawn
+
+    def _get_best_configs(self, configs, bracket, stage, from_keys):
+        if stage + 1 < len(self._planned[bracket]):  # of a bracket that fell short, no more than there are
+            planned = self._planned[bracket][stage + 1]
+            self._n_configs_in_stage[bracket][stage + 1] = min(planned, len(configs))
+        return super()._get_best_configs(configs, bracket, stage, from_keys)
+
+
+class Sampler:
+    """SMAC's facade to ask and tell: it runs nothing and reads nothing from the folder itself.
+
+    A single budget makes Hyperband plain Bayesian optimization. The first configurations are NEXcepTion's and
+    Xception's (`priors`), then random ones, then the forest's. `crash_cost` is one cost per objective.
     """
-    choices, seed, names = settings["space"], settings["seed"], settings["objectives"]
-    space = configspace(choices, seed)
-    start = [Configuration(space, point) for point in settings["priors"]]
-    for config in start:
-        config.origin = "prior"
-    start += configspace(choices, seed).sample_configuration(RANDOM_START)
-    start = [Configuration(space, dict(config), origin=config.origin or "random") for config in start]
-    scenario = Scenario(
-        space,
-        name="smac",
-        output_directory=folder,
-        deterministic=True,
-        objectives=names if len(names) > 1 else names[0],
-        crash_cost=crash_cost if len(names) > 1 else crash_cost[0],
-        n_trials=10**9,  # the search's own loop counts
-        min_budget=settings["budgets"][0],
-        max_budget=settings["budgets"][-1],
-        seed=seed,
-    )
-    # A budget's trials teach the forest once there are as many as choices.
-    selector = ConfigSelector(scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(choices))
-    return MultiFidelityFacade(
-        scenario,
-        model=OneHotForest(space, seed),
-        acquisition_function=EI(),
-        acquisition_maximizer=BestOfAll(space, seed),
-        initial_design=RandomInitialDesign(scenario, n_configs=0, additional_configs=start),
-        random_design=ProbabilityRandomDesign(0.2, seed=seed),
-        intensifier=ExactHyperband(scenario, eta=ETA, incumbent_selection="highest_budget"),
-        multi_objective_algorithm=ParEGO(scenario) if len(names) > 1 else None,
-        runhistory_encoder=RunHistoryEncoder(scenario),
-        config_selector=selector,
-        logging_level=False,
-        overwrite=True,
-    )
 
-
-# ----------------------------------------------------------------------------------------------------------
-# The search
-# ----------------------------------------------------------------------------------------------------------
-
-
-def crash_costs(names: list[str], model: str) -> list[float]:
-    """Finite costs of a failed trial, one an objective: no accuracy, no speed, twice NEXcepTion's size."""
-    with torch.device("meta"):
-        network = create_model(model_config(POINTS["NEXcepTion"], model))
-    costs = {"accuracy": 1.0, "throughput": 0.0}
-    costs |= {"macs": 2 * count_macs(network) / 1e6, "parameters": 2 * count_parameters(network) / 1e6}
-    return [costs[name] for name in names]
-
-
-def best_rows(rows: list[dict], budget: float) -> list[dict]:
-    """The incumbents: the trials at `budget` that no other beats in every objective, most accurate first."""
-    front: list[dict] = []
-    done = [row for row in rows if row["status"] == "success" and row["budget"] == budget]
-    for row in sorted(done, key=lambda row: row["cost"]):
-        costs = [zip(other["cost"], row["cost"], strict=True) for other in front]
-        if not any(all(a <= b for a, b in pairs) for pairs in costs):
-            front.append(row)
-    return front
-
-
-def trial_devices(o: Options) -> list[tuple[str, int]]:
-    """Where each of the trials at once runs: (device, threads; 0 is as many as torch likes)."""
-    if o.scheduler:
-        return [("auto", 0)] * (o.workers or 1)
-    gpus = torch.cuda.device_count() if o.device != "cpu" else 0
-    if o.device == "cuda" and not gpus:
-        raise UsageError("--device cuda: torch finds no GPU here")
-    if gpus:
-        workers = o.workers or gpus * o.workers_per_gpu
-        if workers > gpus * o.workers_per_gpu:
-            raise UsageError(
-                f"--workers {o.workers}: {gpus} GPUs with --workers-per-gpu {o.workers_per_gpu} take "
-                f"{gpus * o.workers_per_gpu}"
+    def __init__(self, folder: Path, settings: dict, crash_cost: list[float]):
+        space, seed, names = settings["space"], settings["seed"], settings["objectives"]
+        self.space = configspace(space, seed)
+        start = [(point, "prior") for point in settings["priors"]]
+        start += [(dict(c), "random") for c in configspace(space, seed).sample_configuration(RANDOM_START)]
+        start = [Configuration(self.space, point, origin=origin) for point, origin in start]
+        logging.getLogger("smac").setLevel(logging.ERROR)
+        try:
+            scenario = Scenario(
+                self.space,
+                name="smac",
+                output_directory=folder,
+                deterministic=True,
+                objectives=names if len(names) > 1 else names[0],
+                crash_cost=crash_cost if len(names) > 1 else crash_cost[0],
+                n_trials=10**9,  # the search's own loop counts
+                min_budget=settings["budgets"][0],
+                max_budget=settings["budgets"][-1],
+                seed=seed,
             )
-        return [(f"cuda:{i % gpus}", 1) for i in range(workers)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = o.workers or min(cores, 4)
-    return [("cpu", max(1, cores // workers))] * workers
+            self.intensifier = ExactHyperband(scenario, eta=ETA, incumbent_selection="highest_budget")
+            facade, parts = HyperbandFacade, {}
+            if settings["sampler"] == "smac":
+                maximizer = BestOfAll(self.space, seed)
+                maximizer.proposed = self.intensifier.known
+                facade, parts = MultiFidelityFacade, {
+                    "model": OneHotForest(self.space, seed),
+                    "acquisition_function": EI(),
+                    "acquisition_maximizer": maximizer,
+                    "random_design": ProbabilityRandomDesign(0.2, seed=seed),
+                    "runhistory_encoder": RunHistoryEncoder(scenario),
+                }
+            self.smac = facade(
+                scenario,
+                initial_design=RandomInitialDesign(scenario, n_configs=0, additional_configs=start),
+                intensifier=self.intensifier,
+                multi_objective_algorithm=ParEGO(scenario) if len(names) > 1 else None,
+                # A budget's trials teach the forest once there are as many as choices.
+                config_selector=ConfigSelector(
+                    scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(space)
+                ),
+                logging_level=False,
+                overwrite=True,
+                **parts,
+            )
+        except OSError as error:
+            raise unwritable(folder / "smac", error) from None
+
+    def replay(self, rows: list[dict], state: dict, elapsed: float = 0.0) -> None:
+        """Tell all finished trials, and return Hyperband's brackets to where they stood.
+
+        Nothing is ever "running" afterwards: what a kill interrupted is a trial of a bracket without a
+        result, which SMAC asks for again. Without brackets (no or a broken `state.json`) new ones begin.
+        """
+        for row in rows:
+            config = Configuration(self.space, row["config"], origin=row["origin"])
+            # SMAC's attribute sets the clock of the trajectory that it keeps.
+            self.intensifier.used_walltime = lambda row=row: row["elapsed"]
+            seed = row.get("smac_seed", row["seed"])
+            info = TrialInfo(config, seed=seed, budget=float(round(row["budget"])))
+            self.smac.runhistory.add_trial(info, trial_value(row))
+            self.intensifier.update_incumbents(config)
+        begun = time.monotonic()
+        self.intensifier.used_walltime = lambda: elapsed + time.monotonic() - begun
+        try:
+            self.intensifier.set_state(state["intensifier"])
+        except (KeyError, TypeError, ValueError):
+            self.intensifier.set_state({"tracker": {}, "next_bracket": 0})
+        self._trials = iter(self.intensifier)
+
+    def ask(self) -> TrialInfo | None:
+        """Return the next trial, or None when there is none before another one finishes."""
+        trial = next(self._trials, None)
+        if trial is None:
+            self._trials = iter(self.intensifier)
+        else:
+            self.smac.runhistory.add_running_trial(trial)
+        return trial
+
+    def tell(self, trial: TrialInfo, row: dict) -> None:
+        self.smac.tell(trial, trial_value(row), save=False)
+
+    def save(self, elapsed: float) -> None:
+        """Write SMAC's run folder, as its own `save` does, but each file whole or not at all."""
+        folder = self.smac.scenario.output_directory
+        used = {"used_walltime": elapsed, "used_target_function_walltime": 0.0}
+        used |= {"used_target_function_cputime": 0.0, "last_update": time.time(), "finished": False}
+        write_whole(folder / "optimization.json", json.dumps(used, indent=2))
+        parts = {"runhistory.json": self.smac.runhistory, "intensifier.json": self.intensifier}
+        for name, part in parts.items():
+            path = folder / f"next-{name}"
+            try:
+                part.save(path)
+                os.replace(path, folder / name)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+                raise unwritable(folder / name, error) from None
 
 
 def trial_value(row: dict) -> TrialValue:
-    """A row of the journal as SMAC wants to be told it."""
+    """Return a row of the journal as SMAC wants to be told it."""
     return TrialValue(
         cost=row["cost"] if len(row["cost"]) > 1 else row["cost"][0], time=row["end"] - row["start"],
         status=StatusType[row["status"].upper()], starttime=row["start"], endtime=row["end"],
         additional_info=row["info"],
     )  # fmt: skip
 
-
-def replay(smac: MultiFidelityFacade, rows: list[dict], state: dict) -> None:
-    """Tell a fresh SMAC all finished trials, and give Hyperband's brackets back where they stood.
-
-    Nothing is ever "running" afterwards: what a kill interrupted is a bracket's trial without a result, which
-    SMAC asks for again. Without brackets (no or a broken `state.json`) new ones begin.
-    """
-    space, intensifier = smac.scenario.configspace, smac.intensifier
-    for row in rows:
-        config = Configuration(space, row["config"], origin=row["origin"])
-        smac.optimizer._start_time = time.time() - row["elapsed"]  # of the trajectory that SMAC keeps
-        info = TrialInfo(config, seed=row["seed"], budget=row["budget"])
-        smac.runhistory.add_trial(info, trial_value(row))
-        intensifier.update_incumbents(config)
-    try:
-        intensifier.set_state(state["intensifier"])
-    except (KeyError, TypeError, ValueError):
-        intensifier.set_state({"tracker": {"0,0": []}, "next_bracket": 0})
-    waiting = [c for groups in intensifier._tracker.values() for _, configs in groups for c in configs]
-    selector = smac._config_selector
-    selector._initial_design_configs = [c for c in selector._initial_design_configs if c not in waiting]
-    smac._acquisition_maximizer.proposed = lambda: [*waiting, *selector._processed_configs]
+# --------------------------------------------------------------------------------------------------
+# The search
+# --------------------------------------------------------------------------------------------------
 
 
 class Search:
-    """SMAC proposes, trial processes run through Dask, the journal remembers.
+    """SMAC proposes, trial processes run, the journal remembers.
 
-    `target` is a function of a module, `target(config, seed, budget)` -> cost, list of costs, or either with
-    a dictionary of plain values; `train` gets the settings of the trials too. `choices` is the space.
+    `choices` is the space (default: `SPACE`). `target` is a function of an importable module, `target(config,
+    seed, budget)` -> cost, list of costs, or either with a dictionary of plain values; `train` also gets the
+    settings of the trials.
     """
 
-    def __init__(self, options: Options, choices: dict[str, tuple[str, ...]] = SPACE, target=train):
+    def __init__(self, options: Options, choices: dict | None = None, target=train):
         self.options = o = options.resolved()
         self.target = f"{target.__module__}:{target.__qualname__}"
         if "<" in self.target or target.__module__ == "__main__":
-            raise UsageError(f"the target {self.target} is no function of an importable module")
+            raise UsageError(f"the target {self.target} is not a function of an importable module")
         budgets = check_budgets(o.min_epochs, o.max_epochs)
+        space = current_space() if choices is None else choices
         self.settings = {
-            "space": {name: list(values) for name, values in choices.items()},
-            "target": self.target,
-            "data": o.data,
-            "model": o.model,
-            "batch": o.batch,
+            "space": {name: list(values) for name, values in space.items()},
+            "target": self.target, "data": o.data, "model": o.model, "batch": o.batch,
             "budgets": budgets[-1:] if o.single_fidelity else budgets,
-            "objectives": o.objectives.split(","),
-            "priors": list(POINTS.values()) if o.priors and choices is SPACE else [],
-            "seed": o.seed,
-        }
+            "objectives": o.objectives.split(","), "sampler": o.sampler,
+            "priors": list(points().values()) if o.priors and choices is None else [],
+            "seed": o.seed, "trial_seeds": "from the configuration", "precision": None,
+        }  # fmt: skip
         self.devices = trial_devices(o)
-        if self.target == TRAIN and not o.scheduler:  # no search for data that is not there
-            open_data(o.data, batch=o.batch, root=o.root, workers=0).close()
-        self.trials, self.seconds = o.trials or math.inf, seconds(o.walltime)
-        self.limits = {"time_limit": seconds(o.time_limit), "memory_limit": o.memory_limit * 1e9}
-        if not o.memory_limit:
-            self.limits["memory_limit"] = 0.9 * psutil.virtual_memory().total / len(self.devices)
-        self.failed = crash_costs(self.settings["objectives"], o.model)
+        self.trials, self.seconds = o.trials or math.inf, seconds(o.walltime, "--walltime")
+        self.time_limit, self.memory_limit = seconds(o.time_limit, "--time-limit"), o.memory_limit * 1e9
+        self.memory_limit = self.memory_limit or 0.9 * psutil.virtual_memory().total / len(self.devices)
+        if self.target == TRAIN and not o.scheduler:  # no search for data that are not there
+            open_data(o.data, Plan(batch=o.batch), root=o.root, workers=0).close()
+        with torch.device("meta"):
+            network = create_model(model_config(points()["NEXcepTion"], o.model))
+        worst = {"top1": 0.0, "inference_images_per_second": 0.0}  # what a failure costs, at twice the size
+        worst |= {"macs": 2 * count_macs(network), "parameters": 2 * count_parameters(network)}
+        self.failed = [OBJECTIVES[name][0](worst) for name in self.settings["objectives"]]
         self.folder = Path(o.out)
-        check_unchanged(self.folder, self.settings)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(self.folder / "trials.jsonl")
+        self.adopt_folder()
+        self.client, self.lost, self.cluster = None, False, set()
+        if o.scheduler:
+            for name in ("distributed", "asyncio"):  # whose lines about closing connections are no news
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+            try:
+                self.client = Client(o.scheduler, timeout=SCHEDULER_PATIENCE)
+            except (OSError, ValueError) as error:
+                reason = f"--scheduler {o.scheduler}: no Dask scheduler answers there: {error}"
+                raise UsageError(reason.replace("\n", " ")) from None
+        if self.target == TRAIN:
+            self.settle_precision()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.journal = Journal(self.folder / "trials.jsonl")
+        except OSError as error:
+            raise UsageError(f"--out {o.out}: {error.strerror}") from None
         write_whole(self.folder / "search.json", json.dumps(self.settings, indent=1))
-        self.running: dict = {}  # future -> (TrialInfo, (device, threads))
-        self.outcomes: list[dict] = []  # of this start
-        self.smac_seconds, self.saved_at, self.exhausted, self.signal = 0.0, 0.0, False, 0
-        self.bar = tqdm(disable=None, total=100, bar_format="{percentage:3.0f}%|{bar:40}| {postfix}")
-        self.restore()
-
-    # What is known
-
-    @property
-    def rows(self) -> list[dict]:
-        return self.journal.rows
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of search so far, earlier starts included."""
-        return self.earlier + time.monotonic() - self.begun
-
-    def incumbents(self) -> list[dict]:
-        return best_rows(self.rows, self.settings["budgets"][-1])
-
-    def restore(self) -> None:
-        """Bring SMAC to where the journal and the brackets say that the search stood."""
+        self.running: dict = {}  # future -> (trial, seed, (device, threads), is its limit the wall time?)
+        self.outcomes: list[dict] = []  # since this start
+        self.smac_seconds, self.saved_at, self.interrupted, self.signal = 0.0, 0.0, 0, 0
         if len(self.rows) >= FAILURES_THAT_STOP and all(row["status"] != "success" for row in self.rows):
             print(f"all {len(self.rows)} trials had failed: they are run again (kept in failed.jsonl)")
             self.journal.set_aside()
@@ -874,60 +979,115 @@ class Search:
         state = (parsed(path.read_bytes()) if path.exists() else None) or {}
         self.earlier = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in self.rows)])
         self.begun = time.monotonic()
-        self.smac = build_smac(self.folder, self.settings, self.failed)
-        replay(self.smac, self.rows, state)
-        self.smac.optimizer._start_time = time.time() - self.earlier
-        self.save(force=True)
+        self.restore(state)
         if self.rows:
-            print(f"going on with {self.folder}: {len(self.rows)} trials finished in {clock(self.earlier)}")
+            print(f"continuing {self.folder}: {len(self.rows)} trials finished in {clock(self.earlier)}")
+
+    @property
+    def rows(self) -> list[dict]:
+        return self.journal.rows
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of search so far, including earlier starts."""
+        return self.earlier + time.monotonic() - self.begun
+
+    def incumbents(self) -> list[dict]:
+        return best_rows(self.rows, self.settings["budgets"][-1])
+
+    def adopt_folder(self) -> None:
+        """Take from the folder what has no option; UsageError with the differences from another search."""
+        try:
+            there = self.folder.exists() and any(self.folder.iterdir())
+        except OSError as error:
+            raise UsageError(f"--out {self.folder}: {error.strerror}") from None
+        if not there:
+            return
+        if not (self.folder / "search.json").exists():
+            raise UsageError(f"{self.folder} holds files that are not a search's: take another --out")
+        before, now = settings_of(self.folder), self.settings
+        now |= {name: before[name] for name in ("trial_seeds", "precision")}
+        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if changed:
+            lines = "; ".join(f"{name} was {before.get(name)}, is now {now.get(name)}" for name in changed)
+            reason = f"{self.folder} holds another search ({lines})"
+            raise UsageError(f"{reason}: take another --out, or the options it began with")
+
+    def settle_precision(self) -> None:
+        """Choose one precision for all trials: unlike machines must not compare bfloat16 with float32."""
+        model, recorded = self.options.model, self.settings["precision"]
+        if self.client is None:
+            fastest = fastest_precision(model, self.devices[0][0])
+        else:
+            fastest = self.client.submit(fastest_precision, model, "auto").result()
+        self.settings["precision"] = recorded or fastest
+        if recorded and recorded != fastest:
+            print(f"warning: trials keep precision {recorded}, although {fastest} is the faster one here")
+
+    def restore(self, state: dict) -> None:
+        """Bring a new sampler to where the journal and the brackets say that the search stood."""
+        self.sampler = Sampler(self.folder, self.settings, self.failed)
+        self.sampler.replay(self.rows, state, self.elapsed)
+        self.save(force=True)
 
     def save(self, force: bool = False) -> None:
-        """Write the brackets, and SMAC's own folder where that takes no more than a twentieth of the time."""
+        """Write the brackets; also SMAC's folder and the table, in less than a twentieth of the time."""
         begun = time.monotonic()
-        state = {"elapsed": self.elapsed, "intensifier": self.smac.intensifier.get_state()}
+        state = {"elapsed": self.elapsed, "intensifier": self.sampler.intensifier.get_state()}
+        o = self.options
+        state |= {"trials": o.trials, "walltime": o.walltime, "running": len(self.running)}
         write_whole(self.folder / "state.json", json.dumps(state))
         if force or begun > self.saved_at:
-            save_smac(self.smac)
+            self.sampler.save(self.elapsed)
+            write_csv(self.folder, self.rows, self.settings)
             self.saved_at = begun + 20 * (time.monotonic() - begun)
         self.smac_seconds += time.monotonic() - begun
 
     # The loop
 
     def run(self) -> int:
-        """Search until the trials or the time are used up, then compare and explain; 130 after Ctrl-C."""
+        """Search until the trials or the time are used up, compare, report; return the exit status."""
+        workers = len(self.devices)
+        self.executor = self.client.get_executor(pure=False) if self.client else ThreadPoolExecutor(workers)
         with self.signals():
-            with dask_client(self.options.scheduler, len(self.devices)) as client:
-                self.executor = client.get_executor(pure=False)
-                try:
-                    while not self.signal:
-                        self.fill()
-                        if not self.running:
-                            break
-                        self.collect()
-                    self.save(force=True)
-                    if not self.signal:
-                        conclude(self)
-                finally:
-                    self.bar.close()
-                    close_trial_processes()
-                    if self.options.scheduler:
-                        client.run(close_trial_processes)
-            if not self.signal:
-                explain(self)
-        if self.signal:
-            print(f"stopped by signal {self.signal}; the same command goes on from {len(self.rows)} trials")
-            show_incumbents(self)
-        return 128 + self.signal if self.signal else 0
+            try:
+                while not self.signal:
+                    self.fill()
+                    if not self.running:
+                        break
+                    self.collect()
+                if self.running or self.interrupted:  # SMAC counts these as running: begin again without them
+                    self.restore({"intensifier": self.sampler.intensifier.get_state()})
+                self.save(force=True)
+                if not self.signal:
+                    self.conclude()
+            finally:
+                close_trial_processes()
+                if self.client is not None:
+                    with contextlib.suppress(Exception):  # a cluster that is gone must not hide why
+                        if not self.lost:
+                            self.client.run(close_trial_processes)
+                        self.client.close(timeout=2)
+                else:
+                    self.executor.shutdown(wait=False)
+        if not self.signal:
+            return 0
+        print(f"stopped by signal {self.signal}; the same command continues from {len(self.rows)} trials")
+        self.show_incumbents()
+        return 128 + self.signal
 
     @contextlib.contextmanager
     def signals(self):
-        """Ctrl-C and SIGTERM end the search between two steps; a second Ctrl-C at once."""
+        """Ctrl-C and SIGTERM end the search between two steps; the second one ends it at once."""
 
         def receive(number, _frame):
-            if self.signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
+            if self.signal:
+                os._exit(128 + number)  # nothing is lost: the journal is on the disk
             self.signal = number
 
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python has signal handlers in the main thread alone
+            return
         before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -936,73 +1096,90 @@ class Search:
                 signal.signal(number, handler)
 
     def fill(self) -> None:
-        """Give every free worker a trial, as long as there are trials and time left."""
-        while self.devices and not self.exhausted and self.elapsed < self.seconds:
+        """Give each free worker a trial, as long as there are trials and time left."""
+        while self.devices and self.elapsed < self.seconds:
             if len(self.rows) + len(self.running) >= self.trials:
                 return
             begun = time.monotonic()
-            try:
-                trial = self.smac.ask()
-            except (StopIteration, ConfigurationSpaceExhaustedException):
-                self.exhausted = True
-                print(f"every configuration of the space was proposed, {len(self.rows)} trials")
-                return
+            trial = self.sampler.ask()
             self.smac_seconds += time.monotonic() - begun
+            if trial is None:
+                if not self.running:
+                    print(f"every configuration has run the highest budget: {len(self.rows)} trials")
+                return
             self.save()
-            config = {name: str(value) for name, value in trial.config.items()}
-            self.submit(config, trial.seed, trial.budget, "val", trial)
+            config, seed = {name: str(value) for name, value in trial.config.items()}, trial.seed
+            if self.settings["trial_seeds"] == "from the configuration":
+                seed = zlib.crc32(json.dumps([self.settings["seed"], sorted(config.items())]).encode())
+            limit = min(self.time_limit, self.seconds - self.elapsed)
+            self.submit(config, seed, trial.budget, "val", trial, limit)
 
-    def submit(self, config: dict, seed: int, budget: float, split: str, trial) -> None:
-        """Send a trial to the next free worker; `trial` comes back with its outcome from `finished`."""
+    def submit(self, config: dict, seed: int, budget: float, split: str, trial, limit: float) -> None:
+        """Send a trial to the next free worker; `finished` yields `trial` with its outcome."""
         device, threads = self.devices.pop()
         path = [str(Path(__file__).parent), *(entry for entry in sys.path if entry)]
         job = {"target": self.target, "config": config, "seed": seed, "budget": budget, "settings": None}
-        job |= {"device": device, "threads": threads, "path": path, **self.limits}
+        job |= {"device": device, "threads": threads, "path": path, "memory_limit": self.memory_limit}
+        job["time_limit"] = limit
         if self.target == TRAIN:
-            job["settings"] = {
-                **{name: self.settings[name] for name in ("data", "model", "batch", "objectives")},
-                **{"root": self.options.root, "compile": self.options.compile},
-                **{"device": device, "threads": threads, "split": split},
-            }
-        self.running[self.executor.submit(run_trial, job)] = (trial, (device, threads))
+            names = ("data", "model", "batch", "objectives", "precision")
+            job["settings"] = {name: self.settings[name] for name in names}
+            job["settings"] |= {"root": self.options.root, "compile": self.options.compile}
+            job["settings"] |= {"device": device, "threads": threads, "split": split}
+        future = self.executor.submit(run_trial, job)
+        self.running[future] = (trial, seed, (device, threads), limit < self.time_limit)
 
     def finished(self):
-        """Wait a moment; yield (trial, outcome) of what has finished."""
+        """Wait a moment; yield (trial, seed, outcome, was its limit the wall time?) of what has finished."""
+        if self.client is not None:
+            self.watch_cluster()
         done, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
         for future in done:
-            trial, device = self.running.pop(future)
+            trial, seed, device, cut = self.running.pop(future)
             self.devices.append(device)
             try:
                 outcome = future.result()
             except KilledWorker as error:
                 now = time.time()
                 outcome = {"status": "crashed", "info": {"error": str(error)}, "start": now, "end": now}
-            except (CancelledError, OSError) as error:
-                raise RunError(
-                    f"lost the Dask cluster ({type(error).__name__} {error}); the same command goes on with "
-                    "every finished trial"
-                ) from None
+            except (CancelledError, OSError, BrokenProcessPool) as error:
+                self.lost = True
+                what = "lost the Dask cluster" if self.client else "cannot start a trial process"
+                what = f"{what} ({type(error).__name__} {error})".replace("\n", " ")
+                raise RunError(f"{what}; the same command continues with every finished trial") from None
             costs = outcome.setdefault("cost", self.failed)
             if len(costs) != len(self.failed):
                 error = f"the target returned {len(costs)} costs for {len(self.failed)} objectives"
                 outcome |= {"status": "crashed", "cost": self.failed, "info": {"error": error}}
-            yield trial, outcome
+            yield trial, seed, outcome, cut
+
+    def watch_cluster(self) -> None:
+        """Mention Dask workers that are lost: Dask gives their trials to others without a word."""
+        workers = set(self.client.scheduler_info(n_workers=-1)["workers"])
+        for address in self.cluster - workers:
+            print(f"lost the Dask worker at {address}: its trials run again on another, if there is one")
+        self.cluster = workers
 
     def collect(self) -> None:
         """Write down what has finished, then tell SMAC."""
-        for trial, outcome in self.finished():
+        for trial, seed, outcome, cut in self.finished():
+            if outcome["status"] != "success" and (self.signal or (cut and outcome["status"] == "timeout")):
+                self.interrupted += 1  # by the signal or the end of the wall time: no fault of the network's
+                if not self.signal:
+                    print("stopped a trial at the end of --walltime; it runs again if the search continues")
+                continue
             row = {
                 "config": {name: str(value) for name, value in trial.config.items()},
-                **{"seed": int(trial.seed), "budget": float(trial.budget), "origin": trial.config.origin},
+                **{"seed": int(seed), "smac_seed": int(trial.seed), "budget": float(trial.budget)},
                 **{name: outcome[name] for name in ("status", "cost", "start", "end", "info")},
-                "elapsed": self.elapsed,
+                **{"elapsed": self.elapsed, "origin": trial.config.origin},
             }
             self.journal.append(row)
             begun = time.monotonic()
-            self.smac.tell(trial, trial_value(row), save=False)
+            self.sampler.tell(trial, row)
             self.smac_seconds += time.monotonic() - begun
             self.outcomes.append(row)
-            say(self, row)
+            self.say(row)
             first = self.outcomes[:FAILURES_THAT_STOP]
             if len(first) == FAILURES_THAT_STOP and all(row["status"] != "success" for row in first):
                 info = first[0]["info"]
@@ -1011,178 +1188,151 @@ class Search:
                     f"{info.get('traceback', '')}"
                 )
 
+    def say(self, row: dict) -> None:
+        """Print one line about a finished trial, and how long the search will go on."""
+        n, best, objectives = len(self.rows), self.incumbents(), self.settings["objectives"]
+        failure = f"{row['status']}: {row['info'].get('error', '').split(chr(10))[0][:80]}"
+        result = result_text(row["cost"], objectives) if row["status"] == "success" else failure
+        spent = clock(row["end"] - row["start"])
+        done = f"{n}/{self.trials}" if self.trials < math.inf else f"{n}"
+        line = f"{done:>7} {short(row['config']):58} {row['budget']:3g} epochs {result:>8} {spent:>8}"
+        line += f"  best {result_text(best[0]['cost'][:1], objectives)}" if best else ""
+        left = max(0.0, min(self.seconds - self.elapsed, self.elapsed / n * (self.trials - n)))
+        print(f"{line}  left {clock(left)}", flush=True)
 
-def save_smac(smac: MultiFidelityFacade) -> None:
-    """SMAC's run folder, as its own `save` writes it, but each file whole or not at all."""
-    optimizer, folder = smac.optimizer, smac.scenario.output_directory
-    used = {"used_walltime": optimizer.used_walltime, "used_target_function_walltime": 0.0}
-    used |= {"used_target_function_cputime": 0.0, "last_update": time.time(), "finished": False}
-    write_whole(folder / "optimization.json", json.dumps(used, indent=2))
-    for part, name in ((smac.runhistory, "runhistory.json"), (smac.intensifier, "intensifier.json")):
-        part.save(folder / f"next-{name}")
-        os.replace(folder / f"next-{name}", folder / name)
+    def show_incumbents(self) -> None:
+        found = self.incumbents()
+        for row in found:
+            result = result_text(row["cost"], self.settings["objectives"])
+            print(f"incumbent: {short(row['config'])}  {result} after {row['budget']:g} epochs")
+        if not found:
+            print("no incumbent yet: no trial has finished the highest budget")
 
-
-@contextlib.contextmanager
-def dask_client(scheduler: str, workers: int):
-    """A Dask client: of the cluster that exists at `scheduler`, or of one in this process, a thread a trial.
-
-    The threads only watch trial processes, so they need no process of their own. Dask's chatter about closing
-    connections is no news.
-    """
-    for name in ("distributed", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if scheduler:
+    def conclude(self) -> None:
+        """Write the incumbent as a network for `train.py`, compare it with the known points, and report."""
+        best, o = self.incumbents(), self.options
+        share = 100 * self.smac_seconds / (self.elapsed - self.earlier)
+        print(f"\n{len(self.rows)} trials in {clock(self.elapsed)}, {share:.1f}% of it in SMAC")
+        self.show_incumbents()
+        network = self.folder / "incumbent.json"
+        if best and set(best[0]["config"]) == set(SPACE):
+            config = model_config(best[0]["config"], f"nexception_{o.grow}" if o.grow else o.model)
+            write_whole(network, json.dumps(config.to_dict(), indent=2) + "\n")
+        if best and self.target == TRAIN:
+            self.compare(best[0])
+        if self.signal:
+            return
         try:
-            client = Client(scheduler, timeout=SCHEDULER_PATIENCE)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--scheduler {scheduler}: no Dask scheduler answers there: {error}") from None
-        with client:
-            yield client
-        return
-    here = {"processes": False, "dashboard_address": "127.0.0.1:0"}
-    cluster = LocalCluster(n_workers=1, threads_per_worker=workers, **here)
-    with cluster, Client(cluster) as client:
-        yield client
+            print(f"report: {report(self.folder)}")
+        except UsageError as error:
+            print(error)
+        if network.exists():
+            print(f"train it in full: python train.py --data {o.data} --model {network}")
 
-
-def say(search: Search, row: dict) -> None:
-    """One line about a trial that has finished, and how long the search will go on."""
-    n, best, objectives = len(search.rows), search.incumbents(), search.settings["objectives"]
-    failure = f"{row['status']}: {row['info'].get('error', '').split(chr(10))[0][:80]}"
-    result = result_text(row["cost"], objectives) if row["status"] == "success" else failure
-    spent = clock(row["end"] - row["start"])
-    done = f"{n}/{search.trials}" if search.trials < math.inf else f"{n}"
-    line = f"{done:>7} {short(row['config']):58} {row['budget']:3g} epochs {result:>8} {spent:>8}"
-    line += f"  best {result_text(best[0]['cost'][:1], objectives)}" if best else ""
-    left = max(0.0, min(search.seconds - search.elapsed, search.elapsed / n * (search.trials - n)))
-    search.bar.n = 100 * search.elapsed / (search.elapsed + left)
-    search.bar.set_postfix_str(f"{clock(left)} left")
-    tqdm.write(line if search.bar.disable is False else f"{line}  left {clock(left)}")
-    sys.stdout.flush()
-
-
-def result_text(costs: list[float], objectives: list[str]) -> str:
-    """Costs as a person reads them: 98.15%  2,310 images/s  12.3 MMACs  0.41 M."""
-    forms = {
-        "accuracy": lambda c: f"{100 - 100 * c:.2f}%",
-        "throughput": lambda c: f"{-c:,.0f} images/s",
-        "macs": lambda c: f"{c:.1f} MMACs",
-        "parameters": lambda c: f"{c:.3f} M parameters",
-    }
-    return "  ".join(forms[name](cost) for name, cost in zip(objectives, costs, strict=False))
-
-
-def show_incumbents(search: Search) -> None:
-    """Print the best at the highest budget, or of what there is."""
-    found = search.incumbents()
-    for row in found:
-        result = result_text(row["cost"], search.settings["objectives"])
-        print(f"incumbent: {short(row['config'])}  {result} after {row['budget']:g} epochs")
-    if not found:
-        print("no incumbent yet: no trial has finished the highest budget")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The end: what was found, its test accuracy, how to train it in full
-# ----------------------------------------------------------------------------------------------------------
-
-
-def conclude(search: Search) -> None:
-    """Write the incumbent as a network for `train.py`, and compare it on the test split."""
-    best, o = search.incumbents(), search.options
-    share = 100 * search.smac_seconds / (search.elapsed - search.earlier)
-    print(f"\n{len(search.rows)} trials in {clock(search.elapsed)}, {share:.1f}% of it SMAC's")
-    show_incumbents(search)
-    if best and set(best[0]["config"]) == set(SPACE):
-        network = model_config(best[0]["config"], f"nexception_{o.grow}" if o.grow else o.model)
-        write_whole(search.folder / "incumbent.json", json.dumps(network.to_dict(), indent=2) + "\n")
-    if best and search.target == TRAIN:
-        compare(search, best[0])
-
-
-def explain(search: Search) -> None:
-    """Draw what there is to draw, and say what to run next."""
-    try:
-        print(f"report: {report(search.folder)}")
-    except UsageError as error:
-        print(error)
-    if (search.folder / "incumbent.json").exists():
-        network = search.folder / "incumbent.json"
-        print(f"train it in full: python train.py --data {search.options.data} --model {network}")
-
-
-def compare(search: Search, best: dict) -> None:
-    """Train the incumbent and the two known points alike; score them on the test split, once a network."""
-    path, budget = search.folder / "final.json", search.settings["budgets"][-1]
-    scored = (parsed(path.read_bytes()) if path.exists() else None) or {}
-    waiting = [("incumbent", best["config"]), *POINTS.items()]
-    names = {name: short(config) for name, config in waiting}
-    waiting = [(name, config) for name, config in waiting if names[name] not in scored]
-    print(f"test split, {budget} epochs of training each:")
-    while (waiting or search.running) and not search.signal:
-        while waiting and search.devices:
-            name, config = waiting.pop(0)
-            search.submit(config, best["seed"], budget, "test", name)
-        for name, outcome in search.finished():
-            scored[names[name]] = {"status": outcome["status"], **outcome["info"]}
-            write_whole(path, json.dumps(scored, indent=1))
-    for name, key in names.items():
-        if key in scored:
-            score = scored[key]
+    def compare(self, best: dict) -> None:
+        """Train the incumbent and the two known points alike; score each once, on the test split if any."""
+        path, budget = self.folder / "final.json", self.settings["budgets"][-1]
+        scored = (parsed(path.read_bytes()) if path.exists() else None) or {}
+        names = {name: short(config) for name, config in [("incumbent", best["config"]), *points().items()]}
+        waiting = {names[name]: config for name, config in [("incumbent", best["config"]), *points().items()]}
+        waiting = [(name, config) for name, config in waiting.items() if name not in scored]
+        if waiting:
+            print(f"training the incumbent and the known points for {budget} epochs each ...", flush=True)
+        while (waiting or self.running) and not self.signal:
+            while waiting and self.devices:
+                name, config = waiting.pop(0)
+                self.submit(config, best["seed"], budget, "test", name, self.time_limit)
+            for name, _, outcome, _ in self.finished():
+                if self.signal:
+                    continue
+                scored[name] = {"status": outcome["status"], **outcome["info"]}
+                write_whole(path, json.dumps(scored, indent=1))
+        found = {name: scored[key] for name, key in names.items() if key in scored}
+        # The first version scored small sets on their test split, and folders on val/, without a word.
+        before = "test" if self.options.data in SMALL_SETS else "val"
+        splits = {score.get("split", before) for score in found.values() if score["status"] == "success"}
+        if splits:
+            validation = "validation split, which the search has seen: the data have no test split"
+            print(f"accuracy on the {'test split' if splits == {'test'} else validation}:")
+        for name, score in found.items():
             result = f"{score['top1']:.2f}%" if score["status"] == "success" else score["error"]
-            print(f"  {name:10} {key:58} {result}")
+            print(f"  {name:10} {names[name]:58} {result}")
 
 
-# ----------------------------------------------------------------------------------------------------------
+def status_text(folder: Path) -> str:
+    """Return progress, incumbent and failures of a running or finished search; needs no lock."""
+    settings, rows = settings_of(folder), rows_of(folder)
+    path = folder / "state.json"
+    state = (parsed(path.read_bytes()) if path.exists() else None) or {}
+    elapsed = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in rows)])
+    of = [f" of {state[name]}" if state.get(name) else "" for name in ("trials", "walltime")]
+    lines = [f"{folder}: {settings['sampler']} on {settings['data']}, budgets {settings['budgets']} epochs"]
+    lines += [f"{len(rows)}{of[0]} trials in {clock(elapsed)}{of[1]}"]
+    if path.exists():
+        written = max(file.stat().st_mtime for file in (path, folder / "trials.jsonl"))
+        age = clock(max(0.0, time.time() - written))
+        lines[-1] += f"; {state.get('running', 0)} running when last written, {age} ago"
+    for budget in settings["budgets"]:
+        lines.append(f"  {budget:g} epochs: {len(successes(rows, budget))} succeeded")
+    for row in best_rows(rows, settings["budgets"][-1]):
+        lines.append(f"incumbent: {short(row['config'])}  {result_text(row['cost'], settings['objectives'])}")
+    failures = [row for row in rows if row["status"] != "success"]
+    lines.append(f"{len(failures)} failures")
+    for row in failures[-5:]:
+        error = row["info"].get("error", "").split("\n")[0][:100]
+        lines.append(f"  {short(row['config'])} {row['budget']:g} epochs, {row['status']}: {error}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
 # Importance
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def importances(codes: np.ndarray, costs: np.ndarray, sizes: list[int], seed: int = 0) -> dict:
-    """What each choice weighs, by a forest of the costs: local (LPI) and over the whole space (fANOVA).
+    """Weigh each choice by a forest of the costs: locally (LPI) and over the whole space (fANOVA).
 
     codes: (N, P) integers, row i of cost costs[i] (N,); sizes: how many values each of the P choices has.
     Returns {"lpi": (trees, P), "fanova": (trees, P)}, float64. LPI of a tree: the variance of its predictions
-    over a choice's whole domain, around the incumbent (the row of least cost) and its own value included,
-    divided by the sum over the choices (Biedenkapp et al., 2018). fANOVA of a tree: the variance of a
-    choice's marginal mean over all configurations, divided by the variance of all predictions (Hutter et al.,
-    2014; main effects alone, so that a row may sum to less than 1).
+    over the whole domain of a choice, around the incumbent (the row of least cost) and with its own value,
+    divided by the sum over the choices (Biedenkapp et al., 2018). fANOVA of a tree: the variance of the
+    marginal mean of a choice over all configurations, divided by the variance of all predictions (Hutter et
+    al., 2014; main effects alone, so that a row may sum to less than 1).
     """
     forest = RandomForestRegressor(TREES, min_samples_leaf=1, max_features=5 / 6, random_state=seed)
     forest.fit(one_hot(codes, sizes), costs)
-    incumbent, points = codes[np.argmin(costs)], every_point(sizes)
+    incumbent, everything = codes[np.argmin(costs)], every_point(sizes)
     around = np.repeat(incumbent[None], sum(sizes), axis=0)
     choice, value = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(n) for n in sizes])
     around[np.arange(sum(sizes)), choice] = value
-    around, everywhere, edges = one_hot(around, sizes), one_hot(points, sizes), np.cumsum(sizes)[:-1]
+    around, everywhere, edges = one_hot(around, sizes), one_hot(everything, sizes), np.cumsum(sizes)[:-1]
     local, effects = np.zeros((TREES, len(sizes))), np.zeros((TREES, len(sizes)))
     for t, tree in enumerate(forest.estimators_):
         variances = np.array([part.var() for part in np.split(tree.predict(around), edges)])
         local[t] = variances / (variances.sum() or 1)
         predictions = tree.predict(everywhere)
         for i, size in enumerate(sizes):
-            marginal = np.bincount(points[:, i], predictions, size) / np.bincount(points[:, i])
+            marginal = np.bincount(everything[:, i], predictions, size) / np.bincount(everything[:, i])
             effects[t, i] = marginal.var() / (predictions.var() or 1)
     return {"lpi": local, "fanova": effects}
 
 
 def importance(folder: Path) -> dict:
-    """Importances per budget of a run folder, from its successful trials; writes importance.json and .png.
+    """Return the importances per budget of a run folder, from its successes; write importance.json and .png.
 
     UsageError when no budget has twice as many trials as there are choices: a forest of fewer says nothing.
     """
-    settings = settings_of(folder)
+    settings, rows = settings_of(folder), rows_of(folder)
     space = settings["space"]
     least, sizes, found, few = 2 * len(space), [len(values) for values in space.values()], {}, []
     for budget in settings["budgets"]:
-        rows = [row for row in rows_of(folder) if row["status"] == "success" and row["budget"] == budget]
-        if len(rows) < least:
-            few.append(f"{len(rows)} at {budget:g} epochs")
+        done = successes(rows, budget)
+        if len(done) < least:
+            few.append(f"{len(done)} at {budget:g} epochs")
             continue
-        codes = np.array([[space[name].index(row["config"][name]) for name in space] for row in rows])
-        result = importances(codes, np.array([row["cost"][0] for row in rows]), sizes)
-        found[budget] = {"trials": len(rows)} | {
+        codes = np.array([[space[name].index(row["config"][name]) for name in space] for row in done])
+        result = importances(codes, np.array([row["cost"][0] for row in done]), sizes)
+        found[budget] = {"trials": len(done)} | {
             kind: {n: [m, s] for n, m, s in zip(space, v.mean(0).tolist(), v.std(0).tolist(), strict=True)}
             for kind, v in result.items()
         }
@@ -1198,217 +1348,8 @@ def importance(folder: Path) -> dict:
     return found
 
 
-def draw_importance(found: dict, path: Path) -> None:
-    """Figure 4: a bar a choice and budget, with its deviation over trees; fANOVA's main effects beside."""
-    plt = pyplot()
-    last = found[max(found)]
-    names = sorted(last["lpi"], key=lambda name: last["lpi"][name][0])
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.55 * len(names) + 1.5), sharey=True)
-    titles = {"lpi": "LPI: around the best configuration", "fanova": "fANOVA: main effect over the space"}
-    thickness, colours = 0.8 / len(found), plt.colormaps["viridis"](np.linspace(0.75, 0.15, len(found)))
-    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        for i, (budget, result) in enumerate(found.items()):
-            means, deviations = zip(*(result[kind][name] for name in names), strict=True)
-            places = np.arange(len(names)) + thickness * ((len(found) - 1) / 2 - i)
-            label = f"{budget:g} epoch{'s' * (budget != 1)}, {result['trials']} trials"
-            means, deviations = np.array(means), np.array(deviations)
-            spread = np.minimum(deviations, means), np.minimum(deviations, 1 - means)  # a share is in [0, 1]
-            axis.barh(
-                places, means, thickness, xerr=spread, color=colours[i], label=label,
-                error_kw={"elinewidth": 0.8, "ecolor": "0.4"},
-            )  # fmt: skip
-        axis.set_title(title, fontsize=10)
-        axis.set_xlim(0, 1.02)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes[1].legend(frameon=False, fontsize=9, loc="lower right")
-    save_figure(figure, path)
-
-
-def pyplot():
-    """matplotlib without a display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save_figure(figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    pyplot().close(figure)
-    write_whole(path, buffer.getbuffer())
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Report
-# ----------------------------------------------------------------------------------------------------------
-
-
-def report(folder: Path) -> Path:
-    """Write report.html: progress, importance, Pareto front, the ten best in words, in one page."""
-    settings, rows = settings_of(folder), rows_of(folder)
-    budget = settings["budgets"][-1]
-    front = best_rows(rows, budget)
-    if not front:
-        raise UsageError(f"{folder}: no trial has finished the highest budget, {budget:g} epochs, yet")
-    draw_progress(rows, settings, folder / "progress.png")
-    pictures = {"Best so far": "progress.png"}
-    if len(settings["objectives"]) > 1:
-        draw_front(rows, front, settings, folder / "front.png")
-        pictures["Pareto front"] = "front.png"
-    reason = None
-    try:
-        importance(folder)
-        pictures["Which choices matter"] = "importance.png"
-        print(f"importance: {folder / 'importance.png'}")
-    except UsageError as error:
-        reason = str(error)
-        print(f"no importance: {reason}")
-    states = [row["status"] for row in rows]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    page = [
-        f"<h1>Search on {html.escape(settings['data'])}</h1>",
-        f"<p>{len(rows)} trials ({counts}) in {clock(rows[-1]['elapsed'])}; networks of the "
-        f"shape of {settings['model']}; budgets {', '.join(f'{b:g}' for b in settings['budgets'])} epochs; "
-        f"objectives: {', '.join(settings['objectives'])}.</p>",
-        "<h2>The ten best</h2>",
-        table_of_best(rows, settings),
-    ]
-    for title, name in pictures.items():
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        page.append(f"<h2>{title}</h2><img alt='{title}' src='data:image/png;base64,{data}'>")
-    if reason:
-        page.append(f"<p>No importance: {html.escape(reason)}.</p>")
-    style = (
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
-        "img{max-width:100%}table{border-collapse:collapse}td,th{padding:.2rem .7rem;text-align:left;"
-        "border-bottom:1px solid #ddd}td.number{text-align:right;white-space:nowrap}"
-    )
-    head = f"<!doctype html><meta charset='utf-8'><title>Search on {html.escape(settings['data'])}</title>"
-    write_whole(folder / "report.html", "\n".join([head, f"<style>{style}</style>", *page]))
-    return folder / "report.html"
-
-
-def in_words(config: dict) -> str:
-    """A configuration as a sentence."""
-    if set(config) != set(SPACE):
-        return short(config)
-
-    def at(positions: str) -> str:
-        return "no convolution" if positions == "none" else "convolution " + ", ".join(positions)
-
-    c = {**config, "kernel": config["kernel"].replace("mixed", "mixed-size")}
-    se = "with" if c["se"] == "yes" else "without"
-    return (
-        f"{c['stem']} stem, {c['block']} blocks with {c['kernel']} kernels, {c['pooling']} pooling, {se} "
-        f"squeeze-and-excitation; {c['activation'].upper()} before {at(c['activation_positions'])}; "
-        f"{c['norm']} norm after {at(c['norm_positions'])}"
-    )
-
-
-def table_of_best(rows: list[dict], settings: dict) -> str:
-    """The ten best configurations at the highest budget, as an HTML table."""
-    budget, objectives = settings["budgets"][-1], settings["objectives"]
-    done = [row for row in rows if row["status"] == "success" and row["budget"] == budget]
-    known = {tuple(config.values()): name for name, config in POINTS.items()}
-    lines = ["<table><tr><th>top-1</th><th>configuration</th><th>parameters</th><th>MACs</th></tr>"]
-    for row in sorted(done, key=lambda row: row["cost"])[:10]:
-        info, name = row["info"], known.get(tuple(row["config"].values()), "")
-        sizes = [f"{info[key] / 1e6:.3g} M" if key in info else "" for key in ("parameters", "macs")]
-        words = html.escape(in_words(row["config"])) + (f" <b>({name}'s)</b>" if name else "")
-        cells = "".join(f"<td class=number>{size}</td>" for size in sizes)
-        accuracy = result_text(row["cost"][:1], objectives[:1])
-        lines.append(f"<tr><td class=number>{accuracy}</td><td>{words}</td>{cells}</tr>")
-    return "\n".join([*lines, "</table>"])
-
-
-def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
-    """The best accuracy at the highest budget against trials and time; all successful trials as dots."""
-    plt = pyplot()
-    budgets = settings["budgets"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    colours = plt.colormaps["viridis"](np.linspace(0.75, 0.15, len(budgets)))
-    unit, length = ("hours", 3600) if rows[-1]["elapsed"] > 2 * 3600 else ("minutes", 60)
-    scales = {"trials": range(1, len(rows) + 1), unit: [row["elapsed"] / length for row in rows]}
-    for axis, (name, places) in zip(axes, scales.items(), strict=True):
-        for budget, colour in zip(budgets, colours, strict=True):
-            dots = [
-                (x, 100 - 100 * row["cost"][0])
-                for x, row in zip(places, rows, strict=True)
-                if row["status"] == "success" and row["budget"] == budget
-            ]
-            label = f"{budget:g} epoch{'s' * (budget != 1)}"
-            if dots:
-                axis.scatter(*zip(*dots, strict=True), s=14, color=colour, label=label)
-        best, steps = math.inf, []
-        for x, row in zip(places, rows, strict=True):
-            if row["status"] == "success" and row["budget"] == budgets[-1]:
-                best = min(best, row["cost"][0])
-                steps.append((x, 100 - 100 * best))
-        xs, ys = zip(*steps, (places[-1], 100 - 100 * best), strict=True)
-        axis.step(xs, ys, where="post", color="crimson", label="best at the highest budget")
-        axis.set_xlabel(name)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("validation top-1, %")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="lower center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
-    save_figure(figure, path)
-
-
-def draw_front(rows: list[dict], front: list[dict], settings: dict, path: Path) -> None:
-    """The Pareto front at the highest budget: each further objective against top-1."""
-    plt = pyplot()
-    units = {"throughput": "images/s", "macs": "millions of MACs", "parameters": "millions of parameters"}
-    others = settings["objectives"][1:]
-    figure, axes = plt.subplots(1, len(others), figsize=(5 * len(others), 3.8), squeeze=False)
-    budget = settings["budgets"][-1]
-    done = [row for row in rows if row["status"] == "success" and row["budget"] == budget]
-    for i, (axis, name) in enumerate(zip(axes[0], others, strict=True), start=1):
-        sign = -1 if name == "throughput" else 1
-        for group, colour, label in ((done, "0.7", "other trials"), (front, "crimson", "Pareto front")):
-            points = sorted((sign * row["cost"][i], 100 - 100 * row["cost"][0]) for row in group)
-            axis.plot(*zip(*points, strict=True), "o", markersize=5, color=colour, label=label)
-        if len(others) == 1:
-            where = "pre" if sign < 0 else "post"
-            axis.step(*zip(*points, strict=True), where=where, color="crimson", linewidth=1)
-        axis.set(xlabel=units[name], ylabel="validation top-1, %")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, -1].legend(frameon=False)
-    save_figure(figure, path)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str]) -> int:
-    """Search, or explain a run folder; what the user can mend is one sentence and status 2."""
-    try:
-        if argv and argv[0] in ("importance", "report"):
-            if len(argv) != 2 or argv[1].startswith("-"):
-                raise UsageError(f"write: python search.py {argv[0]} RUN")
-            folder = Path(argv[1])
-            if argv[0] == "report":
-                print(report(folder))
-                return 0
-            print(importance_text(importance(folder)))
-            print(folder / "importance.png")
-            return 0
-        return Search(parse(Options, argv, "search.py")).run()
-    except ValueError as error:
-        print(f"search.py: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"search.py: {error}", file=sys.stderr)
-        return 1
-
-
 def importance_text(found: dict) -> str:
-    """The importances as a table: LPI and fANOVA of each choice at each budget, percent."""
+    """Return the importances as a table: LPI and fANOVA of each choice at each budget, percent."""
     names = sorted(next(iter(found.values()))["lpi"], key=lambda name: -found[max(found)]["lpi"][name][0])
     lines = [" " * 22 + "".join(f"{f'{b:g} epochs':>24}" for b in found)]
     lines.append(f"{'choice':22}" + f"{'LPI':>14}{'fANOVA':>10}" * len(found))
@@ -1421,7 +1362,167 @@ def importance_text(found: dict) -> str:
     return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------------------------------
+# Figures and report
+# --------------------------------------------------------------------------------------------------
+
+
+def subplots(columns: int, width: float, height: float, **kwargs) -> tuple[Figure, np.ndarray]:
+    """Return a figure with a row of plain axes (columns,)."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **kwargs)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    write_whole(path, buffer.getbuffer())
+
+
+def epochs_text(budget: float) -> str:
+    return f"{budget:g} epoch{'s' * (budget != 1)}"
+
+
+def draw_importance(found: dict, path: Path) -> None:
+    """Draw Figure 4: a bar for each choice and budget, with its deviation over trees; fANOVA's beside."""
+    last = found[max(found)]
+    names = sorted(last["lpi"], key=lambda name: last["lpi"][name][0])
+    figure, axes = subplots(2, 10, 0.55 * len(names) + 1.5, sharey=True)
+    titles = {"lpi": "LPI: around the best configuration", "fanova": "fANOVA: main effect over the space"}
+    thickness, colours = 0.8 / len(found), colormaps["viridis"](np.linspace(0.75, 0.15, len(found)))
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        for i, (budget, result) in enumerate(found.items()):
+            means, deviations = np.array([result[kind][name] for name in names]).T
+            places = np.arange(len(names)) + thickness * ((len(found) - 1) / 2 - i)
+            spread = np.minimum(deviations, means), np.minimum(deviations, 1 - means)  # a share is in [0, 1]
+            axis.barh(
+                places, means, thickness, xerr=spread, color=colours[i],
+                label=f"{epochs_text(budget)}, {result['trials']} trials",
+                error_kw={"elinewidth": 0.8, "ecolor": "0.4"},
+            )  # fmt: skip
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(0, 1.02)
+    axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes[1].legend(frameon=False, fontsize=9, loc="lower right")
+    save_figure(figure, path)
+
+
+def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
+    """Draw the best accuracy at the highest budget against trials and time, and all successes as dots."""
+    budgets = settings["budgets"]
+    figure, axes = subplots(2, 10, 3.8, sharey=True)
+    colours = colormaps["viridis"](np.linspace(0.75, 0.15, len(budgets)))
+    unit, length = ("hours", 3600) if rows[-1]["elapsed"] > 2 * 3600 else ("minutes", 60)
+    scales = {"trials": range(1, len(rows) + 1), unit: [row["elapsed"] / length for row in rows]}
+    for axis, (name, places) in zip(axes, scales.items(), strict=True):
+        where = dict(zip(map(id, rows), places, strict=True))
+        for budget, colour in zip(budgets, colours, strict=True):
+            done = successes(rows, budget)
+            dots = [where[id(row)] for row in done], [100 - 100 * row["cost"][0] for row in done]
+            axis.scatter(*dots, s=14, color=colour, label=epochs_text(budget))
+        last = successes(rows, budgets[-1])
+        best = np.minimum.accumulate([row["cost"][0] for row in last])
+        xs, ys = [*(where[id(row)] for row in last), places[-1]], 100 - 100 * np.append(best, best[-1])
+        axis.step(xs, ys, where="post", color="crimson", label="best at the highest budget")
+        axis.set_xlabel(name)
+    axes[0].set_ylabel(OBJECTIVES["accuracy"][3])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    save_figure(figure, path)
+
+
+def draw_front(rows: list[dict], front: list[dict], settings: dict, path: Path) -> None:
+    """Draw the Pareto front at the highest budget: each further objective against top-1."""
+    others = settings["objectives"][1:]
+    figure, axes = subplots(len(others), 5 * len(others), 3.8)
+    done = successes(rows, settings["budgets"][-1])
+    for i, (axis, name) in enumerate(zip(axes, others, strict=True), start=1):
+        _, value, _, label = OBJECTIVES[name]
+        for group, colour, title in ((done, "0.7", "other trials"), (front, "crimson", "Pareto front")):
+            places = sorted((value(row["cost"][i]), 100 - 100 * row["cost"][0]) for row in group)
+            axis.plot(*zip(*places, strict=True), "o", markersize=5, color=colour, label=title)
+        if len(others) == 1:
+            where = "pre" if value(1) < 0 else "post"  # of an objective to be large, and to be small
+            axis.step(*zip(*places, strict=True), where=where, color="crimson", linewidth=1)
+        axis.set(xlabel=label, ylabel=OBJECTIVES["accuracy"][3])
+    axes[-1].legend(frameon=False)
+    save_figure(figure, path)
+
+
+def report(folder: Path) -> Path:
+    """Write report.md and its figures: progress, importance, Pareto front, the ten best."""
+    settings, rows = settings_of(folder), rows_of(folder)
+    budgets, objectives = settings["budgets"], settings["objectives"]
+    front = best_rows(rows, budgets[-1])
+    if not front:
+        highest = epochs_text(budgets[-1])
+        raise UsageError(f"{folder}: no trial has finished the highest budget, {highest}, yet")
+    draw_progress(rows, settings, folder / "progress.png")
+    write_csv(folder, rows, settings)
+    pictures = {"Best so far": "![Best so far](progress.png)"}
+    if len(objectives) > 1:
+        draw_front(rows, front, settings, folder / "front.png")
+        pictures["Pareto front"] = "![Pareto front](front.png)"
+    try:
+        importance(folder)
+        pictures["Which choices matter"] = "![Importance of each choice](importance.png)"
+    except UsageError as error:
+        pictures["Which choices matter"] = f"No importance: {error}."
+    states = [row["status"] for row in rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    space = settings["space"]
+    page = [
+        f"# Search on {settings['data']}\n",
+        f"{len(rows)} trials ({counts}) in {clock(rows[-1]['elapsed'])}; networks of the shape of "
+        f"{settings['model']}; sampler {settings['sampler']}; budgets {', '.join(f'{b:g}' for b in budgets)} "
+        f"epochs; objectives: {', '.join(objectives)}.\n",
+        "## The ten best\n",
+        "| top-1 | " + " | ".join(name.replace("_", " ") for name in space) + " | parameters | MACs | |",
+        "|---:|" + "---|" * len(space) + "---:|---:|---|",
+    ]
+    for row in sorted(successes(rows, budgets[-1]), key=lambda row: row["cost"])[:10]:
+        cells = [result_text(row["cost"][:1], objectives[:1]), *(row["config"][name] for name in space)]
+        sizes = [row["info"].get(key) for key in ("parameters", "macs")]
+        cells += ["" if size is None else f"{size / 1e6:.3g} M" for size in sizes]
+        cells.append(", ".join(f"{name}'s" for name, point in points().items() if point == row["config"]))
+        page.append(f"| {' | '.join(cells)} |")
+    page += [f"\n## {title}\n\n{picture}" for title, picture in pictures.items()]
+    write_whole(folder / "report.md", "\n".join(page) + "\n")
+    return folder / "report.md"
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    """Search, or explain a run folder; print errors for users as one sentence."""
+    commands = {
+        "importance": lambda folder: f"{importance_text(importance(folder))}\n{folder / 'importance.png'}",
+        "report": report,
+        "status": status_text,
+    }
+    try:
+        if argv and argv[0] in commands:
+            if len(argv) != 2 or argv[1].startswith("-"):
+                raise UsageError(f"write: python search.py {argv[0]} RUN")
+            print(commands[argv[0]](Path(argv[1])))
+            return 0
+        return Search(parse(Options, argv, "search.py")).run()
+    except UsageError as error:
+        print(f"search.py: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"search.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before the search handles signals
+        return 130
+
+
 if __name__ == "__main__":
     import search  # by its name, by which Dask's workers and the trial processes know its functions
 
-    sys.exit(search.main(sys.argv[1:]))
+    run_script(search.main)

@@ -1,9 +1,9 @@
-"""Cheap targets for the tests of search.py, and the long tests that are run by hand:
+"""Cheap targets for the tests of search.py, and its long tests, to be run by hand:
 
     python tests/search_targets.py kill OUT --kills 30 --workers 2    # SIGKILL at any moment, thirty times
     python tests/search_targets.py workers OUT                        # trials an hour of one and two workers
 
-`search OUT TRIALS WORKERS TARGET` is one search: what gets killed.
+`search OUT TRIALS WORKERS TARGET` is one search, to be killed.
 """
 
 import argparse
@@ -37,9 +37,13 @@ def slow(config, seed, budget):
 
 
 def asleep(config, seed, budget):
-    """A trial of the same length whatever the machine does."""
+    """A trial of the same length on any machine."""
     time.sleep(1.0)
     return formula(config, seed, budget)
+
+
+def endless(config, seed, budget):
+    time.sleep(3600)
 
 
 def loading(config, seed, budget):
@@ -49,14 +53,14 @@ def loading(config, seed, budget):
 
 
 def two_costs(config, seed, budget):
-    """Two objectives that want opposite kernels; the best block is the same for both."""
+    """Two objectives that prefer opposite kernels and the same block."""
     size = {"3": 0, "5": 1, "7": 2, "9": 3, "mixed": 4}[config["kernel"]]
     block = 0.3 * (config["block"] == "xception")
     return [0.5 - 0.1 * size + block, -100.0 + 20 * size + 50 * block]
 
 
 def moody(config, seed, budget):
-    """Bottlenecks are well; every kernel of the other block fails in a way of its own."""
+    """Bottlenecks succeed; each kernel of the other block fails in its own way."""
     if config["block"] == "bottleneck":
         return formula(config, seed, budget)
     if config["kernel"] == "3":
@@ -78,7 +82,7 @@ def broken(config, seed, budget):
 
 
 def start(out, trials, workers, target="slow"):
-    """A search in a process of its own, its output line by line."""
+    """Start a search in a process of its own, its output line by line."""
     command = [sys.executable, __file__, "search", str(out), str(trials), str(workers), target]
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -86,16 +90,16 @@ def start(out, trials, workers, target="slow"):
 
 
 def finished_line(line):
-    """(configuration and budget) of a line that says that a trial has finished, else None."""
+    """Return configuration and budget from the line of a finished trial, None from other lines."""
     parts = line.split(" epochs ")
     head = parts[0].split(None, 1)
     return head[1] if len(parts) > 1 and "/" in head[0] and head[0].split("/")[0].isdigit() else None
 
 
 def killed(out, trials, workers, wait, from_first_trial=True):
-    """A search, SIGKILLed `wait` seconds after its first trial or its start (None: it ends by itself).
+    """Run a search and SIGKILL it `wait` seconds after its first trial or its start (None: never).
 
-    Returns its exit status and what it said, line by line.
+    Returns its exit status and its output, line by line.
     """
     search, said, spoke = start(out, trials, workers), [], threading.Event()
 
@@ -120,7 +124,7 @@ def killed(out, trials, workers, wait, from_first_trial=True):
 
 
 def survive(out, trials, workers, kills, seed=0):
-    """Kill one search at random moments, then let it end; hold what it said against what it kept."""
+    """Kill one search at random moments, then let it end; compare what it printed with what it kept."""
     rng, announced = random.Random(seed), []
     for kill in range(1, kills + 1):
         # Two thirds amid the trials, one third anywhere from the start of the process on.
@@ -152,7 +156,7 @@ def survive(out, trials, workers, kills, seed=0):
 
 
 def rates(out):
-    """Trials an hour of one and of two workers, on trials that sleep one second, once all are warm."""
+    """Return trials per hour of one and of two warm workers, on trials that sleep one second."""
     result = {}
     for workers in (1, 2):
         search = start(Path(out) / f"workers-{workers}", 60, workers, "asleep")
