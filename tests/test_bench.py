@@ -274,6 +274,21 @@ def test_speed_writes_every_sample(tmp_path, capsys):
     assert all(label in text and label in shown for label in (*rows, "NAT-Mini", "needs the package natten"))
 
 
+def test_another_checkout_takes_turns(tmp_path):
+    """The other checkout's own modules run: its Lamb leaves a mark behind."""
+    for name in ("blocks.py", "data.py", "model.py", "train.py"):
+        shutil.copy(Path(bench.__file__).with_name(name), tmp_path)
+    with open(tmp_path / "train.py", "a") as file:
+        file.write(f"\nopen({str(tmp_path / 'mark')!r}, 'w').close()\n")
+    arguments = ["--models", "nexception_nano", "--train", "--peer-root", tmp_path, "--out", tmp_path]
+    assert run(*SPEED, *arguments) == 0
+    ours, theirs = read_json(tmp_path / "speed-cpu-float32-train.json")["rows"]
+    assert (theirs["label"], ours["base"]) == (f"nexception_nano, {tmp_path.name}",) * 2
+    ratios = np.divide(ours["samples"], theirs["samples"])
+    assert ours["ratio"]["mean"] == pytest.approx(ratios.mean())
+    assert (tmp_path / "mark").exists()
+
+
 def test_speed_in_training_updates_the_weights():
     timed = bench.Timed("nexception_nano", speed_options(train=True, batch=2))
     before = {name: value.clone() for name, value in timed.model.named_parameters()}
@@ -408,6 +423,8 @@ def test_an_unwritable_folder_is_refused_first(tmp_path, capsys):
         (["speed", "--device", "meta"], "--device meta"),
         (["speed", "--train", "--fuse"], "--fuse is for evaluation"),
         (["speed", "--device", "abacus"], "--device abacus"),
+        (["speed", "--peer-root", "x", "--device", "cpu"], "of ours"),
+        (["speed", "--peer-root", "x", "--models", "nexception_nano", "--device", "cpu"], "lacks model.py"),
         (["speed", "--dtype", "int8"], "int8"),
         (["speed", "--speed", "3"], "--speed"),
         (["accuracy", "absent.pt", "absent", "--batch", "0"], "--batch 0"),
