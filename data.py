@@ -265,30 +265,14 @@ def crop_and_flip(
     height, width = (side - 2 * augment.padding for side in padded.shape[2:])
     corners = rng.integers(0, 2 * augment.padding + 1, (len(indices), 2))
     flips = rng.random(len(indices)) < augment.flip
+    images = padded.index_select(0, on_device(torch.from_numpy(indices), device))
     if not augment.padding and not flips.any():
-        return padded.index_select(0, on_device(torch.from_numpy(indices), device))
-    if device.type == "cpu":  # copying window by window takes a third of the time of a gather
-        pixels, result = padded.numpy(), np.empty((len(indices), 3, height, width), dtype=np.uint8)
-        chosen = zip(indices.tolist(), corners.tolist(), flips.tolist(), strict=True)
-        for n, (index, (y, x), flip) in enumerate(chosen):
-            window = pixels[index, :, y : y + height, x : x + width]
-            result[n] = window[:, :, ::-1] if flip else window
-        return torch.from_numpy(result)
-    chosen = padded.index_select(0, on_device(torch.from_numpy(indices), device))
-    return gather_windows(chosen, corners, flips, (height, width))
-
-
-def gather_windows(images: torch.Tensor, corners: np.ndarray, flips: np.ndarray, size: tuple) -> torch.Tensor:
-    """Return a window of `size` from each image (B, 3, H, W), on any device.
-
-    corners: (top, left) of each window, (B, 2). flips: whether to flip it, (B,).
-    """
-    height, width = size
-    rows = (corners[:, :1] + np.arange(height)) * images.shape[3]
+        return images
+    rows = (corners[:, :1] + np.arange(height)) * padded.shape[3]
     columns = corners[:, 1:] + np.where(flips[:, None], np.arange(width)[::-1], np.arange(width))
-    rows, columns = (on_device(torch.from_numpy(i), images.device) for i in (rows, columns))
+    rows, columns = (on_device(torch.from_numpy(i), device) for i in (rows, columns))
     pixels = (rows[:, None, :, None] + columns[:, None, None, :]).flatten(2)  # (B, 1, H * W)
-    return images.flatten(2).gather(2, pixels.expand(-1, 3, -1)).unflatten(2, size)
+    return images.flatten(2).gather(2, pixels.expand(-1, 3, -1)).unflatten(2, (height, width))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -424,7 +408,7 @@ def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic
     """Sample row y of image n at x + offsets[n, y]; offsets: pixels, (N, H) or (N, 1).
 
     One gather fetches the neighbours of a whole row; the filter's taps are slices of it. Taps beyond the edge
-    repeat the edge. Bilinear weights are multiples of 1/128, which is less than a grey level off.
+    repeat the edge.
     """
     width, device = images.shape[3], images.device
     whole = np.floor(offsets)
@@ -432,28 +416,20 @@ def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic
     if bicubic:  # Pillow's cubic filter (a = -1): weights of the pixels -1, 0, 1, 2
         weights = [-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2]
     else:
-        weights = [np.round(128 * d)]
-    weights = np.array(weights, dtype=np.float32 if bicubic else np.int16)
-    weights = on_device(torch.from_numpy(weights), device)[:, :, None, :, None]  # (taps, N, 1, H, 1)
-    columns = torch.arange(width + (3 if bicubic else 1), dtype=torch.int16, device=device)
+        weights = [1 - d, d]
+    weights = on_device(torch.from_numpy(np.array(weights, dtype=np.float32)), device)
+    weights = weights[:, :, None, :, None]  # (taps, N, 1, H, 1)
+    columns = torch.arange(width + len(weights) - 1, dtype=torch.int16, device=device)
     first = on_device(torch.from_numpy(whole.astype(np.int16) - np.int16(bicubic)), device)[:, None, :, None]
     source = (columns + first).clamp_(0, width - 1).long()  # (N, 1, H, W + taps - 1)
-    taps = images.gather(3, source.expand(len(images), 3, images.shape[2], -1))
-    if bicubic:
-        taps = taps.float()
-        moved = taps[..., :width] * weights[0]
-        for tap in (1, 2, 3):
-            moved.addcmul_(taps[..., tap : tap + width], weights[tap])
-        moved = truncate(moved)
-    else:
-        near = taps.short()
-        step = torch.empty_like(near)  # difference to the next pixel; unused beyond a row's end
-        torch.sub(near.view(-1)[1:], near.view(-1)[:-1], out=step.view(-1)[:-1])
-        moved = (step.mul_(weights[0]) >> 7).add_(near).byte()[..., :width]
+    taps = images.gather(3, source.expand(len(images), 3, images.shape[2], -1)).float()
+    moved = taps[..., :width] * weights[0]
+    for tap in range(1, len(weights)):
+        moved.addcmul_(taps[..., tap : tap + width], weights[tap])
     nearest = np.floor(offsets + 0.5).astype(np.int16)[..., None] + np.arange(width, dtype=np.int16)
     # As unsigned numbers, negative positions are too large. NumPy compares ten times as fast as torch.
     outside = (nearest.view(np.uint16) >= width)[:, None]  # (N, 1, H, W)
-    return select(-on_device(torch.from_numpy(outside), device).view(torch.uint8), fill, moved)
+    return select(-on_device(torch.from_numpy(outside), device).view(torch.uint8), fill, truncate(moved))
 
 
 def shear_x(images: torch.Tensor, factors: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
@@ -885,7 +861,7 @@ def jpeg_decoder() -> tuple[Callable, int]:
     return torch.ops.image.decode_jpeg, ImageReadMode.RGB.value
 
 
-def decode(data: bytearray | memoryview, exif: bool = False) -> torch.Tensor:
+def decode(data: bytearray, exif: bool = False) -> torch.Tensor:
     """Return a file's image as uint8 (3, H, W), with PIL's very pixels; raises what PIL raises.
 
     With `exif`, the image is turned as its EXIF orientation says (ImageOps.exif_transpose).
@@ -924,7 +900,6 @@ class FolderDataset(Dataset):
         self.counts = {split: len(listed) for split, listed in files.items()}
         self.transform, self.augment = transform, augment
         self.fill = fill_colour(transform.mean)
-        self.buffer = bytearray(2**20)
 
     def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, str]]]:
         """Return images uint8 (B, 3, S, S), labels int64 (B,) and the (path, reason) of unreadable files.
@@ -970,7 +945,7 @@ class FolderDataset(Dataset):
     def make(self, path: str, draws: list[float] | None, place: torch.Tensor, bad: list) -> bool:
         """Put a file's crop (random with `draws`, else central) into `place`; note a bad file in `bad`."""
         try:
-            image = decode(self.read(path), self.exif)
+            image = decode(bytearray(Path(path).read_bytes()), self.exif)
         except Exception as error:  # PIL's decoders raise errors of almost any type on broken files
             bad.append((path, f"{type(error).__name__}: {error}"))
             return False
@@ -979,17 +954,6 @@ class FolderDataset(Dataset):
         except Exception as error:  # an error of the code, not of the file
             raise RuntimeError(f"cannot transform {path}") from error
         return True
-
-    def read(self, path: str) -> memoryview:
-        """Return a file's content, valid until the next call (allocation takes longer than reading)."""
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > len(self.buffer):
-                self.buffer = bytearray(size)
-            content, filled = memoryview(self.buffer)[:size], 0
-            while filled < size and (count := file.readinto(content[filled:])):
-                filled += count
-            return content[:filled]
 
     def random_crop(self, image: torch.Tensor, draws: list[float]) -> torch.Tensor:
         """Return the random resized crop of an image (3, H, W), randomly flipped, uint8 (3, S, S)."""
@@ -1022,11 +986,6 @@ def stop_workers(loader: DataLoader) -> None:
         for worker in iterator._workers:
             if worker.is_alive():
                 worker.kill()
-
-
-def local_processes(world: int) -> int:
-    """Return the number of training processes on this machine, of `world` in total."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world))  # set by torchrun
 
 
 def check_shared_memory(workers: int, batch: int, size: int) -> None:
@@ -1254,11 +1213,9 @@ def open_data(
         splits = {split: tensors for split, tensors in splits.items() if train or split != "train"}
         return Data(source, SmallDataset(splits, transform, augment, device), classes, plan, device)
     files = files or list_images(source, train)
-    if workers is None:
-        workers = max(1, cpu_count() // local_processes(plan.world))
-    check_shared_memory(
-        local_processes(plan.world) * workers, max(plan.batch, plan.eval_batch), transform.size
-    )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world))  # on this machine, as torchrun says
+    workers = max(1, cpu_count() // processes) if workers is None else workers
+    check_shared_memory(processes * workers, max(plan.batch, plan.eval_batch), transform.size)
     dataset = FolderDataset(files, transform, augment, exif)
     data = Data(source, dataset, next(iter(files.values())).classes, plan, device, max_bad_files)
     jpeg_decoder()  # imported once, before workers are forked
