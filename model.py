@@ -777,12 +777,14 @@ def classify(model: NEXcepTion, photos: list[str]) -> None:
             raise UsageError(f"{photo}: {error}") from None
         with torch.inference_mode():
             probabilities, order = model(x).softmax(1)[0].sort(descending=True)
-        print(photo)
-        for probability, i in zip(probabilities[:5].tolist(), order[:5].tolist(), strict=True):
-            print(f"  {probability:6.1%}  {model.classes[i] if model.classes else f'class {i}'}")
+        lines = [
+            f"  {probability:6.1%}  {model.classes[i] if model.classes else f'class {i}'}"
+            for probability, i in zip(probabilities[:5].tolist(), order[:5].tolist(), strict=True)
+        ]
+        print(photo, *lines, sep="\n", flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "model.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -793,16 +795,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.checkpoint is None:
-            print(table())
-            return
-        if not args.photos:
+            print(table(), flush=True)
+        elif not args.photos:
             raise UsageError(f"name the photographs to classify after {args.checkpoint}")
-        keep_large_buffers()
-        classify(load_checkpoint(args.checkpoint, fuse=True), args.photos)
+        else:
+            keep_large_buffers()
+            classify(load_checkpoint(args.checkpoint, fuse=True), args.photos)
     except UsageError as error:
         print(f"model.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at exit
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
