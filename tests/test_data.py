@@ -805,7 +805,7 @@ def test_sizes_that_no_machine_can_hold_are_refused_before_memory_is_taken(monke
             with pytest.raises(DataError, match=f"a size of {size} pixels: must be from 8 to 4096"):
                 open_data(source, size=size, workers=0)
     for padding in (-1, 32, 100_000):
-        with pytest.raises(DataError, match=f"a padding of {padding}: must be .* less than the 32 pixels"):
+        with pytest.raises(DataError, match=f"a padding of {padding}: must be .* less than 32 pixels"):
             open_data("digits", augment=Augmentation(padding=padding, layers=0, repeats=1))
     monkeypatch.setattr(
         os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 2**12}[name]
