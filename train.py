@@ -524,8 +524,8 @@ def resolve(
         closest = max(2, round(micro_batches * batch / world))
         raise UsageError(
             f"{world} processes cannot share the recipe's {micro_batches} micro-batches of {batch}: "
-            f"--accumulate 1 --batch {closest} comes closest ({world} x {closest} images per step, batch norms "
-            f"see {closest} images in place of {batch})"
+            f"--accumulate 1 --batch {closest} comes closest ({world} x {closest} images a step, batch norm "
+            f"over {closest} in place of {batch})"
         )
     recipe["accumulate"] = max(1, micro_batches // world)
     resolved = Options(**(recipe | given))
@@ -714,12 +714,13 @@ class VirtualStatistics:
         self.buffers, self.process, self.accumulate = running_statistics(model), process, accumulate
 
     def start_step(self) -> None:
-        if self.process.world > 1 and self.buffers:
+        if self.accumulate == 1 or not self.buffers:
+            return  # DDP broadcasts them
+        if self.process.world > 1:
             flat = torch.cat(self.buffers)
             dist.broadcast(flat, 0)
             torch._foreach_copy_(self.buffers, list(flat.split([len(b) for b in self.buffers])))
-        if self.accumulate > 1:
-            self.start = [b.clone() for b in self.buffers]
+        self.start = [b.clone() for b in self.buffers]
 
     def after_micro_batch(self, micro: int) -> None:
         if self.accumulate == 1 or not self.buffers:
@@ -774,7 +775,6 @@ class Training:
             self.forward = nn.parallel.DistributedDataParallel(
                 self.forward,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # VirtualStatistics does
                 gradient_as_bucket_view=True,
             )
         self.epoch, self.losses, self.metrics, self.best = 0, None, [], -1.0
@@ -1263,7 +1263,8 @@ def fit(
 def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say) -> None:
     """Score the best weights on the test split, once in a run's life, and draw the curves."""
     if "epoch" in training.metrics[-1] and "test" in data.splits:
-        best = read_checkpoint(folder.best) if folder.best.exists() else None
+        # The first process answers once it has saved.
+        best = read_checkpoint(folder.best) if training.process.from_first(folder.best.exists) else None
         if best is None:
             raise RunError(f"{folder.best} is missing or broken: training is finished, its test is left out")
         model = copy.deepcopy(training.model)
@@ -1435,8 +1436,10 @@ def main(argv: list[str]) -> int:
             raise
         status, message = 1, "another process is gone; the same command continues from the last checkpoint"
     if message is not None:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {message}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or status == 1:  # in mid-run, another process alone may know why
+            prefix = "train.py" if rank == "0" else f"train.py, process {rank}"
+            print(f"{prefix}: {message}", file=sys.stderr, flush=True)
         return status
     if process.world > 1:
         # DDP goes first: as the last to hold the process group it would, keeping the interpreter's lock, wait

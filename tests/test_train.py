@@ -1,15 +1,18 @@
-"""train.py against timm, formulas worked out by hand, and itself: killed, resumed, split over processes."""
+"""train.py against timm, formulas by hand, and itself: killed, resumed, split over processes."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,23 +22,48 @@ import timm.data.mixup
 import timm.loss
 import timm.optim.lamb
 import timm.scheduler
+import timm.utils
 import torch
+from PIL import Image
 from torch import nn
 
 import train
-from data import open_data
+from data import EvalTransform, Plan, RunError, UsageError, open_data
 from model import MODELS, ModelConfig, create_model, load_checkpoint
-from train import Lamb, Mixup, Options, Training, evaluate, lr_at, resolve, train_one_epoch
+from train import (
+    Lamb,
+    Mixup,
+    Options,
+    Process,
+    Stopped,
+    Training,
+    evaluate,
+    fit,
+    lr_at,
+    option,
+    parse,
+    resolve,
+)
 
 ROOT = Path(__file__).parent.parent
 TINY = ModelConfig(
     stem_width=8, widths=(8,), depths=(1,), exit_widths=(16, 16, 16), kernel=3, drop_path=0.2, input_size=16
 )
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny networks gain nothing from a second thread, and runs are compared across processes bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    """The path of a JSON config that trains a digits epoch in a fraction of a second."""
+    """The path of a JSON config that trains an epoch of digits in a fraction of a second."""
     path = tmp_path_factory.mktemp("model") / "tiny.json"
     TINY.to_json(path)
     return str(path)
@@ -45,16 +73,22 @@ def arguments(tiny: str, out: Path, *more: str) -> list[str]:
     return ["--model", tiny, "--out", str(out), "--size", "16", "--epochs", "3", "--device", "cpu", *more]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A second thread gains tiny networks nothing, and runs are compared with other processes bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module")
+def reference(tiny, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("runs") / "reference"
+    assert train.main(arguments(tiny, out, "--ema", "0.9")) == 0
+    return out
 
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+@pytest.fixture
+def finished(reference, tmp_path) -> Path:
+    """A copy of that folder, to damage."""
+    out = tmp_path / "run"
+    out.mkdir()
+    for path in reference.glob("*.*"):
+        (out / path.name).write_bytes(path.read_bytes())
+    return out
 
 
 def assert_same(a, b, where: str = "") -> None:
@@ -74,30 +108,26 @@ def assert_same(a, b, where: str = "") -> None:
         assert a == b, where
 
 
-def learnt(out: Path) -> dict:
-    """What a run has learnt, without clock readings and paths."""
-    last = torch.load(out / "last.pt", weights_only=True)
+def without_clock(metrics: list[dict]) -> list[dict]:
     clock = ("images_per_second", "data_wait", "seconds")
-    metrics = [{k: v for k, v in line.items() if k not in clock} for line in last["metrics"]]
-    return {k: last[k] for k in ("model", "ema", "optimizer", "epoch", "best")} | {"metrics": metrics}
+    return [{k: v for k, v in line.items() if k not in clock} for line in metrics]
 
 
-@pytest.fixture(scope="module")
-def reference(tiny, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run."""
-    out = tmp_path_factory.mktemp("runs") / "reference"
-    assert train.main(arguments(tiny, out, "--ema", "0.9")) == 0
-    return out
+def learned(out: Path) -> dict:
+    """What a run has learned, without clock readings and paths."""
+    last = torch.load(out / "last.pt", weights_only=True)
+    parts = {k: last[k] for k in ("model", "ema", "optimizer", "epoch", "best")}
+    return parts | {"metrics": without_clock(last["metrics"])}
 
 
 # --------------------------------------------------------------------------------------------------
-# Optimizer, schedule, mixing, loss
+# Optimizers, schedule, mixing, losses
 
 
 def lamb_problem(dtype=torch.float32) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(7, 5), (6, 3, 2, 2), (4, 1, 5, 5), (3, 3), (9,), (1,), (2, 2)]
-    tensors = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     tensors[3].zero_()  # a weight of zero
     return [nn.Parameter(tensor) for tensor in tensors]
 
@@ -108,16 +138,25 @@ def lamb_groups(parameters: list[nn.Parameter], decay: float) -> list[dict]:
     return train.parameter_groups(model, decay)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.02])
-@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])  # gradients below, about and above the clipping norm
-def test_lamb_follows_timm_for_50_steps(decay, scale):
-    ours, theirs = lamb_problem(), lamb_problem()
+# Gradients below, about and above the clipping norm. float16 and bfloat16 round: one unit in the last place.
+@pytest.mark.parametrize(
+    ("decay", "scale", "dtype", "tolerance"),
+    [
+        (0.0, 1.0, torch.float32, 1e-6),
+        (0.02, 0.01, torch.float32, 1e-6),
+        (0.02, 1.0, torch.float32, 1e-6),
+        (0.02, 100.0, torch.float32, 1e-6),
+        (0.02, 1.0, torch.float64, 1e-12),
+    ],
+)
+def test_lamb_follows_timm_for_50_steps(decay, scale, dtype, tolerance):
+    ours, theirs = lamb_problem(dtype), lamb_problem(dtype)
     mine = Lamb(lamb_groups(ours, decay), lr=2e-3)
     other = timm.optim.lamb.Lamb(lamb_groups(theirs, decay), lr=2e-3, eps=1e-6, max_grad_norm=1.0)
     generator = torch.Generator().manual_seed(1)
     for step in range(50):
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            gradient = torch.randn(a.shape, generator=generator) * scale
+            gradient = (torch.randn(a.shape, generator=generator) * scale).to(dtype)
             if (i == 4 and step < 20) or i == 5:
                 gradient.zero_()  # an update of zero, at first or for good
             a.grad = None if i == 6 else gradient.clone()
@@ -128,42 +167,77 @@ def test_lamb_follows_timm_for_50_steps(decay, scale):
         mine.step()
         other.step()
         for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    assert not torch.equal(ours[0], lamb_problem()[0])
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert not torch.equal(ours[0], lamb_problem(dtype)[0])
 
 
 def test_lamb_first_step_by_hand():
-    # Bias-corrected first moments make Adam's first update g / (|g| + eps), here 1 a value.
+    # Bias-corrected first moments make Adam's first update g / (|g| + eps), here 1 per value.
     weight, bias = nn.Parameter(torch.full((2, 2), 3.0)), nn.Parameter(torch.zeros(1))
     optimizer = Lamb(
         [{"params": [weight], "weight_decay": 0.1}, {"params": [bias], "weight_decay": 0.0}], lr=0.5
     )
     weight.grad, bias.grad = torch.full((2, 2), 0.1), torch.full((1,), 0.1)
     optimizer.step()
-    # Update 1 + 0.1 * 3 = 1.3 a value, norm 2.6; the weight's norm is 6: a value moves by lr * 1.3 * 6 / 2.6.
+    # Update 1 + 0.1 * 3 = 1.3 per value, norm 2.6; the weight's norm is 6: values move by lr * 1.3 * 6 / 2.6.
     torch.testing.assert_close(weight.data, torch.full((2, 2), 3.0 - 0.5 * 3.0), rtol=0, atol=2e-5)
     torch.testing.assert_close(bias.data, torch.full((1,), -0.5), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_lamb_resumes_from_its_state_dict(layout):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lamb_takes_half_precision(dtype):
+    # 1 - 0.1 * trust ratio 1 (norms 4 and 4 * 1.02) * 1.02 = 0.9; a group without decay steps by lr.
+    p, q = nn.Parameter(torch.ones(4, 4, dtype=dtype)), nn.Parameter(torch.ones(4, dtype=dtype))
+    groups = [{"params": [p], "weight_decay": 0.02}, {"params": [q], "weight_decay": 0.0}]
+    p.grad, q.grad = torch.full_like(p, 100.0), torch.full_like(q, 100.0)  # norms beyond float16 if squared
+    Lamb(groups, lr=0.1).step()
+    for value in (p, q):
+        torch.testing.assert_close(value.data, torch.full_like(value, 0.9), rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize("decay", [0.02, 0.0])
+def test_lamb_goes_by_values_whatever_their_order_in_memory(decay):
+    def run(change) -> torch.Tensor:
+        torch.manual_seed(0)
+        weight = torch.randn(8, 4, 3, 3)
+        p = nn.Parameter(change(weight))
+        optimizer = Lamb([p], lr=1e-2, weight_decay=decay)
+        for _ in range(3):
+            p.grad = torch.randn(8, 4, 3, 3)
+            optimizer.step()
+        return p.detach().contiguous()
+
+    expected = run(torch.clone)
+    channels_last = run(lambda w: w.to(memory_format=torch.channels_last))
+    with_gaps = run(lambda w: torch.cat([w, w], 1)[:, :4])
+    torch.testing.assert_close(channels_last, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(with_gaps, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
+def test_lamb_continues_from_a_copy(how):
     def run(stop_at: int | None) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, bias=False)).to(memory_format=layout)
-        optimizer = Lamb(train.parameter_groups(model, 0.02), lr=0.01)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, bias=False))
+        model.to(memory_format=torch.channels_last)
+        optimizer = Lamb(train.parameter_groups(model, 0.02), lr=0.01, max_grad_norm=0.5)
         for step in range(10):
-            if step == stop_at:
+            if step == stop_at and how == "state_dict":
                 # As from a run in the other layout: the values must count, not their order in memory.
                 state = optimizer.state_dict()
                 for values in state["state"].values():
                     for name in ("exp_avg", "exp_avg_sq"):
                         values[name] = values[name].clone(memory_format=torch.contiguous_format)
-                optimizer = Lamb(train.parameter_groups(model, 0.02), lr=0.5)
+                optimizer = Lamb(train.parameter_groups(model, 0.02), lr=0.5, max_grad_norm=0.5)
                 optimizer.load_state_dict(state)
+            elif step == stop_at:
+                both = (model, optimizer)
+                model, optimizer = (
+                    copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+                )
             model.zero_grad()
-            model(
-                torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))
-            ).square().sum().backward()
+            images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+            model(images).square().sum().backward()
             optimizer.step()
         return [p.detach() for p in model.parameters()]
 
@@ -194,6 +268,20 @@ def test_schedule_has_the_recipe_s_values():
     assert values == pytest.approx([schedule._get_lr(epoch)[0] for epoch in range(310)], rel=1e-12)
 
 
+def test_no_epoch_has_a_rate_above_lr_and_short_schedules_shorten_their_warm_up():
+    said = []
+    options = resolve(Options(data="/photos", model="nexception_t", lr=1e-5, epochs=6), say=said.append)
+    assert [lr_at(epoch, options) for epoch in range(5)] == pytest.approx([1e-5] * 5)
+    assert not any("warm-up" in line for line in said)
+    lowest = resolve(Options(data="/photos", model="nexception_t", lr=1e-7, epochs=6))
+    assert max(lr_at(epoch, lowest) for epoch in range(16)) <= 1e-7
+    options = resolve(Options(data="/photos", model="nexception_t", epochs=4), say=said.append)
+    assert "warm-up shortened from 5 to 1 of 4 epochs" in said
+    rates = [lr_at(epoch, options) for epoch in range(4)]
+    cosine = [1e-6 + (2e-3 - 1e-6) / 2 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
+    assert rates == pytest.approx([1e-4, *cosine[1:]])
+
+
 @pytest.mark.parametrize("alphas", [(0.1, 1.0), (0.4, 0.0), (0.0, 1.0)])
 def test_mixup_is_timm_s_with_the_same_draws(alphas, monkeypatch):
     rng = np.random.default_rng(0)
@@ -213,55 +301,107 @@ def test_mixup_is_timm_s_with_the_same_draws(alphas, monkeypatch):
         mixed = ours(images.clone(), labels, 10, rng)
         torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-6)
     assert {(0.1, 1.0): 10 < boxes < 50, (0.4, 0.0): boxes == 0, (0.0, 1.0): boxes == 60}[alphas]
+    images = torch.randn(4, 3, 8, 8)
+    mixed, targets = Mixup(0.0, 0.0)(images.clone(), torch.tensor([2, 0, 1, 1]), 3, rng)
+    assert torch.equal(mixed, images) and torch.equal(targets, torch.eye(3)[[2, 0, 1, 1]])
 
 
-def test_no_mixing_leaves_images_and_classes():
-    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([2, 0, 1, 1])
-    mixed, targets = Mixup(0.0, 0.0)(images.clone(), labels, 3, np.random.default_rng(0))
-    assert torch.equal(mixed, images)
-    assert torch.equal(targets, torch.eye(3)[labels])
-
-
-def test_loss_is_timm_s_thresholded_bce():
+def test_losses_are_timm_s():
     generator = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(16, 10, generator=generator), torch.rand(16, 10, generator=generator)
     targets[0, 0] = 0.2  # the threshold itself does not count
+    options = Options(loss_threshold=0.2)
     theirs = timm.loss.BinaryCrossEntropy(smoothing=0.0, target_threshold=0.2)(logits, targets)
-    torch.testing.assert_close(train.bce_loss(logits, targets, 0.2), theirs)
+    torch.testing.assert_close(train.LOSSES["bce"](logits, targets, options), theirs)
+    theirs = timm.loss.SoftTargetCrossEntropy()(logits, targets)
+    torch.testing.assert_close(train.LOSSES["soft_ce"](logits, targets, options), theirs)
     one = train.bce_loss(torch.zeros(1, 4), torch.tensor([[0.9, 0.1, 0.0, 0.0]]), 0.2)
     assert one.item() == pytest.approx(math.log(2))
 
 
 # --------------------------------------------------------------------------------------------------
-# Options
+# Options and recipes
 
 
-def test_paper_recipe_is_the_default_of_the_paper_s_models():
+@train.dataclass
+class Sample:
+    """Options of every kind."""
+
+    path: str = option("here", "a path", positional=True)
+    count: int | None = option(None, "a number", least=1, most=9)
+    names: tuple[str, ...] = option(("a",), "names")
+    rates: tuple[float, ...] = option((), "rates", above=0)
+    fast: bool = option(False, "speed")
+
+
+def test_parser_reads_every_kind():
+    assert parse(Sample, [], "x") == Sample("here", None, ("a",), (), False)
+    given = ["there", "--count", "9", "--names", "a,b", "--rates", "1e-3,2", "--fast"]
+    assert parse(Sample, given, "x") == Sample("there", 9, ("a", "b"), (1e-3, 2.0), True)
+    for bad, said in (
+        ("--count 10", "--count 10: must be at least 1 and at most 9"),
+        ("--rates 1,0", "above 0"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            parse(Sample, bad.split(), "x")
+
+
+def test_paper_recipe_is_the_default_of_the_paper_s_models(tmp_path):
+    grown = tmp_path / "found.json"  # an S of another kernel: recipes go by shape, not by name
+    ModelConfig.from_dict(MODELS["nexception_s"].to_dict() | {"kernel": 7}).to_json(grown)
     for name, batch, lr, seed in (
         ("nexception_t", 64, 2e-3, 1), ("nexception_tp", 64, 2e-3, 1), ("nexception_s", 32, 1.4e-3, 2),
+        (str(grown), 32, 1.4e-3, 2),
     ):  # fmt: skip
         for world in (1, 2, 4):
-            options = resolve(Options(data="/imagenet", model=name), world)
+            options = resolve(Options(data="/imagenet", model=name), world, images=1_281_167)
             assert (options.batch, options.lr, options.seed) == (batch, lr, seed)
             assert options.accumulate * world == 4
         expected = {
-            "epochs": 300, "cooldown_epochs": 10, "warmup_epochs": 5, "warmup_lr": 1e-4, "min_lr": 1e-6,
-            "weight_decay": 0.02, "mixup": 0.1, "cutmix": 1.0, "loss_threshold": 0.2, "rand_augment": 7.0,
-            "repeats": 3, "flip": 0.5, "min_scale": 0.08, "drop_path": 0.05, "size": 224, "ema": 0.0,
-            "max_grad_norm": 1.0,
+            "epochs": 300, "cooldown_epochs": 10, "warmup_epochs": 5, "min_lr": 1e-6, "weight_decay": 0.02,
+            "mixup": 0.1, "cutmix": 1.0, "loss_threshold": 0.2, "rand_augment": 7.0, "repeats": 3,
+            "flip": 0.5, "min_scale": 0.08, "drop_path": 0.05, "size": 224, "ema": 0.0, "max_grad_norm": 1.0,
         }  # fmt: skip
-        for option, value in expected.items():
-            assert getattr(options, option) == value, option
+        for name, value in expected.items():
+            assert getattr(options, name) == value, name
     assert resolve(Options(data="/imagenet", model="xception")).size == 299
 
 
+def test_recipes_are_chosen_by_data_and_initial_weights(reference):
+    said = []
+    small = resolve(Options(data="/photos", model="nexception_s"), images=3800, say=said.append)
+    assert (small.repeats, small.cooldown_epochs, small.rand_augment, small.epochs) == (1, 0, 0.0, 263)
+    assert "recipe small-folder, chosen by its 3,800 training images (--recipe paper" in said[-1]
+    paper = resolve(Options(data="/photos", model="nexception_s", recipe="paper"), images=3800)
+    assert (paper.epochs, paper.repeats, paper.lr) == (300, 3, 1.4e-3)
+    weights = str(reference / "best.pt")  # network and size come from the checkpoint
+    tuned = resolve(Options(data="/photos", init_weights=weights), images=3800, say=said.append)
+    assert (tuned.epochs, tuned.repeats, tuned.size, tuned.model) == (30, 1, 16, None)
+    assert tuned.lr <= 2e-4 and tuned.out == "runs/photos-best"
+    assert "recipe fine-tune, chosen by --init-weights" in said[-1]
+    for name in train.RECIPES:
+        assert f"{name}: " in train.recipes_help()
+    with pytest.raises(UsageError, match="--recipe soup: must be one of paper"):
+        resolve(Options(recipe="soup"))
+
+
+def test_a_run_of_an_earlier_version_keeps_its_recipe():
+    options = {"epochs": 300, "repeats": 3, "lr": 2e-3, "cooldown_epochs": 10, "amp": "auto", "batch": 64}
+    former = {"options": options, "micro-batches a step": 4}
+    resolved = resolve(Options(data="/photos", epochs=300), world=2, images=3800, former=former)
+    assert (resolved.repeats, resolved.cooldown_epochs, resolved.accumulate) == (3, 10, 2)
+
+
 def test_command_line_overrides_the_recipe():
-    given = "--data /imagenet --model nexception_t --lr 0.001 --batch 32 --no-channels-last --rand-augment 0"
-    options = resolve(train.parse(Options, given.split(), "train.py"))
-    assert (options.lr, options.batch, options.channels_last, options.seed) == (0.001, 32, False, 1)
+    given = "--data /imagenet --model nexception_t --lr 0.001 --batch 32 --no-compile --rand-augment 0"
+    options = resolve(parse(Options, given.split(), "train.py"))
+    assert (options.lr, options.batch, options.compile, options.seed) == (0.001, 32, False, 1)
     assert train.augmentation(options).layers == 0
     assert options.out == "runs/imagenet-nexception_t"
-    assert len(train.fields(Options)) <= 40
+    assert (options.amp, options.device) == (
+        ("off", "cpu") if not torch.cuda.is_available() else ("bf16", "cuda")
+    )
+    assert len(train.fields(Options)) <= 39
 
 
 @pytest.mark.parametrize(
@@ -269,26 +409,42 @@ def test_command_line_overrides_the_recipe():
     [
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),
-        ("--lr -1", "--lr -1.0: must be above 0"),
-        ("--ema 1", "--ema 1.0: must be at least 0 and below 1"),
+        ("--lr -1", "--lr -1: must be above 0"),
+        ("--lr inf", "--lr inf: must be a finite number"),
+        ("--ema 1", "--ema 1: must be at least 0 and below 1"),
         ("--batch 0", "--batch 0: must be at least 1"),
+        ("--batch 1", "--batch 1: batch norm needs at least 2 images"),
+        ("--size 1", "--size 1: must be at least 8"),
+        ("--seed 99999999999", "--seed 1e+11: must be at least 0 and at most 4294967295"),
         ("--min-lr 1", "--min-lr 1.0 is above --lr"),
         ("--compile --grad-checkpointing", "leave out one of them"),
+        ("--freeze", "give --init-weights"),
         ("--amp int8", "invalid choice: 'int8'"),
-        ("--model resnet50", "model: 'resnet50' is none of nexception_t"),
-        ("--data /nowhere", "there is no folder '/nowhere'"),
-        ("--batch 5000", "take a smaller batch"),
+        ("--model resnet50", "'resnet50'"),
+        ("--data /nowhere", "/nowhere"),
+        ("--batch 5000", "too few for one step"),
         ("--device abacus", "--device abacus: no such device"),
+        ("--device meta", "--device meta: not usable on this machine"),
         ("--eval /nowhere.pt", "/nowhere.pt: no such file"),
-        ("--eval /nowhere.pt --lr 1", "--lr has no effect beside --eval"),
+        ("--eval /nowhere.pt --lr 1", "--lr has no effect with --eval"),
         ("--init-weights /nowhere.pt", "/nowhere.pt: no such file"),
+        ("--init-weights /nowhere.pt --model nexception_nano", "/nowhere.pt: no such file"),
     ],
 )
-def test_user_errors_are_one_sentence(given, said, tmp_path, capsys):
-    out = [] if "--eval" in given else ["--out", str(tmp_path / "run")]
+def test_user_errors_are_one_sentence_and_leave_no_folder(given, said, tmp_path, capsys):
+    out = [] if "--eval" in given else ["--out", str(tmp_path / "runs" / "run")]
     assert train.main([*given.split(), *out]) == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("train.py: ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_cannot_be_made_are_named(tiny, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        assert train.main(arguments(tiny, out)) == 2
+        error = capsys.readouterr().err
+        assert f"--out {out}: " in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -298,11 +454,14 @@ def test_missing_loggers_are_named(flag, module, tiny, tmp_path, monkeypatch, ca
     monkeypatch.setitem(sys.modules, module, None)
     assert train.main(arguments(tiny, tmp_path / "run", flag)) == 2
     assert f"{flag} needs a package: pip install {flag[2:]}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_micro_batches_that_cannot_be_shared():
-    with pytest.raises(train.UsageError, match="3 processes cannot share the recipe's 4 micro-batches"):
-        resolve(Options(data="/imagenet", model="nexception_t"), world=3)
+    with pytest.raises(
+        UsageError, match=r"8 processes .* 4 micro-batches of 64: --accumulate 1 --batch 32 comes"
+    ):
+        resolve(Options(data="/imagenet", model="nexception_t"), world=8)
     assert resolve(Options(data="/imagenet", model="nexception_t", accumulate=1), world=3).accumulate == 1
     assert resolve(Options(), world=3).accumulate == 1
 
@@ -312,60 +471,121 @@ def test_micro_batches_that_cannot_be_shared():
 
 
 def make_training(**changes) -> tuple[Training, object]:
-    options = resolve(Options(**({"epochs": 3, "size": 16} | changes)))
-    shared = {name: getattr(options, name) for name in ("size", "batch", "accumulate", "seed")}
-    data = open_data("digits", augment=train.augmentation(options), **shared)
+    options = resolve(Options(**({"epochs": 1, "warmup_epochs": 0, "size": 16, "device": "cpu"} | changes)))
+    plan = Plan(options.batch, options.accumulate, seed=options.seed)
+    data = open_data("digits", plan, size=options.size, augment=train.augmentation(options))
     torch.manual_seed(options.seed)
     return Training(create_model(TINY, num_classes=10, drop_path=options.drop_path), options), data
 
 
-def test_an_epoch_interrupted_anywhere_goes_on_bit_for_bit():
-    whole, data = make_training(ema=0.9, lr=0.02)
-    losses = train_one_epoch(whole, data, 1)
-    parts, data = make_training(ema=0.9, lr=0.02)
-    done = train_one_epoch(parts, data, 1, after_step=lambda step, _: step == 6)
-    assert len(done) == 7
-    resumed, data = make_training(ema=0.9, lr=0.02)
-    resumed.load_state(parts.state())
-    assert torch.equal(train_one_epoch(resumed, data, 1, done), losses)
-    assert_same(resumed.state(), whole.state())
+class StopAfter:
+    """A stop signal that comes after so many steps; `action` is called after each."""
+
+    signal = 0
+
+    def __init__(self, steps: int = -1, action=lambda: None):
+        self.steps, self.action = steps, action
+
+    def agreed(self) -> bool:
+        self.steps -= 1
+        self.action()
+        return self.steps == 0
+
+
+def test_an_epoch_interrupted_anywhere_continues_bit_for_bit():
+    whole, data = make_training(ema=0.9, lr=0.02, accumulate=2, batch=32)
+    metrics = fit(whole, data)
+    parts, data = make_training(ema=0.9, lr=0.02, accumulate=2, batch=32)
+    with pytest.raises(Stopped):
+        fit(parts, data, stop=StopAfter(7))
+    assert len(parts.losses) == 7
+    resumed, data = make_training(ema=0.9, lr=0.02, accumulate=2, batch=32)
+    resumed.load_state(copy.deepcopy(parts.state()))
+    assert without_clock(fit(resumed, data)) == without_clock(metrics)
+    ours, theirs = resumed.state(), whole.state()
+    ours["metrics"] = theirs["metrics"] = None
+    assert_same(ours, theirs)
 
 
 def test_accumulated_gradients_are_the_mean_over_micro_batches():
-    training, data = make_training(batch=32, accumulate=3, mixup=0.0, cutmix=0.0, drop_path=0.0)
-    batches = data.train_batches(0)
-    expected = None
+    plain = {"batch": 32, "accumulate": 3, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
+    training, data = make_training(**plain)
+    batches, expected = data.train_batches(0), None
     for _ in range(3):
         images, labels = next(batches)
-        logits = training.model.train()(train.normalize(images, data.mean, data.std))
+        logits = training.model.train()(data.transform.normalize(images))
         loss = nn.functional.binary_cross_entropy_with_logits(logits, torch.eye(10)[labels])
         gradients = torch.autograd.grad(loss / 3, list(training.model.parameters()))
         expected = (
             gradients if expected is None else [a + b for a, b in zip(expected, gradients, strict=True)]
         )
-    other, data = make_training(batch=32, accumulate=3, mixup=0.0, cutmix=0.0, drop_path=0.0)
+    other, data = make_training(**plain)
     found = []
-    other.optimizer.step = lambda: found.extend(p.grad.clone() for p in other.model.parameters())
-    train_one_epoch(other, data, 0, after_step=lambda step, losses: True)
-    torch.testing.assert_close(found, list(expected), rtol=1e-5, atol=1e-7)
+    other.optimizer.step = lambda: found.append([p.grad.clone() for p in other.model.parameters()])
+    with pytest.raises(Stopped):
+        fit(other, data, stop=StopAfter(1))
+    torch.testing.assert_close(found[0], list(expected), rtol=1e-5, atol=1e-7)
+
+
+def test_running_statistics_are_those_of_a_process_per_micro_batch():
+    """Four simulated processes: each step starts from rank 0's statistics, an epoch ends with their mean."""
+    plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": 1e-30, "min_lr": 0.0}  # weights stay
+    training, data = make_training(batch=64, accumulate=4, **plain)
+    ranks = [copy.deepcopy(training.model).train() for _ in range(4)]
+    batches = data.train_batches(0)
+    for _ in range(data.steps):
+        for rank in ranks[1:]:
+            rank.load_state_dict(ranks[0].state_dict())
+        for rank in ranks:
+            rank(data.transform.normalize(next(batches)[0]))
+    fit(training, data)
+    expected = [
+        torch.stack(values).mean(0) for values in zip(*map(train.running_statistics, ranks), strict=True)
+    ]
+    assert data.steps > 2
+    torch.testing.assert_close(train.running_statistics(training.model), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_checkpointed_gradients_are_the_same():
-    losses = []
-    for checkpointing in (False, True):
-        training, data = make_training(grad_checkpointing=checkpointing)
-        losses.append(train_one_epoch(training, data, 0))
-    torch.testing.assert_close(losses[0], losses[1])
+    rows = [fit(*make_training(grad_checkpointing=checkpointing))[0] for checkpointing in (False, True)]
+    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-6)
+    assert rows[0]["val_loss"] == pytest.approx(rows[1]["val_loss"], rel=1e-6)
 
 
-def test_averaged_weights_follow_the_formula():
+def test_averaged_weights_are_timm_s():
     training, data = make_training(ema=0.75)
-    start = {k: v.clone() for k, v in training.model.state_dict().items()}
-    train_one_epoch(training, data, 0, after_step=lambda step, losses: True)
+    average = timm.utils.ModelEmaV3(training.model, decay=0.75, use_warmup=True)
+    updates = iter(range(1, 100))
+    fit(training, data, stop=StopAfter(action=lambda: average.update(training.model, step=next(updates))))
     for name, value in training.ema.state_dict().items():
-        now = training.model.state_dict()[name]
-        expected = 0.75 * start[name] + 0.25 * now if value.is_floating_point() else now
-        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(value, average.module.state_dict()[name], rtol=1e-6, atol=1e-6)
+    assert train.ema_decay(1, 0.9) == 0 and train.ema_decay(2, 0.9) == pytest.approx(1 - 2 ** (-2 / 3))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_every_optimizer_sees_clipped_gradients(name, monkeypatch):
+    monkeypatch.setitem(train.OPTIMIZERS, "sgd", lambda groups, o: torch.optim.SGD(groups, lr=o.lr))
+    training, data = make_training(optimizer=name, max_grad_norm=1e-3)
+    step, seen = training.optimizer.step, []
+
+    def noted():
+        gradients = [p.grad.flatten() for p in training.model.parameters()]
+        seen.append(torch.cat(gradients).norm().item())
+        step()
+
+    training.optimizer.step = noted
+    fit(training, data)
+    assert len(seen) == data.steps and seen == pytest.approx([1e-3] * data.steps, rel=1e-2)
+
+
+def test_freezing_trains_the_classifier_alone():
+    training, data = make_training(freeze=True, init_weights="given", model="nexception_nano")
+    before = copy.deepcopy(training.model.state_dict())
+    fit(training, data)
+    moved = {
+        name for name, value in training.model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert moved == {"head.fc.weight", "head.fc.bias"}
 
 
 class Answers(nn.Module):
@@ -385,7 +605,8 @@ class Answers(nn.Module):
 
 
 class FewImages:
-    mean, std, bad_files = (0.0,) * 3, (1 / 255,) * 3, ()
+    transform, bad_files = EvalTransform(2, 1.0, "bilinear", (0.0,) * 3, (1 / 255,) * 3), ()
+    name, steps, wait_seconds = "/photos", 10, 0.0
 
     def __init__(self, labels, count=None):
         self.labels, self.said = labels, count or len(labels)
@@ -401,66 +622,61 @@ class FewImages:
 def test_evaluation_counts_by_hand():
     labels = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5])
     ranks = [0, 0, 1, 4, 5, 9, 0, 2, 3]
-    result = evaluate(Answers(labels, ranks), FewImages(labels))
+    model, seen = Answers(labels, ranks), []
+    result = evaluate(model, FewImages(labels), collect=lambda *batch: seen.append(batch))
     assert result["count"] == 9
     assert result["top1"] == pytest.approx(100 * 3 / 9)
     assert result["top5"] == pytest.approx(100 * 7 / 9)
     total = sum(math.exp(-i) for i in range(10))
     assert result["loss"] == pytest.approx(sum(rank + math.log(total) for rank in ranks) / 9)
+    assert torch.equal(torch.cat([batch[0] for batch in seen]), labels)
+    assert torch.cat([batch[1] for batch in seen]).shape == (9, 10)
+    # Among outputs 1 to 9 alone, ranks above a missing first answer fall by one at most.
+    columns = evaluate(model, FewImages(labels), columns=torch.arange(10))
+    assert columns == result
+    few = evaluate(Answers(labels, [0] * 9), FewImages(labels - 1), columns=torch.arange(1, 10))
+    assert few["top1"] == 100
+    for said in (8, 10):
+        with pytest.raises(RunError, match=f"counted 9 of the {said} images"):
+            evaluate(model, FewImages(labels, said))
 
 
-@pytest.mark.parametrize("said", [8, 10])
-def test_evaluation_fails_on_a_wrong_count(said):
-    labels = torch.zeros(9, dtype=torch.int64)
-    with pytest.raises(train.RunError, match=f"counted 9 of the {said} images"):
-        evaluate(Answers(labels, [0] * 9), FewImages(labels, said))
-
-
-def test_waiting_for_data_is_said_once(capsys):
-    class Slow(FewImages):
-        name, steps, wait_seconds = "/photos", 10, 0.0
-
-    data = Slow(torch.zeros(1))
-    progress = train.Progress(train.Process(), data, epochs=3, images_a_step=4)
+def test_waiting_for_data_is_said_once():
+    said, data = [], FewImages(torch.zeros(1))
+    meter = train.Meter(data, 3, 4, said.append)
     for epoch in range(3):
-        progress.begin(epoch, 0)
+        meter.start(epoch, 0)
         time.sleep(0.02)
         data.wait_seconds += 0.01 * epoch  # nothing in the first epoch
-        progress.end()
-    assert capsys.readouterr().out.count("raise --workers") == 1
+        meter.end()
+    assert len(said) == 1 and "raise --workers" in said[0]
 
 
-def test_digits_are_learnt_and_recorded(tmp_path, capsys):
+def test_digits_are_learned_and_recorded(tmp_path, capsys):
     out = tmp_path / "run"
-    assert train.main(["--out", str(out), "--epochs", "5", "--device", "cpu"]) == 0
+    assert train.main(["--out", str(out), "--epochs", "5", "--size", "16", "--device", "cpu"]) == 0
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in metrics[:-1]] == [1, 2, 3, 4, 5]
     assert metrics[-1]["test_top1"] > 85 and metrics[-1]["test_count"] == 266
-    assert json.loads((out / "config.json").read_text())["options"]["epochs"] == 5
+    record = json.loads((out / "config.json").read_text())
+    assert (record["options"]["epochs"], record["options"]["amp"], record["device"]) == (5, "off", "cpu")
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "lr=0.01" in printed and "epoch 5/5" in printed
+    assert "lr=0.01" in printed and "epoch 5/5" in printed and "recipe digits" in printed
     best = load_checkpoint(out / "best.pt")
-    assert best.config.to_dict() == MODELS["nexception_nano"].to_dict() | {"num_classes": 10}
+    changed = {"num_classes": 10, "input_size": 16}
+    assert best.config.to_dict() == MODELS["nexception_nano"].to_dict() | changed
     assert train.main(["--eval", str(out / "best.pt"), "--device", "cpu"]) == 0
     assert f"top-1 {metrics[-1]['test_top1']:.2f}%" in capsys.readouterr().out
 
 
-def test_fine_tuning_starts_from_the_weights(tiny, reference, tmp_path):
+def test_fine_tuning_starts_from_the_weights(reference, tmp_path):
     out = tmp_path / "run"
-    more = (
-        "--init-weights",
-        str(reference / "best.pt"),
-        "--lr",
-        "1e-9",
-        "--min-lr",
-        "0",
-        "--warmup-epochs",
-        "0",
-    )
-    assert train.main(arguments(tiny, out, *more)) == 0
+    given = f"--init-weights {reference / 'best.pt'} --size 16 --epochs 1 --lr 1e-9 --device cpu --out {out}"
+    assert train.main(given.split()) == 0
     tuned, start = (torch.load(p / "best.pt", weights_only=True) for p in (out, reference))
     torch.testing.assert_close(tuned["model"]["head.fc.weight"], start["model"]["head.fc.weight"])
+    assert tuned["config"] == start["config"]
 
 
 def test_bfloat16_and_compile_train(tiny, tmp_path, monkeypatch):
@@ -468,180 +684,270 @@ def test_bfloat16_and_compile_train(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="eager"))
     out = tmp_path / "run"
     assert train.main(arguments(tiny, out, "--amp", "bf16", "--compile")) == 0
-    state = learnt(out)
+    state = learned(out)
     assert not any("_orig_mod" in name for name in state["model"])
     assert state["metrics"][2]["train_loss"] < state["metrics"][0]["train_loss"]
 
 
 # --------------------------------------------------------------------------------------------------
-# Stopping and going on
+# Stopping and continuing
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_in_mid_epoch_and_the_same_command_goes_on(
+def test_signals_save_in_mid_epoch_and_the_same_command_continues(
     kind, tiny, reference, tmp_path, monkeypatch, capsys
 ):
-    out = tmp_path / "run"
-    step, before = Training.step, signal.getsignal(kind)
-    taken = []
+    out, taken = tmp_path / "run", []
+    agreed, before = train.StopSignal.agreed, signal.getsignal(kind)
 
-    def step_and_signal(self):
-        step(self)
+    def signal_and_agree(self):
         taken.append(1)
         if len(taken) == 25:
             os.kill(os.getpid(), kind)
+        return agreed(self)
 
-    monkeypatch.setattr(Training, "step", step_and_signal)
+    monkeypatch.setattr(train.StopSignal, "agreed", signal_and_agree)
     assert train.main(arguments(tiny, out, "--ema", "0.9")) == 128 + kind
-    assert f"{kind.name}: saved in epoch 2 after step 6; the same command goes on" in capsys.readouterr().out
+    assert f"{kind.name}: saved in epoch 2 after step 6; the same command" in capsys.readouterr().out
     assert signal.getsignal(kind) is before
     assert train.main(arguments(tiny, out, "--ema", "0.9")) == 0
-    assert "going on at epoch 2/3, step 7" in capsys.readouterr().out
-    assert_same(learnt(out), learnt(reference))
+    assert "continuing at epoch 2/3, step 7" in capsys.readouterr().out
+    assert_same(learned(out), learned(reference))
 
 
 def test_a_signal_during_evaluation_keeps_the_epoch(tiny, reference, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    agreed = train.StopSignal.agreed
-    taken = []
+    out, taken, agreed = tmp_path / "run", [], train.StopSignal.agreed
 
-    def after_the_last_step(self):
+    def signal_after_the_last_step(self):
         answer = agreed(self)
         taken.append(1)
         if len(taken) == 38:
             os.kill(os.getpid(), signal.SIGTERM)
         return answer
 
-    monkeypatch.setattr(train.StopSignal, "agreed", after_the_last_step)
+    monkeypatch.setattr(train.StopSignal, "agreed", signal_after_the_last_step)
     assert train.main(arguments(tiny, out, "--ema", "0.9")) == 143
     assert "saved in epoch 2 after step 19" in capsys.readouterr().out
     assert train.main(arguments(tiny, out, "--ema", "0.9")) == 0
-    assert_same(learnt(out), learnt(reference))
+    assert_same(learned(out), learned(reference))
 
 
 def test_killed_at_any_moment_it_ends_the_same(tiny, reference, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), *arguments(tiny, out, "--ema", "0.9")]
+    settings = {"cwd": tmp_path, "env": ONE_THREAD, "text": True}
     rng = np.random.default_rng(int(time.time()))
     for _ in range(2):
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=1, **settings)
         for line in process.stdout:
-            if line.startswith("epoch"):
+            if line.startswith("epoch "):
                 time.sleep(rng.uniform(0, 0.3))
                 break
         process.kill()
         process.wait()
         process.stdout.close()
-    last = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
+    last = subprocess.run(command, capture_output=True, **settings)
     assert last.returncode == 0, last.stderr
-    assert re.search("going on at epoch [23]|finished", last.stdout), last.stdout
-    assert_same(learnt(out), learnt(reference))
+    assert re.search("continuing at epoch [23]|finished", last.stdout), last.stdout
+    assert_same(learned(out), learned(reference))
     assert not list(out.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_broken_checkpoint_falls_back_to_the_previous(damage, tiny, reference, tmp_path, capsys):
-    out = tmp_path / "run"
-    train.main(arguments(tiny, out, "--ema", "0.9"))
+def test_a_broken_checkpoint_falls_back_to_the_previous(damage, tiny, reference, finished, capsys):
     if damage == "truncated":
-        content = (out / "last.pt").read_bytes()
-        (out / "last.pt").write_bytes(content[: len(content) // 2])
+        content = (finished / "last.pt").read_bytes()
+        (finished / "last.pt").write_bytes(content[: len(content) // 2])
     else:
-        (out / "last.pt").unlink()
-    capsys.readouterr()
-    assert train.main(arguments(tiny, out, "--ema", "0.9")) == 0
+        (finished / "last.pt").unlink()
+    assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 0
     captured = capsys.readouterr()
     assert ("last.pt is broken" in captured.err) == (damage == "truncated")
-    assert_same(learnt(out), learnt(reference))
+    assert_same(learned(finished), learned(reference))
     for name in ("last.pt", "previous.pt"):
-        (out / name).write_bytes(b"")
-    assert train.main(arguments(tiny, out, "--ema", "0.9")) == 2
+        (finished / name).write_bytes(b"")
+    assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 2
     assert "can be read: move it away" in capsys.readouterr().err
+    for content in ({}, {"options": {}, "epoch": -1}):
+        torch.save(content, finished / "last.pt")
+        assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 2
+        assert "holds no checkpoint of train.py" in capsys.readouterr().err
 
 
-def test_a_finished_run_tests_no_more(tiny, reference, monkeypatch, capsys):
-    def no_evaluation(*_):
+def test_a_finished_run_tests_no_more(tiny, finished, monkeypatch, capsys):
+    def no_evaluation(*_, **__):
         raise AssertionError("evaluated again")
 
-    before = (reference / "last.pt").read_bytes()
+    before = (finished / "last.pt").read_bytes()
     monkeypatch.setattr(train, "evaluate", no_evaluation)
-    assert (
-        train.main(arguments(tiny, reference, "--ema", "0.9", "--log-every", "7", "--eval-batch", "8")) == 0
-    )
+    assert train.main(arguments(tiny, finished, "--ema", "0.9", "--workers", "1", "--root", "elsewhere")) == 0
     printed = capsys.readouterr().out
     assert "finished" in printed and "test top-1" in printed
-    assert (reference / "last.pt").read_bytes() == before
+    assert (finished / "last.pt").read_bytes() == before
+
+
+def test_a_trained_run_without_its_best_weights_is_kept(tiny, finished, capsys):
+    last = torch.load(finished / "last.pt", weights_only=True)
+    torch.save(last | {"metrics": last["metrics"][:3]}, finished / "last.pt")
+    before = (finished / "last.pt").read_bytes()
+    (finished / "best.pt").unlink()
+    assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 1
+    error = capsys.readouterr().err
+    assert "best.pt is missing or broken" in error and error.count("\n") == 1
+    assert (finished / "last.pt").read_bytes() == before
+
+
+def test_a_run_of_an_earlier_version_continues(tiny, reference, finished, capsys):
+    def aged(record: dict) -> dict:
+        options = {
+            k: v for k, v in record["options"].items() if k not in ("recipe", "freeze", "loss", "optimizer")
+        }
+        options |= {"warmup_lr": 1e-4, "padding": 3, "channels_last": True, "log_every": 50, "amp": "auto"}
+        return {k: v for k, v in record.items() if k != "images"} | {"options": options}
+
+    for name in ("previous.pt", "last.pt"):
+        content = aged(torch.load(finished / "previous.pt", weights_only=True))
+        for group in content["optimizer"]["param_groups"]:
+            group.pop("max_grad_norm", None)
+        torch.save(content, finished / name)
+    config = finished / "config.json"
+    config.write_text(json.dumps(aged(json.loads(config.read_text()))))
+    assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 0
+    assert "which an earlier version began" in capsys.readouterr().out
+    ours, theirs = learned(finished), learned(reference)
+    assert_same(ours["model"], theirs["model"])
 
 
 def test_other_options_on_a_run_are_refused(tiny, reference, capsys):
-    before = learnt(reference)
-    assert train.main(arguments(tiny, reference, "--lr", "0.5", "--epochs", "4", "--ema", "0.9")) == 2
+    before = learned(reference)
+    for given, said in (
+        (
+            "--lr 0.5 --epochs 4 --ema 0.9",
+            ("epochs 3 there, 4 now", "lr 0.01 there, 0.5 now", "another --out"),
+        ),
+        ("--ema 0.9 --accumulate 2", ("micro-batches a step 1 there, 2 now",)),
+        ("--ema 0.9 --amp bf16", ("amp off there, bf16 now",)),
+        ("--ema 0.9 --optimizer adamw", ("optimizer lamb there, adamw now",)),
+    ):
+        assert train.main(arguments(tiny, reference, *given.split())) == 2
+        error = capsys.readouterr().err
+        assert all(words in error for words in said), error
+    assert_same(learned(reference), before)
+
+
+def test_a_run_is_continued_on_its_own_data_alone(tiny, tmp_path, capsys):
+    def picture(path: Path, seed: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (18, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+
+    photos, out = tmp_path / "photos", tmp_path / "run"
+    for seed in range(40):
+        part, name = ("train" if seed < 32 else "val"), ("cat", "dog")[seed % 2]
+        picture(photos / part / name / f"{seed}.png", seed)
+    given = (
+        f"--data {photos} --model {tiny} --out {out} --size 16 --epochs 1 --batch 8 --workers 0 --device cpu"
+    )
+    assert train.main(given.split()) == 0
+    assert "recipe small-folder" in capsys.readouterr().out
+    assert train.main(given.split()) == 0
+    extra = photos / "train" / "cat" / "extra.png"
+    picture(extra, 99)
+    assert train.main(given.split()) == 2
+    assert "'train': 32" in (error := capsys.readouterr().err) and "'train': 33" in error
+    extra.unlink()
+    for part in ("train", "val"):
+        (photos / part / "cat").rename(photos / part / "zebra")
+    assert train.main(given.split()) == 2
     error = capsys.readouterr().err
-    assert "epochs 3 there, 4 now" in error and "lr 0.01 there, 0.5 now" in error and "another --out" in error
-    assert train.main(arguments(tiny, reference, "--ema", "0.9", "--accumulate", "2")) == 2
-    assert "micro-batches a step 1 there, 2 now" in capsys.readouterr().err
-    assert_same(learnt(reference), before)
+    assert "cat there, dog now" in error and "dog there, zebra now" in error and error.count("\n") == 1
+    assert train.main(["--eval", str(out / "best.pt"), "--data", str(photos), "--device", "cpu"]) == 2
 
 
 def test_a_folder_in_use_is_refused(tiny, tmp_path, capsys):
-    folder = train.Folder(str(tmp_path))
-    assert folder.open({}) is None
-    assert train.main(arguments(tiny, tmp_path)) == 2
+    folder = train.Folder(str(tmp_path / "run"), {})
+    assert folder.open() is None
+    assert train.main(arguments(tiny, tmp_path / "run")) == 2
     assert "in use by another run" in capsys.readouterr().err
+    folder.close(failed=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(tiny, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    loss, calls = train.bce_loss, []
+    out, loss, calls = tmp_path / "run", train.bce_loss, []
 
     def sometimes_infinite(*args):
         calls.append(1)
         return loss(*args) * (math.inf if len(calls) == 19 + 12 else 1)
 
     monkeypatch.setattr(train, "bce_loss", sometimes_infinite)
-    assert train.main(arguments(tiny, out, "--log-every", "5")) == 1
-    assert "the loss is inf at epoch 2, step 12" in capsys.readouterr().err
-    last = learnt(out)
+    monkeypatch.setattr(train, "LOG_EVERY", 5)
+    assert train.main(arguments(tiny, out)) == 1
+    error = capsys.readouterr().err
+    assert "the loss is inf at epoch 2, step 12" in error and f"continues from {out / 'last.pt'}" in error
+    last = learned(out)
     assert last["epoch"] == 1 and all(v.isfinite().all() for v in last["model"].values())
     assert len(calls) == 19 + 15  # no step beyond the look that found it
 
 
+def test_skipped_float16_steps_stop_a_run_only_when_many_follow_one_another():
+    bad = [math.nan] * train.MAX_SKIPPED
+    train.check_finite([*bad, 1.0, *bad, 1.0], "the loss", 0, 0, train.MAX_SKIPPED)
+    with pytest.raises(RunError, match="the loss is nan at epoch 1, step 121"):
+        train.check_finite([*bad, math.nan], "the loss", 0, 100, train.MAX_SKIPPED)
+
+
 def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    step, taken = Training.step, []
+    out, step, taken = tmp_path / "run", Lamb.step, []
 
     def last_step_breaks(self):
         step(self)
         taken.append(1)
         if len(taken) == 38:
-            next(self.model.parameters()).data.fill_(math.nan)
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
 
-    monkeypatch.setattr(Training, "step", last_step_breaks)
+    monkeypatch.setattr(Lamb, "step", last_step_breaks)
     assert train.main(arguments(tiny, out)) == 1
     assert "the weights' norm is nan at epoch 2, step 19" in capsys.readouterr().err
-    assert learnt(out)["epoch"] == 1
+    assert learned(out)["epoch"] == 1
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(tiny, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert train.main(arguments(tiny, out)) == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+def test_a_full_disk_is_one_line_and_loses_nothing(tiny, finished, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (10_000, hard)
-    )  # bytes; what a full disk does, but for the reason
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # bytes: writing beyond fails like a full disk
     try:
-        with pytest.raises(train.RunError, match=r"cannot write .*last\.pt: File too large"):
-            train.save_checkpoint(out / "last.pt", {"x": torch.zeros(10_000)}, out / "previous.pt")
+        with pytest.raises(RunError, match=r"cannot write .*last\.pt: File too large"):
+            train.save_checkpoint(finished / "last.pt", {"x": torch.zeros(10_000)}, finished / "previous.pt")
         assert train.main(arguments(tiny, tmp_path / "other")) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "best.pt: File too large" in error and "make room" in error
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert error.count("\n") == 1 and "best.pt: File too large" in error
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
     assert not list(tmp_path.glob("*/.*.tmp"))
+
+
+def test_errors_of_pytorch_keep_their_traceback(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.LOSSES, "bce", lambda logits, targets, options: logits @ logits)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train.main(arguments(tiny, tmp_path / "run"))
+
+
+def test_training_runs_outside_the_main_thread(tiny, reference, tmp_path):
+    status = []
+    command = arguments(tiny, tmp_path / "run", "--ema", "0.9")
+    thread = threading.Thread(target=lambda: status.append(train.main(command)))
+    thread.start()
+    thread.join()
+    assert status == [0]
+    assert_same(learned(tmp_path / "run"), learned(reference))
+
+
+def test_help_into_a_closed_pipe_is_quiet():
+    command = f"{sys.executable} {ROOT / 'train.py'} --help | head -1"
+    done = subprocess.run(["bash", "-c", command], env=ONE_THREAD, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: train.py") and done.stderr == ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -650,12 +956,11 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tiny, tmp_path, capsys):
 
 def torchrun(folder: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *more]
-    return subprocess.Popen(
-        command, cwd=folder, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=ONE_THREAD, **pipes)
 
 
-DDP_GOES_FIRST = f"""  # train.py, and a check that ends a run which could hang at its end
+TWO_PROCESSES = f"""  # train.py, and two checks of its parts
 import gc, sys
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -665,64 +970,75 @@ import train
 
 def destroy(destroy=dist.destroy_process_group):
     assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects()), "DDP is still there"
-    destroy()
+    destroy()  # a run whose DDP is still there may hang at its end
 
-def close(run, close=train.Run.close):
-    run.cycle = run  # torch.compile makes such cycles too
-    close(run)
+def fit(training, *rest, fit=train.fit):
+    training.cycle = training  # torch.compile makes such cycles too
+    def fail():
+        raise train.RunError("of the first alone")
+    try:
+        training.process.from_first(fail)
+    except train.RunError as error:
+        assert str(error) == "of the first alone"
+    else:
+        raise AssertionError("an error in the first process did not reach all")
+    return fit(training, *rest)
 
-dist.destroy_process_group, train.Run.close = destroy, close
+dist.destroy_process_group, train.fit = destroy, fit
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
 def test_two_processes_learn_what_one_does(tiny, tmp_path):
-    settings = ("--batch", "32", "--mixup", "0.2", "--cutmix", "1.0")
+    settings = ("--batch", "16", "--mixup", "0.2", "--cutmix", "1.0", "--epochs", "1", "--ema", "0.9")
     script = tmp_path / "script.py"
-    script.write_text(DDP_GOES_FIRST)
-    process = torchrun(tmp_path, str(script), *arguments(tiny, tmp_path / "two", *settings, "--epochs", "1"))
+    script.write_text(TWO_PROCESSES)
+    two = arguments(tiny, tmp_path / "two", *settings, "--accumulate", "2")
+    process = torchrun(tmp_path, str(script), *two)
     output, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert output.count("epoch 1/1") == 1 and "on 266 images" in output
-    one = arguments(tiny, tmp_path / "one", *settings, "--epochs", "1", "--accumulate", "2")
-    assert train.main(one) == 0
-    two, one = (learnt(tmp_path / name) for name in ("two", "one"))
-    for name, value in one["model"].items():
-        if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=1e-4)
+    assert train.main(arguments(tiny, tmp_path / "one", *settings, "--accumulate", "4")) == 0
+    two, one = (learned(tmp_path / name) for name in ("two", "one"))
+    for part in ("model", "ema"):  # running statistics too
+        for name, value in one[part].items():
+            if "num_batches" not in name:
+                torch.testing.assert_close(two[part][name], value, rtol=1e-3, atol=1e-4)
     assert two["metrics"][0]["train_loss"] == pytest.approx(one["metrics"][0]["train_loss"], rel=1e-5)
 
 
 def test_torchrun_restarts_after_a_killed_rank(tiny, tmp_path):
     out = tmp_path / "run"
     process = torchrun(
-        tmp_path, "--max-restarts=1", str(ROOT / "train.py"), *arguments(tiny, out, "--epochs", "30")
+        tmp_path, "--max-restarts=1", str(ROOT / "train.py"), *arguments(tiny, out, "--epochs", "20")
     )
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("epoch 2/30"):
+        if line.startswith("epoch 2/20"):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
             break
     output, error = process.communicate(timeout=300)
     output = "".join(lines) + output
     assert process.returncode == 0, error
-    assert re.search(r"going on at epoch \d+/30", output), output
-    assert learnt(out)["epoch"] == 30
+    assert re.search(r"continuing at epoch \d+/20", output), output
+    assert learned(out)["epoch"] == 20
     assert "test top-1" in output
 
 
 @pytest.mark.gpu
 def test_an_epoch_does_not_wait_for_the_gpu():
-    options = resolve(Options(epochs=1, amp="bf16"))
+    options = resolve(Options(epochs=2, warmup_epochs=0, amp="bf16", device="cuda"))
     device = torch.device("cuda")
-    data = open_data("digits", augment=train.augmentation(options), batch=options.batch, device=device)
-    training = Training(create_model(TINY, num_classes=10), options, train.Process(device=device))
-    train_one_epoch(training, data, 0)  # warms up what may wait the first time
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        losses = train_one_epoch(training, data, 0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert losses.isfinite().all()
+    data = open_data("digits", Plan(options.batch), augment=train.augmentation(options), device=device)
+    training = Training(create_model(TINY, num_classes=10), options, Process(device=device))
+    steps = 0
+
+    def forbid_waiting():  # between the first and the last step of the second epoch; the first warms up
+        nonlocal steps
+        steps += 1
+        inside = data.steps < steps < 2 * data.steps
+        torch.cuda.set_sync_debug_mode("error" if inside else "default")
+
+    assert len(fit(training, data, stop=StopAfter(action=forbid_waiting))) == 2
