@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import weakref
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -543,7 +544,7 @@ class Job(NamedTuple):
     key: tuple[int, ...] | None  # (seed, epoch, virtual rank, step); None: evaluation
 
 
-# Fifth word of each random stream's key. NumPy pads keys with zeros, so that the permutation's, (seed, epoch),
+# Fifth word of each stream's key. NumPy pads keys with zeros, so that the permutation's, (seed, epoch),
 # equals (seed, epoch, 0, 0, 0). Training's mixing of images is (seed, epoch, step, rank, 1). The permutation
 # has kept its key since the first version: a run of that version, resumed within an epoch, still sees each
 # image once; only the draws of its augmentation change.
@@ -730,12 +731,15 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def find_images(folder: Path, name: str, skipped: Counter[str] | None = None) -> list[str]:
+def find_images(
+    folder: Path, name: str, skipped: Counter[str] | None = None, times: dict[str, int] | None = None
+) -> list[str]:
     """Return the image files below folder/name as paths relative to folder, in natural order.
 
     Hidden names are left out. Links are followed, but no folder is entered twice, nor one that contains
-    `folder`. Other files are counted in `skipped`, by extension.
+    `folder`. `skipped` counts other files by extension; `times` gets each folder's modification time.
     """
+    skipped, times = Counter() if skipped is None else skipped, {} if times is None else times
     above = [folder.resolve(), *folder.resolve().parents]
     seen = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}
     places, found = [name], []
@@ -745,6 +749,7 @@ def find_images(folder: Path, name: str, skipped: Counter[str] | None = None) ->
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
+        times[place] = status.st_mtime_ns
         inner = []
         with os.scandir(folder / place) as entries:
             for entry in entries:
@@ -754,7 +759,7 @@ def find_images(folder: Path, name: str, skipped: Counter[str] | None = None) ->
                     inner.append(f"{place}/{entry.name}")
                 elif entry.name.lower().endswith(EXTENSIONS):
                     found.append(f"{place}/{entry.name}")
-                elif skipped is not None:
+                else:
                     skipped[os.path.splitext(entry.name)[1].lower() or "no extension"] += 1
         places += sorted(inner, key=natural_key, reverse=True)  # the order does not depend on the file system
     return sorted(found, key=natural_key)
@@ -773,10 +778,11 @@ class FileList:
         self.folder = os.fsencode(folder)
         encoded, lengths, counts, skipped = [], [], [], Counter()
         try:
+            times = {".": os.stat(folder).st_mtime_ns}
             names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
             self.classes = tuple(sorted((name for name in names if not is_hidden(name)), key=natural_key))
             for name in self.classes:
-                files = [os.fsencode(file) for file in find_images(folder, name, skipped)]
+                files = [os.fsencode(file) for file in find_images(folder, name, skipped, times)]
                 encoded.append(b"".join(files))
                 lengths.append(np.array([len(file) for file in files], dtype=np.int64))
                 counts.append(len(files))
@@ -795,6 +801,7 @@ class FileList:
         self.ends = np.cumsum(np.concatenate(lengths))
         self.names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        self.places, self.times = tuple(times), np.array(list(times.values()), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -804,19 +811,45 @@ class FileList:
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(self.folder + b"/" + self.names[start : self.ends[index]].tobytes())
 
+    def save(self, path: Path) -> None:
+        """Write the list to an .npz file, which `load` reads faster than it could walk the folder again."""
+        content = io.BytesIO()
+        np.savez_compressed(content, **{name: np.array(value) for name, value in vars(self).items()})
+        write_whole(path, content.getbuffer())
 
-def list_images(path: str | Path, train: bool = True) -> dict[str, FileList]:
+    @classmethod
+    def load(cls, path: Path, folder: Path) -> FileList | None:
+        """Return the saved list of `folder`; None without one, or if any folder below was modified since."""
+        files = cls.__new__(cls)
+        try:
+            with np.load(path) as stored:
+                vars(files).update(stored)
+            files.folder = files.folder.item()
+            files.classes, files.places = tuple(files.classes.tolist()), tuple(files.places.tolist())
+            times = [os.stat(folder / place).st_mtime_ns for place in files.places]
+        except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
+            return None
+        return files if files.folder == os.fsencode(folder) and times == files.times.tolist() else None
+
+
+def list_images(path: str | Path, train: bool = True, saved: Path | None = None) -> dict[str, FileList]:
     """List the images of a folder by split: "train", "val" and, where there is one beside val/, "test".
 
     "val" is the folder val/, validation/ or test/, whichever is found first. With train=False, only "val" is
-    listed, and `path` may itself be a folder of class folders. Raises DataError.
+    listed, and `path` may itself be a folder of class folders. A list that `FileList.save` has written to
+    `saved`/files-SPLIT.npz is used, unless the images have changed since. Raises DataError.
     """
+
+    def listed_in(split: str, place: Path) -> FileList:
+        known = FileList.load(saved / f"files-{split}.npz", place) if saved else None
+        return known or FileList(place)
+
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}, and it is none of {', '.join(SMALL_SETS)}")
     held_out = [folder / name for name in ("val", "validation", "test") if (folder / name).is_dir()]
     if not train:
-        return {"val": FileList(held_out[0] if held_out else folder)}
+        return {"val": listed_in("val", held_out[0] if held_out else folder)}
     trained = folder / "train"
     if not trained.is_dir() or not held_out:
         raise DataError(
@@ -826,7 +859,7 @@ def list_images(path: str | Path, train: bool = True) -> dict[str, FileList]:
     found = {"train": trained, "val": held_out[0]}
     if held_out[-1].name == "test" and len(held_out) > 1:
         found["test"] = held_out[-1]
-    files = {split: FileList(place) for split, place in found.items()}
+    files = {split: listed_in(split, place) for split, place in found.items()}
     classes = files["train"].classes
     if len(classes) == 1:
         raise DataError(f"{str(trained)!r} has only one class ({classes[0]!r}): there is nothing to learn")

@@ -9,6 +9,7 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
@@ -685,6 +686,45 @@ def test_hidden_names_and_links_back_are_no_data(tmp_path, caplog):
     ]
     assert len(caplog.records) == 1
     assert re.search(r"skipped 3 files in .*train that are not images \(\.txt: 2, \.npy: 1\)", caplog.text)
+
+
+def test_lists_are_sent_whole_and_saved_lists_follow_their_folders(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "images", {"train": 3, "val": 2})
+    (root / "train/red/deeper").mkdir()
+    files = list_images(root)
+    for sent in (pickle.loads(pickle.dumps(files)), {}):  # to other processes, and by way of files
+        if not sent:
+            for split, listed in files.items():
+                listed.save(tmp_path / f"files-{split}.npz")
+            monkeypatch.setattr(data, "find_images", Mock(side_effect=AssertionError("walks again")))
+            sent = list_images(root, saved=tmp_path)
+        for split, listed in files.items():
+            assert [sent[split].path(n) for n in range(len(listed))] == [
+                listed.path(n) for n in range(len(listed))
+            ]
+            assert sent[split].labels.tolist() == listed.labels.tolist()
+            assert sent[split].classes == listed.classes
+    monkeypatch.undo()
+    now = 10**18
+    for path, counts in (
+        ("train/red/deeper/new.jpg", (7, 4)),
+        ("val/blue/new.jpg", (7, 5)),
+        ("val/red/new.jpg", (7, 6)),
+    ):
+        (root / path).touch()
+        now += 10**9
+        os.utime((root / path).parent, ns=(now, now))  # however coarse the clock of the file system
+        assert tuple(map(len, list_images(root, saved=tmp_path).values())) == counts
+        for split, listed in list_images(root).items():
+            listed.save(tmp_path / f"files-{split}.npz")
+    (tmp_path / "files-val.npz").write_bytes(b"broken")
+    assert len(list_images(root, saved=tmp_path)["val"]) == 6
+    root.rename(tmp_path / "elsewhere")
+    assert (
+        list_images(tmp_path / "elsewhere", saved=tmp_path)["train"]
+        .path(0)
+        .startswith(str(tmp_path / "elsewhere"))
+    )
 
 
 def private_memory(pid: int) -> int:
