@@ -292,22 +292,14 @@ class Lamb(torch.optim.Optimizer):
         decay = group["weight_decay"]
         # With decay, Adam at a learning rate of -1 adds its update to decay x parameter; without, it steps.
         updates = torch._foreach_mul(params, decay) if decay else params
+        gradients = [p.grad if same_layout(p.grad, p) else torch.empty_like(p).copy_(p.grad) for p in params]
+        moments = [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")]
+        steps = [torch.full((), float(group["step"]), device=clip.device)] * len(params)
         torch._fused_adam_(
-            updates,
-            [p.grad if same_layout(p.grad, p) else torch.empty_like(p).copy_(p.grad) for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [torch.full((), float(group["step"]), device=clip.device)] * len(params),
-            lr=-1.0 if decay else group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=0.0,
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-            grad_scale=clip,
-        )
+            updates, gradients, *moments, [], steps, lr=-1.0 if decay else group["lr"],
+            beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=0.0, eps=group["eps"],
+            amsgrad=False, maximize=False, grad_scale=clip,
+        )  # fmt: skip
         if decay:
             before, after = norms(params), norms(updates)
             trust = torch.where((before > 0) & (after > 0), before / after, 1.0)
@@ -405,6 +397,7 @@ class Options:
     rand_augment: float | None = option(None, "magnitude of RandAugment; 0: none", 0, 10)
     repeats: int | None = option(None, "repeated augmentation: copies of an image per epoch; 1: none", 1)
     flip: float | None = option(None, "probability of a horizontal flip", 0, 1)
+    exif: bool = option(False, "turn photographs as their EXIF orientation says")
     min_scale: float | None = option(None, "smallest share of an image in a random crop", above=0, most=1)
 
     amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs", choices=AMP)
@@ -514,8 +507,9 @@ def resolve(
     defaults = augmentation_options(default_augmentation(options.data))
     defaults |= {"size": 32 if small_set else config.input_size, "drop_path": config.drop_path}
     recipe = defaults | recipe
-    earlier_version = former is not None and "recipe" not in former["options"]
+    earlier_version = former is not None and former["options"].get("recipe") is None
     if earlier_version:
+        recipe["recipe"] = None  # so that it is known as one the next time, too
         known = {entry.name for entry in fields(Options)} - FREE
         recipe |= {k: v for k, v in former["options"].items() if k in known and v is not None}
         micro_batches = former["micro-batches a step"]
@@ -876,16 +870,13 @@ class Meter:
     def __init__(self, data: Data, epochs: int, images_per_step: int, say: typing.Callable | None):
         self.data, self.epochs, self.images_per_step = data, epochs, images_per_step
         self.say = say or (lambda text: None)
-        self.started, self.steps_done, self.warned = time.monotonic(), 0, False
+        self.started, self.warned = None, False
 
     def start(self, epoch: int, step: int) -> None:
         self.epoch, self.first, self.step = epoch, step, step
         self.begun = self.said = time.monotonic()
         self.waited = self.data.wait_seconds
-
-    def advance(self) -> None:
-        self.step += 1
-        self.steps_done += 1
+        self.started = self.started or (self.begun, epoch * self.data.steps + step)
 
     def speed(self) -> tuple[float, float]:
         """Return images per second of this epoch over all processes, and the share of time spent waiting."""
@@ -895,8 +886,9 @@ class Meter:
 
     def time_left(self) -> str:
         """Estimate the rest of the run at this process's pace so far, evaluation included."""
-        steps = (self.epochs - self.epoch) * self.data.steps - self.step
-        seconds = int((time.monotonic() - self.started) / max(self.steps_done, 1) * steps)
+        (started, first), place = self.started, self.epoch * self.data.steps + self.step
+        pace = (time.monotonic() - started) / max(place - first, 1)
+        seconds = int(pace * (self.epochs * self.data.steps - place))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
     def show(self, loss: float, lr: float) -> None:
@@ -951,16 +943,13 @@ def draw_curves(training: Training, path: Path) -> None:
     curves = left.plot(column["epoch"], column["train_loss"], label="training loss")
     curves += rates.plot(column["epoch"], column["lr"], color="0.6", label="learning rate")
     left.legend(handles=curves, frameon=False)
-    left.set(xlabel="epoch", ylabel="training loss")
-    left.set_ylim(bottom=0)
+    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     rates.set(ylabel="learning rate")
     rates.ticklabel_format(style="sci", axis="y", scilimits=(0, 0))
     for name, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
         right.plot(column["epoch"], column[name], label=f"{label}, best {max(column[name]):.2f}%")
     right.set(xlabel="epoch", ylabel="validation accuracy, %")
     right.legend(frameon=False, loc="lower right")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     write_whole(path, picture.getbuffer())
@@ -1046,12 +1035,12 @@ class Folder:
             except ImportError as error:
                 print(f"note: no curves.png ({error})", file=sys.stderr)
 
-    def close(self, failed: bool = False) -> None:
-        """Unlock the folder; remove it if this call of train.py made it and leaves no run in it."""
+    def close(self) -> None:
+        """Unlock the folder; remove it if this call of train.py made it and no checkpoint is in it."""
         if self.lock is not None:
-            if failed and self.made and not self.last.exists():
-                for path in (self.path / "config.json", self.path / ".lock"):
-                    path.unlink(missing_ok=True)
+            if self.made and not self.last.exists():
+                for name in ("config.json", ".lock"):
+                    (self.path / name).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # not empty
                     for path in self.made:
                         path.rmdir()
@@ -1063,33 +1052,27 @@ def open_loggers(options: Options, start: bool) -> list[typing.Callable[[dict, i
 
     Raises UsageError when a package is not installed or refuses.
     """
-    loggers = []
-    if options.tensorboard:
-        try:
+    name, loggers = "tensorboard", []
+    try:
+        if options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UsageError("--tensorboard needs a package: pip install tensorboard") from None
-        writer = SummaryWriter(Path(options.out) / "tensorboard") if start else None
-
-        def to_tensorboard(values, epoch):
-            for name, value in values.items():
-                writer.add_scalar(name, value, epoch)
-            writer.flush()
-
-        loggers.append(to_tensorboard)
-    if options.wandb:
-        try:
+        name = "wandb"
+        if options.wandb:
             import wandb
-        except ImportError:
-            raise UsageError("--wandb needs a package: pip install wandb") from None
-        name = "-".join(Path(options.out).parts[-2:]) if start else None
+    except ImportError:
+        raise UsageError(f"--{name} needs a package: pip install {name}") from None
+    if start and options.tensorboard:
+        writer = SummaryWriter(Path(options.out) / "tensorboard")
+        loggers.append(lambda values, epoch: [writer.add_scalar(k, v, epoch) for k, v in values.items()])
+        loggers.append(lambda values, epoch: writer.flush())
+    if start and options.wandb:
+        settings = {"dir": options.out, "id": "-".join(Path(options.out).parts[-2:]), "resume": "allow"}
         try:
-            if start:
-                config = asdict(options)
-                wandb.init(project="nexception", id=name, resume="allow", dir=options.out, config=config)
+            wandb.init(project="nexception", config=asdict(options), **settings)
         except wandb.Error as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"--wandb: {reason} (`wandb login`, or WANDB_MODE=offline)") from None
+            raise UsageError(
+                f"--wandb: {error} (`wandb login`, or WANDB_MODE=offline)".replace("\n", " ")
+            ) from None
         loggers.append(lambda values, epoch: wandb.log(values, step=epoch))
     return loggers
 
@@ -1212,8 +1195,7 @@ def fit(
                 update_ema(training.ema, model, ema_decay(epoch * data.steps + step + 1, options.ema))
             statistics.end_step(epoch_ends=step == data.steps - 1)
 
-            done = step + 1
-            meter.advance()
+            done = meter.step = step + 1
             stopping = stop is not None and stop.agreed()
             if stopping or done % LOG_EVERY == 0:
                 window = process.mean(losses[checked:done].clone()).tolist()
@@ -1341,25 +1323,25 @@ def run(options: Options, process: Process) -> int:
     former = read_record(Path(default_out(options), "config.json"))
     options = resolve(options, process.world, images, former, say)
     plan = Plan(options.batch, options.accumulate, seed=options.seed, rank=process.rank, world=process.world)
-    settings = {"files": files, "augment": augmentation(options), "workers": options.workers}
-    settings |= {"size": options.size, "root": options.root, "max_bad_files": options.max_bad_files}
-    data = open_data(options.data, plan, device=process.device, **settings)
-    folder, stop, begun, done = None, None, False, False
-    try:
+    settings = {"files": files, "augment": augmentation(options), "exif": options.exif, "size": options.size}
+    settings |= {name: getattr(options, name) for name in ("workers", "root", "max_bad_files")}
+    with contextlib.ExitStack() as cleanup:
+        data = open_data(options.data, plan, device=process.device, **settings)
+        cleanup.callback(data.close)
         torch.manual_seed(options.seed)
-        overrides = {"drop_path": options.drop_path, "input_size": options.size}
         config = model_config(options, options.model)
+        overrides = {"drop_path": options.drop_path, "input_size": options.size}
         model = create_model(config, num_classes=len(data.classes), **overrides)
-        micro_batches = process.world * options.accumulate
         record = {
-            "options": asdict(options), "micro-batches a step": micro_batches, "classes": list(data.classes),
-            "images": {split: data.count(split) for split in data.splits},
+            "options": asdict(options), "micro-batches a step": process.world * options.accumulate,
+            "classes": list(data.classes), "images": {split: data.count(split) for split in data.splits},
             "config": model.config.to_dict(), "transform": data.transform.to_dict(),
         }  # fmt: skip
         folder = Folder(options.out, record, process)
         if options.init_weights and not (folder.last.exists() or folder.previous.exists()):
             with contextlib.redirect_stdout(sys.stdout if process.first else io.StringIO()):
                 load_weights(model, options.init_weights)
+        cleanup.callback(folder.close)
         checkpoint = process.from_first(folder.open)
         training = Training(model, options, process)
         loggers = open_loggers(options, start=True) if process.first else []
@@ -1384,33 +1366,23 @@ def run(options: Options, process: Process) -> int:
             step = 0 if training.losses is None else len(training.losses)
             where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {step + 1}"
             say(f"{folder.path}: {'finished' if training.epoch == epochs else where}")
-        stop, begun = StopSignal(process), True
+        stop = StopSignal(process)
+        cleanup.callback(stop.close)
         try:
             fit(training, data, folder, stop, say if process.first else None, loggers)
             finish(training, data, folder, stop, say)
+            return 0
         except Stopped:
             where = f"at the end of epoch {training.epoch}"
             if training.losses is not None:
                 folder.save(training)
                 where = f"in epoch {training.epoch + 1} after step {len(training.losses)}"
             number = stop.signal or signal.SIGTERM
-            name = signal.Signals(number).name
-            say(f"{name}: saved {where}; the same command continues from there")
-            done = True
+            say(f"{signal.Signals(number).name}: saved {where}; the same command continues from there")
             return 128 + number
-        done = True
-        return 0
-    except (UsageError, RunError) as error:
-        if not begun:
-            raise
-        kept = "" if not folder.last.exists() else f"; the same command continues from {folder.last}"
-        raise RunError(f"{error}{kept}") from None
-    finally:
-        if stop is not None:
-            stop.close()
-        data.close()
-        if folder is not None and process.first:
-            folder.close(failed=not done)
+        except (UsageError, RunError) as error:
+            kept = f"; the same command continues from {folder.last}" if folder.last.exists() else ""
+            raise RunError(f"{error}{kept}") from None
 
 
 def main(argv: list[str]) -> int:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -390,6 +391,7 @@ def test_a_run_of_an_earlier_version_keeps_its_recipe():
     former = {"options": options, "micro-batches a step": 4}
     resolved = resolve(Options(data="/photos", epochs=300), world=2, images=3800, former=former)
     assert (resolved.repeats, resolved.cooldown_epochs, resolved.accumulate) == (3, 10, 2)
+    assert resolved.recipe is None  # or the next start would take the new recipe
 
 
 def test_command_line_overrides_the_recipe():
@@ -401,7 +403,7 @@ def test_command_line_overrides_the_recipe():
     assert (options.amp, options.device) == (
         ("off", "cpu") if not torch.cuda.is_available() else ("bf16", "cuda")
     )
-    assert len(train.fields(Options)) <= 39
+    assert len(train.fields(Options)) <= 40
 
 
 @pytest.mark.parametrize(
@@ -455,6 +457,26 @@ def test_missing_loggers_are_named(flag, module, tiny, tmp_path, monkeypatch, ca
     assert train.main(arguments(tiny, tmp_path / "run", flag)) == 2
     assert f"{flag} needs a package: pip install {flag[2:]}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_of_wandb_is_one_sentence(tiny, tmp_path, monkeypatch, capsys):
+    class Refusing(types.ModuleType):
+        Error = type("Error", (Exception,), {})
+
+        def init(self, **_):
+            raise self.Error("api_key not configured\n(no-tty)")
+
+    monkeypatch.setitem(sys.modules, "wandb", Refusing("wandb"))
+    assert train.main(arguments(tiny, tmp_path / "run", "--wandb")) == 2
+    error = capsys.readouterr().err
+    assert "--wandb: api_key not configured" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_environment_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert train.main([]) == 2
+    assert "WORLD_SIZE" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 def test_micro_batches_that_cannot_be_shared():
@@ -869,7 +891,7 @@ def test_a_folder_in_use_is_refused(tiny, tmp_path, capsys):
     assert folder.open() is None
     assert train.main(arguments(tiny, tmp_path / "run")) == 2
     assert "in use by another run" in capsys.readouterr().err
-    folder.close(failed=True)
+    folder.close()
     assert not (tmp_path / "run").exists()
 
 
