@@ -9,8 +9,8 @@
     python bench.py trial      # seconds of a trial of search.py beside timm's loader and a plain loop
 
 `python bench.py COMMAND --help` lists the options of a command. Results go to `results/`: JSON with every
-sample, the versions, the hardware and the command line, and a Markdown table beside it. All of Table 1 takes
-about ten minutes on a GPU and half an hour on two CPU cores; the other commands take a few minutes.
+sample, the versions, the hardware and the command line, and a Markdown table beside it. On two CPU cores,
+all of Table 1 takes about half an hour in float32, the other commands take a few minutes.
 
 Everything that is compared is timed in one run, alternately (see `take_turns`): what else happens on the
 machine then hits all of it alike, and ratios are taken within a repetition.
@@ -155,6 +155,7 @@ def take_turns(rows: list[Row], repetitions: int, timed: Callable, *, rate=True,
     RunError stop the run.
     """
     order, done = random.Random(0), -warm_up
+    tqdm.monitor_interval = 0  # its thread would be forked into data-loading processes
     running = [row for row in rows if row.work and not row.missing]
     try:
         for _ in tqdm(range(repetitions + warm_up), disable=None, unit="repetition"):
@@ -656,7 +657,7 @@ class Timed:
     def fits(self) -> bool:
         """Run two steps and return whether memory suffices for the batch; keep the peak of the second."""
         try:
-            self.inputs = images(self.batch, self.size, self.device)
+            self.inputs = random_images(self.batch, self.size, self.device)
             self.step()
             self.peak = peak_bytes(self.step, self.device)
         except (RuntimeError, MemoryError) as error:
@@ -678,13 +679,13 @@ class Timed:
         """Return the seconds of three single images, after an untimed one."""
         if self.options.train:
             return []
-        image = images(1, self.size, self.device)
+        image = random_images(1, self.size, self.device)
         with torch.no_grad():
             return [stopwatch(self.device)(lambda: self.forward(image))[1] for _ in range(4)][1:]
 
 
 @functools.cache
-def images(count: int, size: int, device: torch.device) -> torch.Tensor:
+def random_images(count: int, size: int, device: torch.device) -> torch.Tensor:
     """Return random images, float32 (count, 3, size, size), channels last; models of one size share them."""
     generator = torch.Generator().manual_seed(count)
     pixels = torch.randn(count, 3, size, size, generator=generator)
@@ -1223,7 +1224,7 @@ def draw(values: dict[str, float], title: str, stem: Path) -> list:
         texts.append(axes.text(x, y, TABLE_1[key].label, fontsize=9, weight=weight, ha="center", va="center"))
     figure.draw_without_rendering()  # the layout must be final before labels are placed
     lines = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6}  # iterations, not seconds, end the search:
-    adjust_text(texts, xs, ys, objects=bubbles, ax=axes, arrowprops=lines, expand=(1.05, 1.15), iter_lim=300)
+    adjust_text(texts, xs, ys, objects=bubbles, ax=axes, arrowprops=lines, expand=(1.05, 1.15), iter_lim=150)
     for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
         file = io.BytesIO()
         figure.savefig(file, format=suffix[1:], metadata=metadata)
@@ -1384,13 +1385,13 @@ def take_from(epochs: Callable[[int], Iterator]) -> Callable[[], int]:
     return lambda: len(next(batches)[0])
 
 
-def pairs(ours: dict[str, Callable], theirs: dict[str, Callable], **extra) -> list[Row]:
+def pairs(ours: dict[str, Callable], theirs: dict[str, Callable]) -> list[Row]:
     """Return a row for each of ours, followed by that of timm which it is compared with, if there is one."""
     rows = []
     for label, work in ours.items():
-        rows.append(Row(label, work, base=f"{label}, timm", **extra))
+        rows.append(Row(label, work, base=f"{label}, timm"))
         if label in theirs:
-            rows.append(Row(f"{label}, timm", theirs[label], **extra))
+            rows.append(Row(f"{label}, timm", theirs[label]))
     return rows
 
 
@@ -1438,21 +1439,22 @@ def input_speed(options: DataOptions) -> None:
 
         by_workers = []
         for n in counts:  # first: workers are forked before this process starts threads
-            takes = [take_from(ours(n).train_batches)]
+            label = f"training, {n} worker{'s' * (n > 1)}"
+            takes = {label: take_from(ours(n).train_batches)}
             if timm_sets:
                 loader = torch.utils.data.DataLoader(
                     timm_sets["training"], batch_size=options.batch, shuffle=True, num_workers=n,
                     collate_fn=fast_collate, drop_last=True, persistent_workers=True,
                 )  # fmt: skip
-                takes.append(take_from(lambda _, loader=loader: iter(loader)))
-            label = f"training, {n} worker{'s' * (n > 1)}"
-            works = [{label: functools.partial(for_a_while, take)} for take in takes]
-            rows = pairs(works[0], works[-1] if timm_sets else {})
-            for row, take in zip(rows, takes, strict=True):
+                takes[f"{label}, timm"] = take_from(lambda _, loader=loader: iter(loader))
+            rows = []
+            for name, take in takes.items():
+                row = Row(name, functools.partial(for_a_while, take), base=f"{label}, timm")
                 # Batches that were prepared while the other row was timed do not count; and when a turn is
                 # over, its workers get time to prepare the next ones, not to disturb the other row.
                 row.before = lambda take=take, n=n: [take() for _ in range(3 * n)]
                 row.after = lambda: time.sleep(WORKER_SECONDS / 4)
+                rows.append(row)
             take_turns(rows, 5, stopwatch(cpu))
             by_workers += rows
 
@@ -1481,10 +1483,12 @@ def input_speed(options: DataOptions) -> None:
         take_turns(small, options.repetitions, stopwatch(None))
         torch.set_num_threads(threads)
         sizes = [os.path.getsize(files.path(n)) for n in range(min(2000, len(files)))]
-    ours_by_workers = [row for row in by_workers if row.base]
-    speeds = {n: statistics.fmean(row.samples) for n, row in zip(counts, ours_by_workers, strict=True)}
+    ours_by_workers = [row for row in by_workers if row.label != row.base]
+    speeds = {n: row.samples for n, row in zip(counts, ours_by_workers, strict=True) if row.samples}
+    speeds = {n: statistics.fmean(samples) for n, samples in speeds.items()}
     rows = [*single, *by_workers, *small]
-    text = f"{timing_table(rows, 'images/s', '× timm')}\n{advice(speeds, options.rate)}\n"
+    text = f"{timing_table(rows, 'images/s', '× timm')}\n"
+    text += f"{advice(speeds, options.rate)}\n" if speeds else ""
     print(text)
     processor = machine(cpu)["processor"].lower()
     families = ("xeon", "epyc", "ryzen", "core", "apple", "neoverse")

@@ -102,7 +102,9 @@ def test_peers_have_the_papers_parameters_and_macs(monkeypatch):
     for key, row in bench.TABLE_1.items():
         with torch.device("meta"):
             network = bench.build_model(key)
-        counts = models.count_parameters(network) / 1e6, sum(bench.count_all_macs(network, row.size)) / 1e9
+        # Counting takes a third of a second: that of attention is left out where there is none.
+        macs = bench.count_all_macs if row.kind == "transformer" else lambda *x: [models.count_macs(*x)]
+        counts = models.count_parameters(network) / 1e6, sum(macs(network, row.size)) / 1e9
         for count, printed in zip(counts, (row.parameters, row.macs), strict=True):
             if abs(count - float(printed)) > 0.5005 * 10.0 ** -len(printed.partition(".")[2]):
                 found[row.label] = f"{counts[0]:.2f}M {counts[1]:.2f}G"
@@ -510,7 +512,7 @@ def test_accuracy_refuses_what_is_no_state_dict(folder, tmp_path, capsys):
 
 def test_timms_files_fit_names_that_torchvision_has_too(tmp_path):
     timm = pytest.importorskip("timm")
-    for name in ("efficientnet_b0", "swin_b"):  # the second is torchvision's alone
+    for name in ("efficientnet_b0", "squeezenet1_1"):  # the second is torchvision's alone
         make = timm.create_model if timm.is_model(name) else torchvision.models.get_model
         torch.save(make(name).state_dict(), tmp_path / "file.pt")
         options = bench.AccuracyOptions(str(tmp_path / "file.pt"), (), model=name)
