@@ -805,7 +805,7 @@ class Sampler:
 
     def __init__(self, folder: Path, settings: dict, crash_cost: list[float]):
         space, seed, names = settings["space"], settings["seed"], settings["objectives"]
-        self.space = configspace(space, seed)
+        self.space, self._stages = configspace(space, seed), len(settings["budgets"])
         start = [(point, "prior") for point in settings["priors"]]
         start += [(dict(c), "random") for c in configspace(space, seed).sample_configuration(RANDOM_START)]
         start = [Configuration(self.space, point, origin=origin) for point, origin in start]
@@ -875,12 +875,13 @@ class Sampler:
 
     def ask(self) -> TrialInfo | None:
         """Return the next trial, or None when there is none before another one finishes."""
-        trial = next(self._trials, None)
-        if trial is None:
-            self._trials = iter(self.intensifier)
-        else:
-            self.smac.runhistory.add_running_trial(trial)
-        return trial
+        for _ in range(self._stages + 1):
+            trial = next(self._trials, None)
+            if trial is not None:
+                self.smac.runhistory.add_running_trial(trial)
+                return trial
+            self._trials = iter(self.intensifier)  # the last one may have ended with a promotion
+        return None
 
     def tell(self, trial: TrialInfo, row: dict) -> None:
         self.smac.tell(trial, trial_value(row), save=False)
@@ -954,7 +955,8 @@ class Search:
         self.adopt_folder()
         self.client, self.lost, self.cluster = None, False, set()
         if o.scheduler:
-            for name in ("distributed", "asyncio"):  # whose lines about closing connections are no news
+            # What they print about connections that close is no news, tracebacks included.
+            for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
             try:
                 self.client = Client(o.scheduler, timeout=SCHEDULER_PATIENCE)
@@ -1145,7 +1147,8 @@ class Search:
             except (CancelledError, OSError, BrokenProcessPool) as error:
                 self.lost = True
                 what = "lost the Dask cluster" if self.client else "cannot start a trial process"
-                what = f"{what} ({type(error).__name__} {error})".replace("\n", " ")
+                reason = " ".join(f"{type(error).__name__} {error}".split())
+                what = f"{what} ({reason})"
                 raise RunError(f"{what}; the same command continues with every finished trial") from None
             costs = outcome.setdefault("cost", self.failed)
             if len(costs) != len(self.failed):
