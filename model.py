@@ -19,15 +19,17 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -103,15 +105,12 @@ class ModelConfig(Design):
             ("depths", 1 if isotropic else len(self.widths)),
             ("exit_widths", 3 if isotropic else 0),
         ):
-            if len(getattr(self, name)) != count:
-                found = len(getattr(self, name))
+            found = len(getattr(self, name))
+            if found != count:
                 raise UsageError(f"{name}: {found} values, but the {self.layout} layout takes {count}")
         least = len(MIXED_KERNELS) if self.kernel == "mixed" else 1
-        for name, low, high in (
-            ("widths", least, LARGEST),
-            ("exit_widths", 1, LARGEST),
-            ("depths", 0, DEEPEST),
-        ):
+        bounds = {"widths": (least, LARGEST), "exit_widths": (1, LARGEST), "depths": (0, DEEPEST)}
+        for name, (low, high) in bounds.items():
             for value in getattr(self, name):
                 if not low <= value <= high:
                     raise UsageError(f"{name}: {value} is not from {low} to {high:,}")
@@ -155,14 +154,14 @@ class ModelConfig(Design):
 
     def replace(self, **changes) -> ModelConfig:
         """A copy with other values. Raises UsageError for a name that is not a field."""
-        names = [f.name for f in fields(self)]
+        names = [f.name for f in dataclasses.fields(self)]
         timm = {"in_chans": "in_channels", "drop_path_rate": "drop_path", "img_size": "input_size"}
         for name in changes:
             if name in timm:
                 raise UsageError(f"{name}: not a field of ModelConfig, which calls it {timm[name]}")
             if name not in names:
                 raise UsageError(f"{name}: not a field of ModelConfig, which has {', '.join(names)}")
-        return replace(self, **changes)
+        return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict:
         """Plain JSON values (tuples become lists); `from_dict` is the inverse."""
@@ -189,13 +188,12 @@ class ModelConfig(Design):
 
 
 NEXCEPTION_T = ModelConfig()
-REDUCED = replace(NEXCEPTION_T, widths=(512,), depths=(4,), input_size=32)
+REDUCED = NEXCEPTION_T.replace(widths=(512,), depths=(4,), input_size=32)
 
 MODELS: dict[str, ModelConfig] = {
     "nexception_t": NEXCEPTION_T,
-    "nexception_s": replace(NEXCEPTION_T, widths=(128, 256, 752)),
-    "nexception_tp": replace(
-        NEXCEPTION_T,
+    "nexception_s": NEXCEPTION_T.replace(widths=(128, 256, 752)),
+    "nexception_tp": NEXCEPTION_T.replace(
         pooling="conv",
         layout="pyramid",
         stem_stride=4,
@@ -221,7 +219,7 @@ MODELS: dict[str, ModelConfig] = {
     # The paper's search network (section 3): one entry block, four middle blocks.
     "nexception_reduced": REDUCED,
     # The same, narrow enough for the CPU of a laptop.
-    "nexception_nano": replace(REDUCED, stem_width=24, widths=(48,), exit_widths=(96, 128, 192)),
+    "nexception_nano": REDUCED.replace(stem_width=24, widths=(48,), exit_widths=(96, 128, 192)),
 }
 # The two points of the search space that the paper compares.
 POINTS = {"NEXcepTion": MODELS["nexception_t"], "Xception": MODELS["xception"]}
@@ -286,9 +284,8 @@ class NEXcepTion(nn.Module):
 
         # PyTorch's initialization draws in this order: construct the blocks from the first to the last.
         stages: list[list[nn.Module]] = []
-        rates = iter(
-            config.drop_path_rates(sum(config.depths) + (len(config.widths) + 1 if isotropic else 0))
-        )
+        residuals = sum(config.depths) + (len(config.widths) + 1 if isotropic else 0)
+        rates = iter(config.drop_path_rates(residuals))
         for i, out in enumerate(config.widths):
             if isotropic:
                 after_activation = i == 0 and config.stem == "conv"
@@ -402,9 +399,10 @@ def create_model(
     config = config.replace(**overrides)
     with torch.device("meta"):
         needed = 4 * count_parameters(NEXcepTion(config))
-    if hasattr(os, "sysconf") and needed > (
-        memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    ):
+    memory = math.inf  # unknown on Windows
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
         raise UsageError(
             f"widths: the weights take {needed / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f} GiB"
         )
@@ -449,24 +447,21 @@ def entry_names(model: NEXcepTion) -> dict[str, dict[str, str]]:
         for j, block in enumerate(stage):
             path = f"stages.{i}.{j}"
             if isinstance(block, PyramidDownsample):
-                official |= {
-                    f"{path}.norm": f"stages.{i}.downsample.0",
-                    f"{path}.conv": f"stages.{i}.downsample.1",
-                }
+                place = f"stages.{i}.downsample"
+                official |= {f"{path}.norm": f"{place}.0", f"{path}.conv": f"{place}.1"}
                 continue
             if isinstance(block, ExitConv):  # j is 1 or 2
-                official |= {
-                    f"{path}.conv": f"exit_flow.{3 * j - 2}",
-                    f"{path}.norm": f"exit_flow.{3 * j - 1}",
-                }
+                conv, norm = f"exit_flow.{3 * j - 2}", f"exit_flow.{3 * j - 1}"
+                official |= {f"{path}.conv": conv, f"{path}.norm": norm}
                 timm |= {f"{path}.conv": f"conv{j + 2}", f"{path}.norm": f"bn{j + 2}"}
                 continue
             if isinstance(block, MiddleBlock):
                 place = f"middle_flow.{middles}" if isotropic else f"stages.{i}.blocks.{j - (i > 0)}"
+                parts = middle
                 middles += 1
             else:
                 place = "exit_flow.0" if i == len(model.stages) - 1 else f"downsampling_block{i + 1}"
-            parts = middle if isinstance(block, MiddleBlock) else downsampling
+                parts = downsampling
             official |= {f"{path}.{ours}": f"{place}.{theirs}" for ours, theirs in parts.items()}
             residuals += 1
             # timm's rep is a Sequential in which an activation precedes each convolution, except in block 1.
