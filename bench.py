@@ -252,10 +252,10 @@ def timing_table(rows: list[Row], unit: str, ratio: str, *, scale=1.0, left=None
 
 def machine(device: torch.device) -> dict:
     """Return what a timing depends on: processor, accelerator, threads, versions, and the command."""
-    with contextlib.suppress(OSError):
-        info = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        info = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", info, re.MULTILINE))
-    info = info if isinstance(info, dict) else {}
+    info: dict[str, str] = {}
+    with contextlib.suppress(OSError):  # Linux tells more than `platform` does
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        info = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", first, re.MULTILINE))
     has = info.get("flags", "").split()  # the vector extensions decide how fast a processor multiplies
     telling = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in has]
     record = {
@@ -1449,7 +1449,8 @@ def input_speed(options: DataOptions) -> None:
                 takes[f"{label}, timm"] = take_from(lambda _, loader=loader: iter(loader))
             rows = []
             for name, take in takes.items():
-                row = Row(name, functools.partial(for_a_while, take), base=f"{label}, timm")
+                row = Row(name, functools.partial(for_a_while, take))
+                row.base = f"{label}, timm" if name == label else ""
                 # Batches that were prepared while the other row was timed do not count; and when a turn is
                 # over, its workers get time to prepare the next ones, not to disturb the other row.
                 row.before = lambda take=take, n=n: [take() for _ in range(3 * n)]
@@ -1483,7 +1484,7 @@ def input_speed(options: DataOptions) -> None:
         take_turns(small, options.repetitions, stopwatch(None))
         torch.set_num_threads(threads)
         sizes = [os.path.getsize(files.path(n)) for n in range(min(2000, len(files)))]
-    ours_by_workers = [row for row in by_workers if row.label != row.base]
+    ours_by_workers = [row for row in by_workers if row.base]
     speeds = {n: row.samples for n, row in zip(counts, ours_by_workers, strict=True) if row.samples}
     speeds = {n: statistics.fmean(samples) for n, samples in speeds.items()}
     rows = [*single, *by_workers, *small]
@@ -1529,10 +1530,10 @@ def advice(speeds: dict[int, float], rate: float) -> str:
     if enough:
         return f"A GPU that trains at {rate:,.0f} images/s is fed by --workers {enough[0]} here (measured)."
     workers, best = max(speeds.items(), key=lambda entry: entry[1])
+    needed = math.ceil(rate * workers / best)
     return (
-        f"A GPU that trains at {rate:,.0f} images/s needs --workers {math.ceil(rate * workers / best)} on as "
-        f"many cores: one gives {best / workers:,.0f} images/s here, and this machine's {cpu_count()} give "
-        f"{best:,.0f}."
+        f"A GPU that trains at {rate:,.0f} images/s needs --workers {needed} on as many cores: "
+        f"{workers} gave {best:,.0f} images/s here, {best / workers:,.0f} each."
     )
 
 
