@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,37 +212,21 @@ def test_ratios_by_hand():
 
 def test_a_gpu_is_timed_on_its_own_device(monkeypatch):
     """`--device cuda:1` waits for GPU 1 and records its events there."""
-    log, current = [], [0]
+    log, event = [], SimpleNamespace(elapsed_time=lambda end: 1500.0)  # milliseconds
+    event.record, event.synchronize = (lambda: log.append("record")), (lambda: log.append("wait"))
 
-    class OnDevice:
-        def __init__(self, device):
-            self.index = device.index
+    @contextlib.contextmanager
+    def on_device(device):
+        log.append(f"on {device}")
+        yield
+        log.append("off")
 
-        def __enter__(self):
-            current.append(self.index)
-
-        def __exit__(self, *_):
-            current.pop()
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            log.append(f"record on {current[-1]}")
-
-        def synchronize(self):
-            log.append("wait")
-
-        def elapsed_time(self, other):
-            return 1500.0  # milliseconds
-
-    monkeypatch.setattr(torch.cuda, "device", OnDevice)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append(f"synchronize {current[-1]}"))
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
     timed = bench.stopwatch(torch.device("cuda:1"))
     assert timed(lambda: log.append("work") or 3) == (3, 1.5)
-    assert log == ["synchronize 1", "record on 1", "work", "record on 1", "wait"]
+    assert log == ["on cuda:1", "synchronize", "record", "work", "record", "wait", "off"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -704,3 +690,23 @@ def test_lamb_times_every_optimizer(tmp_path):
     rows = {row["label"]: row for row in read_json(tmp_path / "lamb-nexception_nano-cpu.json")["rows"]}
     assert {"Lamb, ours", "Lamb, timm", "AdamW, PyTorch, fused"} <= set(rows)
     assert all(len(row["samples"]) == 2 and min(row["samples"]) > 0 for row in rows.values())
+
+
+def test_trials_of_both_kinds_take_turns(tmp_path, monkeypatch, capsys):
+    seconds, jobs = {"search:train": 2.0, "bench:plain_trial": 5.0}, []
+    search = type(sys)("search")
+    search.points = lambda: {"NEXcepTion": {"se": "yes"}}
+
+    def run_trial(job):
+        jobs.append(job)
+        info = {"seconds": seconds[job["target"]], "top1": 90.0, "error": "out of beans"}
+        return {"status": "success" if job["budget"] == 1 else "crashed", "info": info}
+
+    search.run_trial = run_trial
+    monkeypatch.setitem(sys.modules, "search", search)
+    assert run("trial", "--repetitions", 3, "--device", "cpu", "--out", tmp_path) == 0
+    assert sorted(job["target"] for job in jobs) == 3 * ["bench:plain_trial"] + 3 * ["search:train"]
+    ours, plain = read_json(tmp_path / "search-trial-cpu.json")["rows"]
+    assert (ours["samples"], plain["samples"], ours["ratio"]["mean"]) == ([2.0] * 3, [5.0] * 3, 2.5)
+    assert run("trial", "--epochs", 2, "--device", "cpu", "--out", tmp_path) == 1
+    assert "out of beans" in capsys.readouterr().err
