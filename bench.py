@@ -1,4 +1,4 @@
-"""Measure, on the machine at hand, what the paper and the README claim.
+"""Measure the claims of the paper and the README on the machine at hand.
 
     python bench.py speed      # Table 1's throughput: NEXcepTion and every peer take turns in one run
     python bench.py accuracy CHECKPOINT imagenet=/data/imagenet/val imagenet-a=/data/imagenet-a
@@ -12,8 +12,8 @@
 sample, the versions, the hardware and the command line, and a Markdown table beside it. On two CPU cores,
 all of Table 1 takes about half an hour in float32, the other commands take a few minutes.
 
-Everything that is compared is timed in one run, alternately (see `take_turns`): what else happens on the
-machine then hits all of it alike, and ratios are taken within a repetition.
+Everything that is compared is timed alternately in one run (see `take_turns`): other load on the machine
+then affects all of it alike, and ratios are taken within a repetition.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ WORKER_SECONDS = 6.0  # of one turn of `data` with worker processes
 
 @dataclass
 class Row:
-    """One thing to be timed, and what was measured of it; the JSON files hold every field that is set."""
+    """One thing to be timed, with its measurements; the JSON files hold every field that is set."""
 
     label: str
     work: Callable[[], float] | None = None  # one turn; returns how many units (images, steps) it did
     before: Callable[[], object] | None = None  # untimed, ahead of each turn
-    after: Callable[[], list[float]] | None = None  # behind each turn; its values go to `latencies`
+    after: Callable[[], list[float]] | None = None  # untimed, after each turn; its values go to `latencies`
     base: str = ""  # label of the row that this one is compared with
     missing: str = ""  # why there are no samples
     samples: list[float] = field(default_factory=list)  # one per repetition, in the record's unit
@@ -119,7 +119,7 @@ class Row:
 
 
 def stopwatch(device: torch.device | None) -> Callable:
-    """Return a function that runs `work()` and returns (what it returned, the seconds that it took).
+    """Return a function that runs `work()` and returns (its result, the seconds it took).
 
     On a GPU between two CUDA events on that device, from an idle device to an idle device; elsewhere by the
     wall clock. device None: CPU seconds of this process, which other programs on the machine do not change.
@@ -251,7 +251,7 @@ def timing_table(rows: list[Row], unit: str, ratio: str, *, scale=1.0, left=None
 
 
 def machine(device: torch.device) -> dict:
-    """Return what a timing depends on: processor, accelerator, threads, versions, and the command."""
+    """Return everything that a timing depends on: processor, accelerator, threads, versions, and the command."""
     info: dict[str, str] = {}
     with contextlib.suppress(OSError):  # Linux tells more than `platform` does
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
@@ -780,8 +780,8 @@ def build_rows(options: SpeedOptions) -> list[Row]:
     return rows
 
 
-# What a process with another checkout's code does: it reads numbers of passes and answers when they are done.
-# It uses what all versions of this repository offer.
+# Runs in a process with another checkout's code: reads numbers of passes, and answers when they are done. It
+# uses only names that every version of this repository has.
 CHECKOUT_LOOP = """
 import json, sys
 job = json.loads(sys.argv[1])
@@ -967,7 +967,7 @@ class Network:
 
 
 def open_network(options: AccuracyOptions) -> Network:
-    """Load the checkpoint's network in evaluation mode; UsageError for what does not fit the options."""
+    """Load the checkpoint's network in evaluation mode; UsageError where it does not fit the options."""
     if options.model:
         network = open_peer(options)
     else:
@@ -1123,7 +1123,7 @@ def accuracy(options: AccuracyOptions) -> None:
             cells.append([row["set"], f"{row['images']:,}", str(row["classes"]), f"{row['top1']:.2f}", paper])
             cells[-1] += [f"{row['top5']:.2f}", f"{row['ece']:.2f}"]
         text = f"{shown}\n\n{markdown_table(header, cells)}"
-        # After each set: what is known stays if a later one fails.
+        # After each set, so that results are kept if a later one fails.
         write_results(name, options, device, text, rows, transform=network.transform.to_dict())
     print(text)
     for row in rows:
@@ -1385,8 +1385,8 @@ def take_from(epochs: Callable[[int], Iterator]) -> Callable[[], int]:
     return lambda: len(next(batches)[0])
 
 
-def pairs(ours: dict[str, Callable], theirs: dict[str, Callable]) -> list[Row]:
-    """Return a row for each of ours, followed by that of timm which it is compared with, if there is one."""
+def beside_timm(ours: dict[str, Callable], theirs: dict[str, Callable]) -> list[Row]:
+    """Return a row for each of ours, each followed by timm's of the same label, if it has one."""
     rows = []
     for label, work in ours.items():
         rows.append(Row(label, work, base=f"{label}, timm"))
@@ -1477,8 +1477,8 @@ def input_speed(options: DataOptions) -> None:
             use: lambda images=images: len(fast_collate([images[n] for n in draw()])[0])
             for use, images in timm_sets.items()
         }
-        # One process with one thread, by its CPU seconds: what other programs take does not count.
-        single, small, threads = pairs(one_core, theirs), small_rows(), torch.get_num_threads()
+        # In CPU seconds of one process with one thread, on which other programs have no influence.
+        single, small, threads = beside_timm(one_core, theirs), small_rows(), torch.get_num_threads()
         torch.set_num_threads(1)
         take_turns(single, options.repetitions, stopwatch(None))
         take_turns(small, options.repetitions, stopwatch(None))
@@ -1521,7 +1521,7 @@ def small_rows() -> list[Row]:
             theirs[label] = lambda images=images: len(
                 fast_collate([images[n] for n in rng.permutation(len(images))[:512]])[0]
             )
-    return pairs(ours, theirs)
+    return beside_timm(ours, theirs)
 
 
 def advice(speeds: dict[int, float], rate: float) -> str:
