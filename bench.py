@@ -251,7 +251,7 @@ def timing_table(rows: list[Row], unit: str, ratio: str, *, scale=1.0, left=None
 
 
 def machine(device: torch.device) -> dict:
-    """Return everything that a timing depends on: processor, accelerator, threads, versions, and the command."""
+    """Return everything that a timing depends on: processor, accelerator, threads, versions and command."""
     info: dict[str, str] = {}
     with contextlib.suppress(OSError):  # Linux tells more than `platform` does
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
@@ -284,10 +284,9 @@ def machine(device: torch.device) -> dict:
 def check_writable(folder: str) -> None:
     """Raise UsageError where files cannot be written to `folder`, before anything is measured for them."""
     path = Path(folder).absolute()
-    try:
-        there = next(parent for parent in (path, *path.parents) if parent.exists())
-    except OSError as error:
-        raise UsageError(f"--out {folder}: {error.strerror}") from None
+    if any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise UsageError(f"--out {folder}: file name too long")
+    there = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
     if not there.is_dir():
         raise UsageError(f"--out {folder}: {there} is a file, not a folder; name another folder")
     if not os.access(there, os.W_OK | os.X_OK):
