@@ -27,6 +27,7 @@ import json
 import logging
 import math
 import multiprocessing
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import signal
@@ -456,7 +457,9 @@ class TrialProcess:
         self.log = os.fdopen(handle, "rb")
         spawn = multiprocessing.get_context("spawn")
         self.pool = ProcessPool(1, initializer=prepare_process, initargs=(job, path), context=spawn)
-        # Ctrl-C is for the search alone, also while the process starts: it inherits the mask of this thread.
+        # Ctrl-C is for the search alone, also while the process starts: it inherits the mask of this thread
+        # (which the start of multiprocessing's tracker would lift).
+        multiprocessing.resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.future = self.pool.schedule(os.getpid)
