@@ -113,16 +113,16 @@ def blur_pool(x: Tensor, training: bool) -> Tensor:
     """Blur x (B, C, H, W) with a fixed 3 × 3 filter, then subsample by 2. See `BlurPool`."""
     # A map one pixel high or wide has nothing to reflect.
     mode = "reflect" if min(x.shape[-2:]) > 1 else "replicate"
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not training:
         # The compiler fuses a sum of slices with the max pool and the padding before it. A convolution is a
         # kernel of its own, for which they would first be written to memory.
         height, width = x.shape[-2:]
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
         x = F.pad(x, (1, 1, 1, 1), mode=mode)
         x = (x[..., :width:2] + x[..., 2::2]) * 0.25 + x[..., 1 : width + 1 : 2] * 0.5
         x = (x[..., :height:2, :] + x[..., 2::2, :]) * 0.25 + x[..., 1 : height + 1 : 2, :] * 0.5
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    if x.is_cuda and channels_last and mode == "reflect":
+    if x.is_cuda and mode == "reflect" and x.is_contiguous(memory_format=torch.channels_last):
         # PyTorch's reflection padding on a GPU would copy a channels-last map to contiguous memory and back.
         x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
         x = torch.cat([x[..., 1:2], x, x[..., -2:-1]], dim=3)

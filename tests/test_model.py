@@ -529,10 +529,12 @@ def test_models_register_with_timm():
     assert config["mean"] == timm.data.IMAGENET_DEFAULT_MEAN and config["interpolation"] == "bicubic"
 
 
-def test_channels_last_maps_give_the_same_logits():
+def test_channels_last_maps_and_vmap_give_the_same_logits():
     model = model_with_statistics(MODELS["nexception_nano"], 0)
     x = torch.randn(2, 3, 64, 48)
     expected = model(x)
+    one_by_one = torch.func.vmap(lambda image: model(image[None])[0])(x)
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-4, atol=1e-5)
     last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
 
