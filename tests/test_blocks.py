@@ -15,6 +15,7 @@ from blocks import (
     POOLINGS,
     SPACE,
     BlurPool,
+    DepthwiseConv2d,
     Design,
     LayerNorm2d,
     MixedDepthwise,
@@ -169,3 +170,94 @@ def test_depthwise_gradients_on_a_cpu_are_computed_in_float32_under_autocast(ker
         torch.testing.assert_close(layer.depthwise.weight.grad, expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert POOLINGS["blur"](4).train()(torch.randn(1, 4, 8, 8).bfloat16()).dtype == torch.float32
+
+
+@pytest.fixture
+def fast_gradients(monkeypatch):
+    """The kernels of the fast depthwise weight gradients computed so far, as on an x86 CPU."""
+    kernels, compute = [], blocks.depthwise_weight_gradient
+    monkeypatch.setattr(blocks.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(
+        blocks, "depthwise_weight_gradient", lambda x, grad, k: kernels.append(k) or compute(x, grad, k)
+    )
+    return kernels
+
+
+def small_integers(*shape: int) -> torch.Tensor:
+    """Float32 values whose products are summed without rounding."""
+    return torch.randint(-4, 5, shape).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5, 7, 9, 11])
+def test_depthwise_gradients_equal_pytorchs(kernel, stride, memory_format, dtype, fast_gradients):
+    maps = [(8, 24, 17, 6), (5, 19, 4, 44), (1, 1, 128, 128)][: 3 if dtype == torch.float32 else 1]
+    for batch, channels, height, width in maps:
+        layer = DepthwiseConv2d(channels, kernel, stride).to(dtype)
+        layer.weight.data = small_integers(*layer.weight.shape).to(dtype)
+        x = small_integers(batch, channels, height, width).to(dtype, memory_format=memory_format)
+        y = layer(x.requires_grad_())
+        slope = small_integers(*y.shape).to(dtype)
+        y.backward(slope)
+        other, weight = (t.detach().double().requires_grad_() for t in (x, layer.weight))
+        expected = F.conv2d(other, weight, None, stride, kernel // 2, groups=channels)
+        expected.backward(slope.double())
+        for ours, theirs in ((y, expected), (x.grad, other.grad), (layer.weight.grad, weight.grad)):
+            assert torch.equal(ours.double(), theirs)
+    fast = kernel > 3 and stride == 1 and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    assert fast_gradients == [kernel] * 3 * fast
+    if stride == 1 and kernel > 3:
+        theirs = torch.ops.aten.convolution_backward(
+            slope,
+            x,
+            layer.weight,
+            None,
+            [1, 1],
+            [kernel // 2] * 2,
+            [1, 1],
+            False,
+            [0, 0],
+            channels,
+            [0, 1, 0],
+        )
+        assert torch.equal(blocks.depthwise_weight_gradient(x, slope, kernel), theirs[1])
+
+
+def test_depthwise_convolution_is_pytorchs_outside_plain_training(fast_gradients):
+    """Transforms, traces, exports and frozen filters do without fast gradients, which have derivatives."""
+    layer, x = DepthwiseConv2d(16, 5), torch.randn(4, 16, 16, 16)
+
+    def plain(x, weight=layer.weight):
+        return F.conv2d(x, weight, padding=2, groups=16)
+
+    def sharpness(run):
+        (grad,) = torch.autograd.grad(run(x).pow(3).sum(), layer.weight, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), layer.weight)[0]
+
+    def with_weight(weight, x):
+        return torch.func.functional_call(layer, {"weight": weight}, x).square().sum()
+
+    expected = sharpness(plain)
+    assert (sharpness(layer) - expected).norm() < 1e-5 * expected.norm()
+    assert fast_gradients.pop() == 5  # of the outer derivative, which builds no graph
+    y = layer(x)
+    slopes = torch.randn(2, *y.shape)
+    batched = torch.autograd.grad(y, layer.weight, slopes, retain_graph=True, is_grads_batched=True)[0]
+    torch.testing.assert_close(batched[1], torch.autograd.grad(plain(x), layer.weight, slopes[1])[0])
+    weight = layer.weight.detach()
+    expected = torch.func.grad(lambda weight: plain(x, weight).square().sum())(weight)
+    torch.testing.assert_close(torch.func.grad(with_weight)(weight, x), expected)
+    each = torch.vmap(torch.func.grad(with_weight), (None, 0))(weight, x[:, None])
+    torch.testing.assert_close(each.sum(0), expected)
+    for traced in (
+        torch.compile(layer, backend="aot_eager", fullgraph=True),
+        torch.export.export(layer, (x,)).module(),
+        torch.jit.trace(layer, x),
+        layer.requires_grad_(False),
+    ):
+        traced(x.requires_grad_()).sum().backward()
+        torch.testing.assert_close(traced(x), plain(x))
+    assert layer.to("meta")(x.to("meta")).shape == x.shape
+    assert not fast_gradients
