@@ -815,42 +815,31 @@ class Sampler:
         logging.getLogger("smac").setLevel(logging.ERROR)
         try:
             scenario = Scenario(
-                self.space,
-                name="smac",
-                output_directory=folder,
-                deterministic=True,
+                self.space, name="smac", output_directory=folder, deterministic=True, seed=seed,
                 objectives=names if len(names) > 1 else names[0],
                 crash_cost=crash_cost if len(names) > 1 else crash_cost[0],
+                min_budget=settings["budgets"][0], max_budget=settings["budgets"][-1],
                 n_trials=10**9,  # the search's own loop counts
-                min_budget=settings["budgets"][0],
-                max_budget=settings["budgets"][-1],
-                seed=seed,
-            )
+            )  # fmt: skip
             self.intensifier = ExactHyperband(scenario, eta=ETA, incumbent_selection="highest_budget")
             facade, parts = HyperbandFacade, {}
             if settings["sampler"] == "smac":
-                maximizer = BestOfAll(self.space, seed)
+                facade, maximizer = MultiFidelityFacade, BestOfAll(self.space, seed)
                 maximizer.proposed = self.intensifier.known
-                facade, parts = MultiFidelityFacade, {
-                    "model": OneHotForest(self.space, seed),
-                    "acquisition_function": EI(),
-                    "acquisition_maximizer": maximizer,
-                    "random_design": ProbabilityRandomDesign(0.2, seed=seed),
-                    "runhistory_encoder": RunHistoryEncoder(scenario),
-                }
-            self.smac = facade(
-                scenario,
-                initial_design=RandomInitialDesign(scenario, n_configs=0, additional_configs=start),
-                intensifier=self.intensifier,
-                multi_objective_algorithm=ParEGO(scenario) if len(names) > 1 else None,
-                # A budget's trials teach the forest once there are as many as choices.
-                config_selector=ConfigSelector(
-                    scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(space)
-                ),
-                logging_level=False,
-                overwrite=True,
-                **parts,
+                parts = {"model": OneHotForest(self.space, seed), "acquisition_function": EI()}
+                parts |= {"acquisition_maximizer": maximizer}
+                parts |= {"random_design": ProbabilityRandomDesign(0.2, seed=seed)}
+                parts |= {"runhistory_encoder": RunHistoryEncoder(scenario)}
+            # A budget's trials teach the forest once there are as many as choices.
+            selector = ConfigSelector(
+                scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(space)
             )
+            self.smac = facade(
+                scenario, intensifier=self.intensifier, config_selector=selector,
+                initial_design=RandomInitialDesign(scenario, n_configs=0, additional_configs=start),
+                multi_objective_algorithm=ParEGO(scenario) if len(names) > 1 else None,
+                logging_level=False, overwrite=True, **parts,
+            )  # fmt: skip
         except OSError as error:
             raise unwritable(folder / "smac", error) from None
 
@@ -1062,6 +1051,7 @@ class Search:
                         break
                     self.collect()
                 if self.running or self.interrupted:  # SMAC counts these as running: begin again without them
+                    self.running.clear()
                     self.restore({"intensifier": self.sampler.intensifier.get_state()})
                 self.save(force=True)
                 if not self.signal:
@@ -1112,12 +1102,12 @@ class Search:
                 if not self.running:
                     print(f"every configuration has run the highest budget: {len(self.rows)} trials")
                 return
-            self.save()
             config, seed = {name: str(value) for name, value in trial.config.items()}, trial.seed
             if self.settings["trial_seeds"] == "from the configuration":
                 seed = zlib.crc32(json.dumps([self.settings["seed"], sorted(config.items())]).encode())
             limit = min(self.time_limit, self.seconds - self.elapsed)
             self.submit(config, seed, trial.budget, "val", trial, limit)
+            self.save()
 
     def submit(self, config: dict, seed: int, budget: float, split: str, trial, limit: float) -> None:
         """Send a trial to the next free worker; `finished` yields `trial` with its outcome."""

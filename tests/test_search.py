@@ -318,7 +318,9 @@ def test_ctrl_c_ends_with_the_incumbent(tmp_path):
     assert "incumbent: " in rest and "continues from" in rest and "Traceback" not in rest
     assert announced == len(search.rows_of(tmp_path / "run"))
     history = json.loads((tmp_path / "run/smac/0/runhistory.json").read_text())
-    assert history["stats"]["running"] == 0
+    assert (
+        history["stats"]["running"] == json.loads((tmp_path / "run/state.json").read_text())["running"] == 0
+    )
 
 
 def test_every_failure_is_recorded_and_the_search_goes_on(tmp_path):
