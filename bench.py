@@ -44,6 +44,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
 
+if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded
+    # OpenMP threads spin while they wait: beside other busy processes they then take ten times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import numpy as np
 import torch
 from PIL import Image
