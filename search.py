@@ -555,6 +555,11 @@ def parsed(line: bytes) -> dict | None:
         return None
 
 
+def read_json(path: Path) -> dict:
+    """Return the JSON object of a file, an empty one if the file is missing or broken."""
+    return (parsed(path.read_bytes()) if path.exists() else None) or {}
+
+
 class Journal:
     """The finished trials, one JSON object per line, on the disk before SMAC hears of them.
 
@@ -601,10 +606,9 @@ def rows_of(folder: Path) -> list[dict]:
 
 def settings_of(folder: Path) -> dict:
     """Return what a run folder searches (see `Search`), with the defaults of the version that began it."""
-    try:
-        found = json.loads((folder / "search.json").read_text())
-    except (OSError, ValueError):
-        raise UsageError(f"{folder} is not the folder of a search: it has no readable search.json") from None
+    found = read_json(folder / "search.json")
+    if not found:
+        raise UsageError(f"{folder} is not the folder of a search: it has no readable search.json")
     return {"sampler": "smac", "trial_seeds": "one for all", "precision": None, **found}
 
 
@@ -969,8 +973,7 @@ class Search:
         if len(self.rows) >= FAILURES_THAT_STOP and all(row["status"] != "success" for row in self.rows):
             print(f"all {len(self.rows)} trials had failed: they are run again (kept in failed.jsonl)")
             self.journal.set_aside()
-        path = self.folder / "state.json"
-        state = (parsed(path.read_bytes()) if path.exists() else None) or {}
+        state = read_json(self.folder / "state.json")
         self.earlier = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in self.rows)])
         self.begun = time.monotonic()
         self.restore(state)
@@ -1228,9 +1231,9 @@ class Search:
     def compare(self, best: dict) -> None:
         """Train the incumbent and the two known points alike; score each once, on the test split if any."""
         path, budget = self.folder / "final.json", self.settings["budgets"][-1]
-        scored = (parsed(path.read_bytes()) if path.exists() else None) or {}
-        names = {name: short(config) for name, config in [("incumbent", best["config"]), *points().items()]}
-        waiting = {names[name]: config for name, config in [("incumbent", best["config"]), *points().items()]}
+        scored, networks = read_json(path), {"incumbent": best["config"], **points()}
+        names = {name: short(config) for name, config in networks.items()}
+        waiting = {short(config): config for config in networks.values()}
         waiting = [(name, config) for name, config in waiting.items() if name not in scored]
         if waiting:
             print(f"training the incumbent and the known points for {budget} epochs each ...", flush=True)
@@ -1259,7 +1262,7 @@ def status_text(folder: Path) -> str:
     """Return progress, incumbent and failures of a running or finished search; needs no lock."""
     settings, rows = settings_of(folder), rows_of(folder)
     path = folder / "state.json"
-    state = (parsed(path.read_bytes()) if path.exists() else None) or {}
+    state = read_json(path)
     elapsed = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in rows)])
     of = [f" of {state[name]}" if state.get(name) else "" for name in ("trials", "walltime")]
     lines = [f"{folder}: {settings['sampler']} on {settings['data']}, budgets {settings['budgets']} epochs"]
