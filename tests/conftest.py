@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 
+if "OMP_WAIT_POLICY" not in os.environ:  # before PyTorch is loaded; subprocesses inherit it
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import pytest
 import torch
 
 torch.set_num_threads(2)
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU; read when blocks.py is imported
 
 
 def pytest_collection_modifyitems(items):
-    """Skip tests marked `gpu` where no CUDA device is to be had."""
+    """Skip tests marked `gpu` where there is no CUDA device."""
     if torch.cuda.is_available():
         return
     for item in items:
