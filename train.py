@@ -383,7 +383,7 @@ class Options:
     loss: str = option("bce", "binary cross-entropy of thresholded targets, or a peer", choices=tuple(LOSSES))
     loss_threshold: float | None = option(None, "mixed targets above it count as 1, others as 0", 0, below=1)
 
-    optimizer: str = option("lamb", "optimizer", choices=tuple(OPTIMIZERS))
+    optimizer: str | None = option(None, "optimizer", choices=tuple(OPTIMIZERS))
     lr: float | None = option(None, "learning rate, reached after the warm-up", above=0)
     min_lr: float | None = option(None, "learning rate at the end of the cosine and in the cool-down", 0)
     warmup_epochs: int | None = option(None, "epochs of linear warm-up, counted within --epochs", 0)
@@ -430,8 +430,8 @@ class Recipe(typing.NamedTuple):
 # own clipping, ten epochs of cool-down, 4 x 64 images per step. Augmentation: `data.default_augmentation`.
 PAPER = {
     "model": "nexception_t", "seed": 1, "epochs": 300, "batch": 64, "micro_batches": 4, "loss_threshold": 0.2,
-    "lr": 2e-3, "min_lr": 1e-6, "warmup_epochs": 5, "cooldown_epochs": 10, "weight_decay": 0.02,
-    "max_grad_norm": 1.0, "mixup": 0.1, "cutmix": 1.0,
+    "optimizer": "lamb", "lr": 2e-3, "min_lr": 1e-6, "warmup_epochs": 5, "cooldown_epochs": 10,
+    "weight_decay": 0.02, "max_grad_norm": 1.0, "mixup": 0.1, "cutmix": 1.0,
 }  # fmt: skip
 ONE = PAPER | {"micro_batches": 1, "cooldown_epochs": 0}
 CIFAR = ONE | {"model": "nexception_reduced", "epochs": 100, "batch": 128, "lr": 5e-3}
@@ -446,9 +446,9 @@ RECIPES = {
         ONE | {"repeats": 1, "rand_augment": 0.0, "min_scale": 0.35, "cutmix": 0.0},
     ),
     "fine-tune": Recipe(
-        "30 epochs at a tenth of the paper's learning rate (accuracy not measured here)",
-        ONE | {"epochs": 30, "lr": 2e-4, "warmup_epochs": 2, "repeats": 1, "rand_augment": 0.0,
-               "min_scale": 0.35, "mixup": 0.0, "cutmix": 0.0},
+        "digits from a 7-class network: 95.1% in 15 epochs (LAMB: 42.9%); photographs not measured",
+        ONE | {"optimizer": "adamw", "lr": 2e-4, "epochs": 30, "warmup_epochs": 2, "repeats": 1,
+               "rand_augment": 0.0, "min_scale": 0.35, "mixup": 0.0, "cutmix": 0.0},
     ),
     "digits": Recipe(
         "nexception_nano reaches 99.6 to 100% (seeds 1 to 3) in 44 s on two idle CPU cores",
@@ -514,7 +514,7 @@ def resolve(
     recipe = defaults | recipe
     earlier_version = former is not None and former["options"].get("recipe") is None
     if earlier_version:
-        recipe["recipe"] = None  # so that it is known as one the next time, too
+        recipe |= {"recipe": None, "optimizer": "lamb"}  # None: known as such the next time, too
         known = {entry.name for entry in fields(Options)} - FREE
         recipe |= {k: v for k, v in former["options"].items() if k in known and v is not None}
         micro_batches = former["micro-batches a step"]
@@ -976,8 +976,8 @@ class Folder:
         stored, epoch = content.get("options"), content.get("epoch")
         if not isinstance(stored, dict) or not isinstance(epoch, int) or epoch < 0:
             raise UsageError(f"{self.path} holds no checkpoint of train.py: give another --out")
-        # An option that the checkpoint lacks is newer, and its default is what versions without it did.
-        theirs = {entry.name: entry.default for entry in fields(Options)} | stored
+        # An option that the checkpoint lacks is newer: take what versions without it did.
+        theirs = {entry.name: entry.default for entry in fields(Options)} | {"optimizer": "lamb"} | stored
         ours = dict(self.record["options"])
         # Options of earlier versions, with what this one always does.
         ours |= {"warmup_lr": WARMUP_LR, "padding": default_augmentation(ours["data"]).padding}

@@ -378,7 +378,7 @@ def test_recipes_are_chosen_by_data_and_initial_weights(reference):
     weights = str(reference / "best.pt")  # network and size come from the checkpoint
     tuned = resolve(Options(data="/photos", init_weights=weights), images=3800, say=said.append)
     assert (tuned.epochs, tuned.repeats, tuned.size, tuned.model) == (30, 1, 16, None)
-    assert tuned.lr <= 2e-4 and tuned.out == "runs/photos-best"
+    assert tuned.lr <= 2e-4 and tuned.optimizer == "adamw" and tuned.out == "runs/photos-best"
     assert "recipe fine-tune, chosen by --init-weights" in said[-1]
     for name in train.RECIPES:
         assert f"{name}: " in train.recipes_help()
