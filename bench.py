@@ -44,16 +44,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
 
-if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded
-    # OpenMP threads spin while they wait: beside other busy processes they then take ten times as long.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-import numpy as np
-import torch
-from PIL import Image
-from torch import nn
-from tqdm import tqdm
-
 from data import (
     Augmentation,
     EvalTransform,
@@ -81,6 +71,12 @@ from model import (
     read_weights,
 )
 from train import Lamb, bce_loss, evaluate, option, parameter_groups, parse, pick_device, run_script
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PEER = "peer:"  # prefix of models that the user brings
@@ -1606,11 +1602,11 @@ def plain_trial(config: dict, seed: int, budget: float, settings: dict):
 
     Takes and returns what `search.train` does, so that the same process can run either; `config` is ignored.
     """
+    from search import trial_options
+
     import timm.data
     from timm.loss import BinaryCrossEntropy
     from timm.optim import Lamb as TimmLamb
-
-    from search import trial_options
 
     device = torch.device(settings["device"])
     recipe = trial_options(settings, round(budget), seed, device)

@@ -32,11 +32,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
-
+from data import EvalTransform, UsageError, write_whole
 from blocks import (
     MIXED_KERNELS,
     NORMS,
@@ -50,7 +46,11 @@ from blocks import (
     PyramidDownsample,
     SqueezeExcite,
 )
-from data import EvalTransform, UsageError, write_whole
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 LARGEST, DEEPEST = 2**20, 1000  # width or number of classes, depth of a stage: beyond these, surely a mistake
 

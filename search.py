@@ -42,9 +42,23 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded
-    # OpenMP threads spin while they wait: beside other busy processes they then take ten times as long.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from data import SMALL_SETS, Data, Plan, RunError, UsageError, cpu_count, lock_file, open_data, write_whole
+from blocks import SPACE
+from model import MODELS, POINTS, ModelConfig, count_macs, count_parameters, create_model, keep_large_buffers
+from train import Options as TrainOptions
+from train import (
+    Process,
+    Training,
+    amp_dtype,
+    augmentation,
+    evaluate,
+    fit,
+    option,
+    parse,
+    pick_device,
+    resolve,
+    run_script,
+)
 
 import numpy as np
 import psutil
@@ -66,24 +80,6 @@ from smac.multi_objective.parego import ParEGO
 from smac.random_design import ProbabilityRandomDesign
 from smac.runhistory import StatusType, TrialInfo, TrialValue
 from smac.runhistory.encoder import RunHistoryEncoder
-
-from blocks import SPACE
-from data import SMALL_SETS, Data, Plan, RunError, UsageError, cpu_count, lock_file, open_data, write_whole
-from model import MODELS, POINTS, ModelConfig, count_macs, count_parameters, create_model, keep_large_buffers
-from train import Options as TrainOptions
-from train import (
-    Process,
-    Training,
-    amp_dtype,
-    augmentation,
-    evaluate,
-    fit,
-    option,
-    parse,
-    pick_device,
-    resolve,
-    run_script,
-)
 
 ETA = 3  # Hyperband keeps the best third for three times the epochs
 FAILURES_THAT_STOP = 5  # a search whose first trials all fail has a fault of its own

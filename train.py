@@ -42,12 +42,6 @@ import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from data import (
     SMALL_SETS,
     Augmentation,
@@ -62,6 +56,12 @@ from data import (
     write_whole,
 )
 from model import MODELS, ModelConfig, create_model, keep_large_buffers, load_checkpoint, load_weights
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 LOG_EVERY = 50  # steps between looks at the loss: each one waits for the device
 WARMUP_LR = 1e-4  # learning rate of the first warm-up epoch, unless --lr is lower
@@ -490,7 +490,7 @@ def resolve(
     elif options.init_weights:
         name, why = "fine-tune", "--init-weights"
     elif small_set:
-        name, why = options.data, "--data"
+        name, why = small_set_recipe(options.data), "--data"
     elif images is not None and images < SMALL_FOLDER:
         name, why = "small-folder", f"its {images:,} training images (--recipe paper: ImageNet's)"
     else:
@@ -554,10 +554,15 @@ def resolve(
     return resolved
 
 
+def small_set_recipe(data: str) -> str:
+    """Return the name of a small set's recipe: its own, or that of the digits for a set without one."""
+    return data if data in RECIPES else "digits"
+
+
 def default_out(options: Options) -> str:
     """Return the folder of a run: --out, or one named after the data and the model."""
-    recipe = RECIPES[options.data if options.data in SMALL_SETS else "paper"]
-    model = options.model or options.init_weights or recipe.values["model"]
+    name = small_set_recipe(options.data) if options.data in SMALL_SETS else "paper"
+    model = options.model or options.init_weights or RECIPES[name].values["model"]
     return options.out or f"runs/{Path(options.data).resolve().name}-{Path(model).stem}"
 
 

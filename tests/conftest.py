@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-if "OMP_WAIT_POLICY" not in os.environ:  # before PyTorch is loaded; subprocesses inherit it
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+import data  # noqa: F401, ahead of PyTorch: it sets how long OpenMP threads spin
 
 import pytest
 import torch

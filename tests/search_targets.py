@@ -186,9 +186,9 @@ def main():
     elif arguments.command == "workers":
         result = rates(arguments.out)
     else:
-        import search_targets
-
         import search
+
+        import search_targets
 
         trials, workers, target = arguments.rest
         options = search.Options(out=arguments.out, trials=int(trials), workers=int(workers))

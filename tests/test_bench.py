@@ -13,16 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench
+import model as models
+from data import EvalTransform
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
 from torch import nn
-
-import bench
-import model as models
-from data import EvalTransform
 
 CPU = torch.device("cpu")
 

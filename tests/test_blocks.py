@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
 import blocks
 from blocks import (
     MIXED_KERNELS,
@@ -23,6 +16,13 @@ from blocks import (
     SqueezeExcite,
     StochasticDepth,
 )
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 timm_layers = pytest.importorskip("timm.layers")
 

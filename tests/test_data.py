@@ -19,15 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import data
+from data import Augmentation, DataError, EvalTransform, FileList, Plan, list_images, open_data
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image, ImageOps, TiffImagePlugin
 from sklearn.datasets import load_sample_image
-
-import data
-from data import Augmentation, DataError, EvalTransform, FileList, Plan, list_images, open_data
 
 auto_augment = pytest.importorskip("timm.data.auto_augment")
 FILL = (124, 116, 104)  # round(255 * ImageNet's mean)

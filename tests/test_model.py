@@ -19,15 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-from PIL import Image
-
 import blocks
-from blocks import SPACE, StochasticDepth
 from data import EvalTransform, UsageError
+from blocks import SPACE, StochasticDepth
 from model import (
     MODELS,
     ModelConfig,
@@ -44,6 +38,12 @@ from model import (
     main,
     published_transform,
 )
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
 
 HERE = Path(__file__).parent
 OFFICIAL = json.loads((HERE / "parity" / "official_state_dicts.json").read_text())

@@ -16,6 +16,13 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import SimpleNamespace
 
+import blocks
+import search
+from data import UsageError
+from model import MODELS, create_model
+from search import Options, Sampler, Search
+from train import Lamb, RunError, bce_loss
+
 import numpy as np
 import pytest
 import search_targets as targets
@@ -25,13 +32,6 @@ from distributed import LocalCluster
 from smac import Scenario
 from smac.runhistory.runhistory import RunHistory
 from smac.runner.target_function_runner import TargetFunctionRunner
-
-import blocks
-import search
-from data import UsageError
-from model import MODELS, create_model
-from search import Options, Sampler, Search
-from train import Lamb, RunError, bce_loss
 
 
 def start(out, trials, target=targets.formula, choices=None, **options):

@@ -17,17 +17,7 @@ import time
 import types
 from pathlib import Path
 
-import numpy as np
-import pytest
-import timm.data.mixup
-import timm.loss
-import timm.optim.lamb
-import timm.scheduler
-import timm.utils
-import torch
-from PIL import Image
-from torch import nn
-
+import data
 import train
 from data import EvalTransform, Plan, RunError, UsageError, open_data
 from model import MODELS, ModelConfig, create_model, load_checkpoint
@@ -45,6 +35,17 @@ from train import (
     parse,
     resolve,
 )
+
+import numpy as np
+import pytest
+import timm.data.mixup
+import timm.loss
+import timm.optim.lamb
+import timm.scheduler
+import timm.utils
+import torch
+from PIL import Image
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 TINY = ModelConfig(
@@ -988,6 +989,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, {str(ROOT)!r})
+import data
 import train
 
 def destroy(destroy=dist.destroy_process_group):
@@ -1064,3 +1066,25 @@ def test_an_epoch_does_not_wait_for_the_gpu():
         torch.cuda.set_sync_debug_mode("error" if inside else "default")
 
     assert len(fit(training, data, stop=StopAfter(action=forbid_waiting))) == 2
+
+
+def test_a_data_set_an_optimizer_and_a_loss_are_one_entry_each(tiny, monkeypatch):
+    """Left half white or right half white, learned with plain SGD and a squared error."""
+
+    def load_halves(size, _root):
+        images = torch.zeros(64, 3, size, size, dtype=torch.uint8)
+        images[::2, ..., : size // 2], images[1::2, ..., size // 2 :] = 255, 255
+        return dict.fromkeys(("train", "val"), (images, torch.arange(64) % 2)), ("left", "right")
+
+    halves = data.SmallSet(load_halves, (0.5,) * 3, (0.5,) * 3, padding=0, flip=0.0)
+    monkeypatch.setitem(data.SMALL_SETS, "halves", halves)
+    monkeypatch.setitem(train.OPTIMIZERS, "sgd", lambda groups, o: torch.optim.SGD(groups, lr=o.lr))
+    monkeypatch.setitem(
+        train.LOSSES, "squared", lambda logits, targets, o: (logits.float() - targets).square().mean()
+    )
+    asked = {"optimizer": "sgd", "loss": "squared", "epochs": 12, "warmup_epochs": 0, "lr": 0.3, "mixup": 0.0}
+    options = resolve(Options(data="halves", model=tiny, size=16, batch=16, device="cpu", **asked))
+    source = open_data("halves", Plan(16, seed=1), size=16, augment=train.augmentation(options))
+    torch.manual_seed(0)
+    network = create_model(tiny, num_classes=2, drop_path=0.0)
+    assert fit(Training(network, options), source)[-1]["val_top1"] == 100
