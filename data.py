@@ -1012,6 +1012,19 @@ def leave_signals_to_parent(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Block Ctrl-C and SIGTERM: processes started meanwhile inherit that until they can ignore them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def stop_workers(loader: DataLoader) -> None:
     """Stop a loader's processes; kill those that do not stop by themselves, since they ignore SIGTERM."""
     iterator, loader._iterator = loader._iterator, None
@@ -1175,7 +1188,8 @@ class Data:
             # PyTorch's handler for SIGCHLD raises a worker's death wherever the main thread happens to be.
             # Without it, the death is noticed here, within seconds, when a batch is missing.
             handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-            batches = iter(self.loader)
+            with signals_blocked():
+                batches = iter(self.loader)
             if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, handler)
             for images, labels, bad in batches:
