@@ -70,7 +70,17 @@ from model import (
     load_checkpoint,
     read_weights,
 )
-from train import Lamb, bce_loss, evaluate, option, parameter_groups, parse, pick_device, run_script
+from train import (
+    Lamb,
+    bce_loss,
+    check_channels,
+    evaluate,
+    option,
+    parameter_groups,
+    parse,
+    pick_device,
+    run_script,
+)
 
 import numpy as np
 import torch
@@ -971,6 +981,7 @@ def open_network(options: AccuracyOptions) -> Network:
         network = open_peer(options)
     else:
         model = load_checkpoint(options.checkpoint, fuse=True)
+        check_channels(model.config, options.checkpoint)
         plain = replace(model.config, num_classes=1000, drop_path=0.05)
         key = next((key for key, config in MODELS.items() if replace(config, drop_path=0.05) == plain), "")
         network = Network(model, model.classes, model.transform, key)

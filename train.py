@@ -569,9 +569,18 @@ def default_out(options: Options) -> str:
 def model_config(options: Options, default: str) -> ModelConfig:
     """Return the config of --model, else that of --init-weights, else that of the model `default`."""
     if options.model is None and options.init_weights:
-        return load_checkpoint(options.init_weights).config
-    with torch.device("meta"):
-        return create_model(options.model or default).config
+        config = load_checkpoint(options.init_weights).config
+    else:
+        with torch.device("meta"):
+            config = create_model(options.model or default).config
+    check_channels(config, options.model or options.init_weights)
+    return config
+
+
+def check_channels(config: ModelConfig, name: str) -> None:
+    """Raise UsageError for a network that does not take RGB images, which all data are."""
+    if config.in_channels != 3:
+        raise UsageError(f"{name} takes in_channels {config.in_channels}, and images have 3")
 
 
 def augmentation(options: Options) -> Augmentation:
@@ -978,11 +987,13 @@ class Folder:
 
     def compare(self, content: dict) -> None:
         """Raise UsageError naming each difference between a checkpoint's run and this one."""
-        stored, epoch = content.get("options"), content.get("epoch")
-        if not isinstance(stored, dict) or not isinstance(epoch, int) or epoch < 0:
+        parts = {"options", "model", "ema", "optimizer", "scaler", "epoch", "losses", "best", "metrics"}
+        ours = isinstance(content, dict) and parts <= content.keys() and isinstance(content["options"], dict)
+        if not ours or not isinstance(content["epoch"], int) or content["epoch"] < 0:
             raise UsageError(f"{self.path} holds no checkpoint of train.py: give another --out")
         # An option that the checkpoint lacks is newer: take what versions without it did.
-        theirs = {entry.name: entry.default for entry in fields(Options)} | {"optimizer": "lamb"} | stored
+        theirs = {entry.name: entry.default for entry in fields(Options)} | {"optimizer": "lamb"}
+        theirs |= content["options"]
         ours = dict(self.record["options"])
         # Options of earlier versions, with what this one always does.
         ours |= {"warmup_lr": WARMUP_LR, "padding": default_augmentation(ours["data"]).padding}
@@ -1263,6 +1274,7 @@ def evaluate_checkpoint(options: Options, process: Process) -> None:
         if entry.name not in used and getattr(options, entry.name) != entry.default:
             raise UsageError(f"--{entry.name.replace('_', '-')} has no effect with --eval: leave it out")
     model = load_checkpoint(options.eval).to(process.device, memory_format=torch.channels_last)
+    check_channels(model.config, options.eval)
     plan = Plan(batch=options.batch or 64, rank=process.rank, world=process.world)
     settings = {"workers": options.workers, "device": process.device, "max_bad_files": options.max_bad_files}
     if options.data in SMALL_SETS:

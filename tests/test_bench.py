@@ -495,6 +495,10 @@ def test_accuracy_refuses_what_is_no_state_dict(folder, tmp_path, capsys):
     (tmp_path / "odd.pt").write_text("text")
     assert run(*arguments) == 2
     assert "readable checkpoint" in capsys.readouterr().err
+    grey = models.create_model("nexception_nano", in_channels=1)
+    torch.save({"config": grey.config.to_dict(), "model": grey.state_dict()}, tmp_path / "odd.pt")
+    assert run("accuracy", tmp_path / "odd.pt", folder, "--out", tmp_path) == 2
+    assert "odd.pt takes in_channels 1" in capsys.readouterr().err
 
 
 def test_timms_files_fit_names_that_torchvision_has_too(tmp_path):

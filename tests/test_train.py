@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -795,6 +796,31 @@ def test_a_broken_checkpoint_falls_back_to_the_previous(damage, tiny, reference,
         torch.save(content, finished / "last.pt")
         assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 2
         assert "holds no checkpoint of train.py" in capsys.readouterr().err
+
+
+def test_a_foreign_checkpoint_in_the_folder_is_refused(tiny, finished, capsys):
+    content = torch.load(finished / "last.pt", weights_only=True)
+    without = [{k: v for k, v in content.items() if k != name} for name in ("options", "model", "metrics")]
+    for foreign in (*without, content | {"epoch": -1}, content | {"options": 3}, [1, 2]):
+        torch.save(foreign, finished / "last.pt")
+        before = (finished / "last.pt").read_bytes()
+        assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 2
+        error = capsys.readouterr().err
+        assert "holds no checkpoint of train.py" in error and error.count("\n") == 1
+        assert (finished / "last.pt").read_bytes() == before
+
+
+def test_networks_for_other_than_rgb_images_are_refused(tmp_path, capsys):
+    grey, weights = tmp_path / "grey.json", tmp_path / "grey.pt"
+    config = dataclasses.replace(TINY, in_channels=1)
+    config.to_json(grey)
+    torch.save({"config": config.to_dict(), "model": create_model(config).state_dict()}, weights)
+    for given in (["--model", str(grey)], ["--init-weights", str(weights)], ["--eval", str(weights)]):
+        out = [] if "--eval" in given else ["--out", str(tmp_path / "run")]
+        assert train.main([*given, *out]) == 2
+        error = capsys.readouterr().err
+        assert f"{given[1]} takes in_channels 1, and images have 3" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_tests_no_more(tiny, finished, monkeypatch, capsys):
