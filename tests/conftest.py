@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import data  # noqa: F401, ahead of PyTorch: it sets how long OpenMP threads spin
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(items):
