@@ -80,7 +80,7 @@ class FastDepthwise(torch.autograd.Function):
     """`F.conv2d(x, weight, padding=K // 2, groups=C)`, K odd, with gradients that are fast on x86 CPUs.
 
     They equal PyTorch's within rounding. With `create_graph=True` PyTorch computes them itself, so that they
-    can be differentiated in turn, and for a batch of gradients. Forward-mode derivatives raise an error.
+    can be differentiated in turn, and for a batch of gradients.
     """
 
     @staticmethod
@@ -109,6 +109,7 @@ def _takes_fast_gradients(x: Tensor, weight: Tensor, stride: int, padding: int) 
     return (
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0  # outside of `dual_level`
         and (type(x) is Tensor and type(weight) in (Tensor, nn.Parameter))  # no fake tensors
         and (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32)
         and (weight.requires_grad and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"))

@@ -251,6 +251,10 @@ def test_depthwise_convolution_is_pytorchs_outside_plain_training(fast_gradients
     torch.testing.assert_close(torch.func.grad(with_weight)(weight, x), expected)
     each = torch.vmap(torch.func.grad(with_weight), (None, 0))(weight, x[:, None])
     torch.testing.assert_close(each.sum(0), expected)
+    forward = torch.autograd.forward_ad
+    with forward.dual_level():
+        tangent = forward.unpack_dual(layer(forward.make_dual(x, slopes[0]))).tangent
+        torch.testing.assert_close(tangent, plain(slopes[0]))
     for traced in (
         torch.compile(layer, backend="aot_eager", fullgraph=True),
         torch.export.export(layer, (x,)).module(),
