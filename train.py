@@ -551,6 +551,8 @@ def resolve(
         say(f"the options of {resolved.out}, which an earlier version began")
     else:
         say(f"recipe {name}, chosen by {why}; {RECIPES[name].expect}")
+        if name == "small-folder":
+            say("note: trained weights (--init-weights) usually help more than epochs on so few images")
     return resolved
 
 

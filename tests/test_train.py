@@ -374,7 +374,8 @@ def test_recipes_are_chosen_by_data_and_initial_weights(reference):
     said = []
     small = resolve(Options(data="/photos", model="nexception_s"), images=3800, say=said.append)
     assert (small.repeats, small.cooldown_epochs, small.rand_augment, small.epochs) == (1, 0, 0.0, 263)
-    assert "recipe small-folder, chosen by its 3,800 training images (--recipe paper" in said[-1]
+    assert "recipe small-folder, chosen by its 3,800 training images (--recipe paper" in said[-2]
+    assert said[-1].startswith("note: trained weights (--init-weights)")
     paper = resolve(Options(data="/photos", model="nexception_s", recipe="paper"), images=3800)
     assert (paper.epochs, paper.repeats, paper.lr) == (300, 3, 1.4e-3)
     weights = str(reference / "best.pt")  # network and size come from the checkpoint
@@ -844,6 +845,15 @@ def test_a_trained_run_without_its_best_weights_is_kept(tiny, finished, capsys):
     error = capsys.readouterr().err
     assert "best.pt is missing or broken" in error and error.count("\n") == 1
     assert (finished / "last.pt").read_bytes() == before
+
+
+def test_missing_matplotlib_costs_the_curves_alone(tiny, finished, monkeypatch, capsys):
+    (finished / "curves.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 0
+    printed = capsys.readouterr()
+    assert "no curves.png" in printed.err and "test top-1" in printed.out
+    assert not (finished / "curves.png").exists()
 
 
 def test_a_run_of_an_earlier_version_continues(tiny, reference, finished, capsys):
