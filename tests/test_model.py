@@ -512,6 +512,7 @@ def test_models_register_with_timm():
         def entry(
             pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **fields
         ):
+            assert not pretrained, "weights come with load_weights"
             model = create_model(name, in_channels=fields.pop("in_chans", 3), **fields)
             cfg = vars(published_transform(model.config))
             model.pretrained_cfg = cfg | {"input_size": (model.config.in_channels, cfg["size"], cfg["size"])}
@@ -522,6 +523,8 @@ def test_models_register_with_timm():
 
     for name in ("nexception_nano", "nexception_tp"):
         register(name)
+    with pytest.raises(AssertionError, match="load_weights"):
+        timm.create_model("nexception_nano", pretrained=True)
     model = timm.create_model("nexception_nano", num_classes=7, in_chans=1)
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
     config = timm.data.resolve_model_data_config(timm.create_model("nexception_tp", drop_path=0.1))
