@@ -5,7 +5,6 @@
     python bench.py figures    # the paper's figures 2 and 3; with measured speed: results/speed-*.json
     python bench.py export CHECKPOINT
     python bench.py data [PATH]  # images/s of the input pipeline beside timm's; how many workers feed a GPU
-    python bench.py lamb       # milliseconds of a LAMB step beside timm's and PyTorch's fused AdamW
     python bench.py trial      # seconds of a trial of search.py beside timm's loader and a plain loop
 
 `python bench.py COMMAND --help` lists the options of a command. Results go to `results/`: JSON with every
@@ -599,7 +598,6 @@ class SpeedOptions:
         (), "Table 1's keys, our models, timm's or JSON configs, NAME[@SIZE],... (default: all of Table 1)"
     )
     peer: tuple[str, ...] = option((), "your own models, MODULE:CALLABLE[@SIZE],...")
-    peer_root: str = option("", "another checkout of this repository, whose --models take turns with ours")
     baseline: str = option("convnext_tiny", "model that ratios refer to; the first one if it is not measured")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option(
@@ -736,14 +734,6 @@ def settle(options: SpeedOptions) -> SpeedOptions:
         raise UsageError("--compile on a CPU needs a C++ compiler: install g++, or name another in CXX")
     if options.train and options.fuse:
         raise UsageError("--fuse is for evaluation: leave it out, or leave out --train")
-    if options.peer_root:
-        ours = all(parse_spec(spec)[0] in MODELS or spec.endswith(".json") for spec in models)
-        if not ours or device.type != "cpu" or options.compile or options.fuse:
-            raise UsageError("--peer-root compares --models of ours, eager and on a CPU")
-        if not Path(options.peer_root, "model.py").is_file():
-            raise UsageError(
-                f"--peer-root {options.peer_root}: no checkout of this repository, lacks model.py"
-            )
     if len(set(models)) < len(models):
         raise UsageError(f"--models {','.join(models)}: name each model once")
     for spec in models:
@@ -789,68 +779,6 @@ def build_rows(options: SpeedOptions) -> list[Row]:
     return rows
 
 
-# Runs in a process with another checkout's code: reads numbers of passes, and answers when they are done. It
-# uses only names that every version of this repository has.
-CHECKOUT_LOOP = """
-import json, sys
-job = json.loads(sys.argv[1])
-sys.path.insert(0, job["root"])
-import torch
-from model import create_model, keep_large_buffers
-from train import Lamb, bce_loss, parameter_groups
-keep_large_buffers()
-torch.manual_seed(0)
-model = create_model(job["model"]).to(memory_format=torch.channels_last).train(job["train"])
-optimizer = Lamb(parameter_groups(model, 0.02), lr=2e-3)
-images = torch.randn(job["batch"], 3, job["size"], job["size"]).to(memory_format=torch.channels_last)
-dtype = getattr(torch, job["dtype"])
-for passes in sys.stdin:
-    for _ in range(int(passes)):
-        torch.set_grad_enabled(job["train"])
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logits = model(images)
-        if job["train"]:
-            bce_loss(logits, torch.zeros_like(logits), 0.2).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    print("done", flush=True)
-"""
-
-
-def checkout_row(row: Row, options: SpeedOptions, stack: contextlib.ExitStack) -> Row:
-    """Return a row that runs the same model with the code of `options.peer_root`, in a process of its own."""
-    job = {
-        "root": os.path.abspath(options.peer_root),
-        "model": row.name,
-        "size": row.size,
-        "batch": row.batch,
-    }
-    job |= {"train": options.train, "dtype": options.dtype}
-    command = [sys.executable, "-c", CHECKOUT_LOOP, json.dumps(job)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    stack.enter_context(process)  # closes the pipe, which ends the process, and waits for it
-
-    def run(passes: int) -> int:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(f"{passes}\n")
-            process.stdin.flush()
-        if process.stdout.readline() != "done\n":
-            raise RunError(f"--peer-root {options.peer_root}: its process ended; the reason stands above")
-        return passes * row.batch
-
-    run(2)
-    label = f"{row.label}, {Path(job['root']).name}"
-    return Row(
-        label,
-        lambda: run(row.passes),
-        lambda: run(1),
-        base=label,
-        spec=row.spec,
-        size=row.size,
-        batch=row.batch,
-    )
-
-
 def speed(options: SpeedOptions) -> None:
     """Measure, print and write the table of images/s."""
     options = settle(options)
@@ -868,16 +796,11 @@ def speed(options: SpeedOptions) -> None:
     rows = build_rows(options)
     if not any(row.work for row in rows):
         raise UsageError("; ".join(f"{row.label}: {row.missing}" for row in rows))
-    with contextlib.ExitStack() as stack:
-        for row in [row for row in rows if row.work and options.peer_root]:
-            other = checkout_row(row, options, stack)
-            rows.insert(rows.index(row) + 1, other)
-            row.base = other.label
-        take_turns(rows, options.repetitions, stopwatch(device), warm_up=0)
+    take_turns(rows, options.repetitions, stopwatch(device), warm_up=0)
     timed = [row for row in rows if row.samples]
     base = next((row for row in timed if options.baseline in (row.name, row.spec)), timed[0])
     for row in timed:
-        row.base = row.base or base.label
+        row.base = base.label
         row.paper_ratio = row.paper["speed"] / base.paper["speed"] if row.paper and base.paper else 0.0
     compare(rows)
 
@@ -891,8 +814,7 @@ def speed(options: SpeedOptions) -> None:
         f"{', compiled' if options.compile else ''}{', batch norms folded' if options.fuse else ''}; "
         f"mean ± standard deviation of {len(base.samples)} repetitions in turns.\n"
     )
-    ratio = f"{Path(options.peer_root).absolute().name}'s" if options.peer_root else base.label
-    text = f"{speed_table(rows, ratio, options.batch)}\n{method}"
+    text = f"{speed_table(rows, base.label, options.batch)}\n{method}"
     where = re.sub(r"\W+", "-", here["gpu"].lower()) if "gpu" in here else device.type
     flags = [flag for flag in ("train", "compile", "fuse") if getattr(options, flag)]
     name = "-".join(["speed", where, options.dtype, *flags])
@@ -1548,51 +1470,6 @@ def advice(speeds: dict[int, float], rate: float) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# lamb: the optimizer's step
-
-
-@dataclass(frozen=True)
-class LambOptions:
-    """Measure milliseconds of an optimizer step: ours beside timm's Lamb and PyTorch's fused AdamW."""
-
-    model: str = option("nexception_t", f"whose parameters to step: {', '.join(MODELS)}, or a JSON config")
-    repetitions: int = option(50, "timed steps of each; they take turns", least=1)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1")
-    out: str = option("results", "folder of the results")
-
-
-def lamb(options: LambOptions) -> None:
-    """Time steps of the optimizers, each on a copy of the parameters; print and write the table."""
-    device = pick_device(options.device)
-    if device.type == "cpu":
-        keep_large_buffers()
-    torch.manual_seed(0)
-    model = create_model(options.model).to(device)
-    gradients = [torch.randn_like(p) / p.numel() ** 0.5 for p in model.parameters()]
-    makers = {"Lamb, ours": Lamb, "AdamW, PyTorch, fused": functools.partial(torch.optim.AdamW, fused=True)}
-    with contextlib.suppress(ModuleNotFoundError):
-        from timm.optim import Lamb as TimmLamb
-
-        makers["Lamb, timm"] = TimmLamb
-        makers["Lamb, timm, foreach"] = functools.partial(TimmLamb, foreach=True)
-    rows = []
-    for label, make in makers.items():
-        stepped = copy.deepcopy(model)
-        for parameter, gradient in zip(stepped.parameters(), gradients, strict=True):
-            parameter.grad = gradient.clone()
-        optimizer = make(parameter_groups(stepped, 0.02), lr=2e-3)
-        rows.append(Row(label, lambda x=optimizer: x.step() or 1, base="Lamb, ours"))
-    # The first steps make the moments.
-    take_turns(rows, options.repetitions, stopwatch(device), rate=False, warm_up=3)
-    text = (
-        f"{options.model}, {count_parameters(model):,} parameters, {options.repetitions} steps in turns\n\n"
-    )
-    text += timing_table(rows, "ms per step", "× the speed of ours", scale=1e3)
-    print(text)
-    write_results(f"lamb-{Path(options.model).stem}-{device.type}", options, device, text, rows, unit="s")
-
-
-# --------------------------------------------------------------------------------------------------
 # trial: one trial of the search
 
 
@@ -1694,7 +1571,6 @@ COMMANDS: dict[str, tuple[Callable, type]] = {  # name -> function of its option
     "figures": (figures, FiguresOptions),
     "export": (export, ExportOptions),
     "data": (input_speed, DataOptions),
-    "lamb": (lamb, LambOptions),
     "trial": (trial, TrialOptions),
 }
 

@@ -263,21 +263,6 @@ def test_speed_writes_every_sample(tmp_path, capsys):
     assert all(label in text and label in shown for label in (*rows, "NAT-Mini", "needs the package natten"))
 
 
-def test_another_checkout_takes_turns(tmp_path):
-    """The other checkout's own modules run: its Lamb leaves a mark behind."""
-    for name in ("blocks.py", "data.py", "model.py", "train.py"):
-        shutil.copy(Path(bench.__file__).with_name(name), tmp_path)
-    with open(tmp_path / "train.py", "a") as file:
-        file.write(f"\nopen({str(tmp_path / 'mark')!r}, 'w').close()\n")
-    arguments = ["--models", "nexception_nano", "--train", "--peer-root", tmp_path, "--out", tmp_path]
-    assert run(*SPEED, *arguments) == 0
-    ours, theirs = read_json(tmp_path / "speed-cpu-float32-train.json")["rows"]
-    assert (theirs["label"], ours["base"]) == (f"nexception_nano, {tmp_path.name}",) * 2
-    ratios = np.divide(ours["samples"], theirs["samples"])
-    assert ours["ratio"]["mean"] == pytest.approx(ratios.mean())
-    assert (tmp_path / "mark").exists()
-
-
 def test_speed_in_training_updates_the_weights():
     timed = bench.Timed("nexception_nano", speed_options(train=True, batch=2))
     before = {name: value.clone() for name, value in timed.model.named_parameters()}
@@ -376,26 +361,26 @@ def test_ctrl_c_is_one_sentence(monkeypatch, capsys):
     def stopped(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(bench.COMMANDS, "lamb", (stopped, bench.LambOptions))
-    assert run("lamb") == 130
-    assert capsys.readouterr().err == "bench.py lamb: stopped\n"
+    monkeypatch.setitem(bench.COMMANDS, "trial", (stopped, bench.TrialOptions))
+    assert run("trial") == 130
+    assert capsys.readouterr().err == "bench.py trial: stopped\n"
 
 
 def test_errors_of_pytorch_show_their_traceback(monkeypatch):
     def hacked(options):
         torch.ones(2) @ torch.ones(3)
 
-    monkeypatch.setitem(bench.COMMANDS, "lamb", (hacked, bench.LambOptions))
+    monkeypatch.setitem(bench.COMMANDS, "trial", (hacked, bench.TrialOptions))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        run("lamb")
+        run("trial")
 
 
 def test_an_unwritable_folder_is_refused_first(tmp_path, capsys):
     (tmp_path / "afile").write_text("")
-    for command in (["speed"], ["figures"], ["lamb"], ["trial"]):
+    for command in (["speed"], ["figures"], ["trial"]):
         assert run(*command, "--out", tmp_path / "afile" / "results") == 2
         assert f"{tmp_path / 'afile'} is a file" in capsys.readouterr().err
-    assert run("lamb", "--out", "x" * 300) == 2
+    assert run("trial", "--out", "x" * 300) == 2
     assert "name too long" in capsys.readouterr().err
 
 
@@ -412,8 +397,6 @@ def test_an_unwritable_folder_is_refused_first(tmp_path, capsys):
         (["speed", "--device", "meta"], "--device meta"),
         (["speed", "--train", "--fuse"], "--fuse is for evaluation"),
         (["speed", "--device", "abacus"], "--device abacus"),
-        (["speed", "--peer-root", "x", "--device", "cpu"], "of ours"),
-        (["speed", "--peer-root", "x", "--models", "nexception_nano", "--device", "cpu"], "lacks model.py"),
         (["speed", "--dtype", "int8"], "int8"),
         (["speed", "--speed", "3"], "--speed"),
         (["accuracy", "absent.pt", "absent", "--batch", "0"], "--batch 0"),
@@ -424,8 +407,7 @@ def test_an_unwritable_folder_is_refused_first(tmp_path, capsys):
         (["data", "--workers", "1,0"], "--workers 0"),
         (["data", "--rate", "inf"], "--rate inf"),
         (["data", "nowhere"], "there is no folder"),
-        (["lamb", "--repetitions", "0"], "--repetitions 0"),
-        (["lamb", "--model", "nexception_q"], "nexception_q"),
+        (["trial", "--repetitions", "0"], "--repetitions 0"),
         (["trial", "--device", "gpu"], "gpu"),
         (["figures", "absent.json"], "absent.json"),
         (["export", "absent.pt"], "absent.pt"),
@@ -636,7 +618,7 @@ def test_figures_of_the_paper_and_of_results(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# data, lamb, trial
+# data, trial
 
 
 @pytest.mark.parametrize("timm", [True, False])
@@ -676,14 +658,6 @@ def test_made_photographs_are_as_large_as_imagenets(tmp_path):
     assert len(files) == 24
     assert 60_000 < np.mean([file.stat().st_size for file in files]) < 180_000
     assert {Image.open(file).size for file in files} <= set(bench.PHOTOGRAPH_SIZES)
-
-
-def test_lamb_times_every_optimizer(tmp_path):
-    arguments = ["--model", "nexception_nano", "--repetitions", 2, "--device", "cpu"]
-    assert run("lamb", *arguments, "--out", tmp_path) == 0
-    rows = {row["label"]: row for row in read_json(tmp_path / "lamb-nexception_nano-cpu.json")["rows"]}
-    assert {"Lamb, ours", "Lamb, timm", "AdamW, PyTorch, fused"} <= set(rows)
-    assert all(len(row["samples"]) == 2 and min(row["samples"]) > 0 for row in rows.values())
 
 
 def test_trials_of_both_kinds_take_turns(tmp_path, monkeypatch, capsys):
