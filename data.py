@@ -28,7 +28,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import weakref
 import zipfile
@@ -58,7 +57,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", 
 PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 CROP_DRAWS = 24  # uniform numbers per random crop: 22 for `crop_box`, one for the filter, one for the flip
 SIZES = (8, 4096)  # pixels: smallest and largest side of the images
-MAX_SUBSTITUTES = 20  # files tried in place of an unreadable one
 WORKERS_AHEAD = 2  # batches that each worker prepares in advance
 
 
@@ -549,22 +547,18 @@ class Job(NamedTuple):
     key: tuple[int, ...] | None  # (seed, epoch, virtual rank, step); None: evaluation
 
 
-# Fifth word of each stream's key. NumPy pads keys with zeros, so that the permutation's, (seed, epoch),
-# equals (seed, epoch, 0, 0, 0). Training's mixing of images is (seed, epoch, step, rank, 1). The permutation
-# has kept its key since the first version: a run of that version, resumed within an epoch, still sees each
-# image once; only the draws of its augmentation change.
-AUGMENTATION, SUBSTITUTES = 2, 3
+# Fifth word of the key of a batch's random stream. NumPy pads keys with zeros, so that the permutation's key,
+# (seed, epoch), equals (seed, epoch, 0, 0, 0); train.py mixes images by (seed, epoch, step, rank, 1).
+AUGMENTATION = 2
 
 
-def train_stream(count: int, repeats: int, seed_epoch: tuple[int, int], place: tuple[int, int]) -> np.ndarray:
-    """Return the indices of the images that virtual rank `place` = (rank, world) sees in an epoch, int64.
+def train_stream(count: int, repeats: int, seed: int, epoch: int, rank: int, world: int) -> np.ndarray:
+    """Return the indices of the images that virtual rank `rank` of `world` sees in an epoch, int64.
 
     With repeats: the stream of timm's RepeatAugSampler, shuffled by the epoch alone, each index repeated in
     place, padded, strided over the ranks (so that copies of an image go to different ranks), cut to about an
     epoch. Without: the rank's stride of one permutation by (seed, epoch), the uneven end dropped.
     """
-    seed, epoch = seed_epoch
-    rank, world = place
     if repeats == 1:
         order = np.random.default_rng([seed, epoch]).permutation(count)
         return order[rank : count // world * world : world]
@@ -884,29 +878,19 @@ def list_images(path: str | Path, train: bool = True, saved: Path | None = None)
 # Image folders: decoding and workers
 
 
-@functools.cache
-def jpeg_decoder() -> tuple[Callable, int]:
-    """Return torchvision's JPEG operator and its code for RGB; imported here because it takes a second.
-
-    The operator itself: the function around it warns at every call since torchvision 0.29.
-    """
-    from torchvision.io import ImageReadMode
-
-    return torch.ops.image.decode_jpeg, ImageReadMode.RGB.value
-
-
 def decode(data: bytearray, exif: bool = False) -> torch.Tensor:
-    """Return a file's image as uint8 (3, H, W), with PIL's very pixels; raises what PIL raises.
+    """Decode an image file to uint8 (3, H, W), to the very pixels of Pillow; raises what Pillow raises.
 
-    With `exif`, the image is turned as its EXIF orientation says (ImageOps.exif_transpose).
-
-    torchvision decodes JPEG files. What it refuses (other formats, whatever the file's name; truncated files)
-    is left to PIL to read or to refuse.
+    With `exif`, the image is turned as its EXIF orientation says. torchvision decodes JPEG files, in half the
+    time; what it refuses (other formats, whatever the file's name; truncated files) is left to Pillow.
     """
     if data[:3] == b"\xff\xd8\xff":
-        operator, rgb = jpeg_decoder()
+        from torchvision.io import ImageReadMode  # imported here, because it takes a second
+
         with contextlib.suppress(RuntimeError):
-            return operator(torch.frombuffer(data, dtype=torch.uint8), rgb, exif)
+            # The operator itself: the function around it warns at every call since torchvision 0.29.
+            operator = torch.ops.image.decode_jpeg
+            return operator(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, exif)
     image = Image.open(io.BytesIO(data))
     if exif:
         ImageOps.exif_transpose(image, in_place=True)  # a copy would lose the file's other tags
@@ -938,56 +922,34 @@ class FolderDataset(Dataset):
     def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, str]]]:
         """Return images uint8 (B, 3, S, S), labels int64 (B,) and the (path, reason) of unreadable files.
 
-        In evaluation, unreadable files are left out. In training, each is replaced by an image drawn by the
-        batch's key and the position; after 20 unreadable substitutes, a DataError takes the place of the
-        images (returned, because the DataLoader would wrap what is raised in a worker's traceback).
+        Evaluation leaves unreadable files out; training takes the next readable one among the 20 that follow.
         """
-        files, size, bad = self.files[job.split], self.transform.size, []
+        files, size, taken, bad = self.files[job.split], self.transform.size, [], []
         images = torch.empty(len(job.indices), 3, size, size, dtype=torch.uint8)
+
+        def take(index: int, draws: list[float] | None = None) -> bool:
+            """Add the crop of file `index` (random with `draws`, else central) to the batch, if readable."""
+            path = files.path(index)
+            try:
+                image = decode(bytearray(Path(path).read_bytes()), self.exif)
+            except Exception as error:  # Pillow's decoders raise errors of almost any type on broken files
+                bad.append((path, f"{type(error).__name__}: {error}"))
+                return False
+            images[len(taken)] = self.centre_crop(image) if draws is None else self.random_crop(image, draws)
+            taken.append(index)
+            return True
+
         with torch.inference_mode():  # saves autograd's bookkeeping, 2% of the time
             if job.key is None:
-                taken = []
                 for index in job.indices:
-                    if self.make(files.path(index), None, images[len(taken)], bad):
-                        taken.append(index)
-                taken = np.array(taken, dtype=np.int64)
+                    take(index)
             else:
                 rng = np.random.default_rng((*job.key, AUGMENTATION))
                 draws = rng.random((len(images), CROP_DRAWS)).tolist()
-                taken = job.indices.copy()
-                for position, image in enumerate(images):
-                    if self.make(files.path(taken[position]), draws[position], image, bad):
-                        continue
-                    others = np.random.default_rng((*job.key, SUBSTITUTES, position))
-                    for index in others.integers(len(files), size=MAX_SUBSTITUTES):
-                        if self.make(files.path(index), draws[position], image, bad):
-                            taken[position] = index
-                            break
-                    else:
-                        folder = os.fsdecode(files.folder)
-                        reason = (
-                            f"{MAX_SUBSTITUTES} files in a row of {folder!r} cannot be read: are they images?"
-                        )
-                        return DataError(reason), torch.empty(0, dtype=torch.int64), bad
-                try:
-                    rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill)
-                except Exception as error:
-                    names = ", ".join(files.path(index) for index in taken)
-                    raise RuntimeError(f"cannot augment the batch of {names}") from error
-        return images[: len(taken)], torch.from_numpy(files.labels[taken]), bad
-
-    def make(self, path: str, draws: list[float] | None, place: torch.Tensor, bad: list) -> bool:
-        """Put a file's crop (random with `draws`, else central) into `place`; note a bad file in `bad`."""
-        try:
-            image = decode(bytearray(Path(path).read_bytes()), self.exif)
-        except Exception as error:  # PIL's decoders raise errors of almost any type on broken files
-            bad.append((path, f"{type(error).__name__}: {error}"))
-            return False
-        try:
-            place.copy_(self.centre_crop(image) if draws is None else self.random_crop(image, draws))
-        except Exception as error:  # an error of the code, not of the file
-            raise RuntimeError(f"cannot transform {path}") from error
-        return True
+                for index, numbers in zip(job.indices, draws, strict=True):
+                    any(take((index + step) % len(files), numbers) for step in range(21))
+                rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill)
+        return images[: len(taken)], torch.from_numpy(files.labels[np.array(taken, dtype=np.int64)]), bad
 
     def random_crop(self, image: torch.Tensor, draws: list[float]) -> torch.Tensor:
         """Return the random resized crop of an image (3, H, W), randomly flipped, uint8 (3, S, S)."""
@@ -1006,33 +968,13 @@ class FolderDataset(Dataset):
         return resize(image, shape, self.transform.interpolation)[:, top : top + size, left : left + size]
 
 
-def leave_signals_to_parent(_worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, which often reach all processes of a job: the parent stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Block Ctrl-C and SIGTERM: processes started meanwhile inherit that until they can ignore them."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def stop_workers(loader: DataLoader) -> None:
     """Stop a loader's processes; kill those that do not stop by themselves, since they ignore SIGTERM."""
     iterator, loader._iterator = loader._iterator, None
-    if iterator is not None and loader.num_workers:
+    if iterator is not None:
         iterator._shutdown_workers()
         for worker in iterator._workers:
-            if worker.is_alive():
-                worker.kill()
+            worker.kill()
 
 
 def check_shared_memory(workers: int, batch: int, size: int) -> None:
@@ -1043,28 +985,6 @@ def check_shared_memory(workers: int, batch: int, size: int) -> None:
             f"{workers} workers need {needed / 2**20:.0f} MiB in /dev/shm, more than is free: use fewer with "
             "--workers, or start the container with a larger --shm-size"
         )
-
-
-def ahead_on_device(batches: Batches, device: torch.device) -> Batches:
-    """Copy batches to a GPU one ahead of their use, on a separate stream."""
-    stream, waiting = torch.cuda.Stream(device), None
-
-    def arrived(copies: tuple[torch.Tensor, ...], done: torch.cuda.Event) -> tuple[torch.Tensor, ...]:
-        current = torch.cuda.current_stream(device)
-        current.wait_event(done)
-        for tensor in copies:
-            tensor.record_stream(current)  # tells the allocator that this stream uses it, too
-        return copies
-
-    for images, labels in batches:
-        with torch.cuda.stream(stream):
-            copies = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            done = stream.record_event()
-        if waiting is not None:
-            yield arrived(*waiting)
-        waiting = copies, done
-    if waiting is not None:
-        yield arrived(*waiting)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1087,16 +1007,15 @@ class Data:
     """An open data source, made by `open_data`.
 
     Attributes: name; classes (tuple of str); splits (such as ("train", "val", "test")); transform
-    (EvalTransform); augment (Augmentation); plan (Plan); steps (optimizer steps per epoch; 0 without a train
-    split); wait_seconds (how long the consumer of batches has waited so far); bad (path -> reason of each
+    (EvalTransform); plan (Plan); steps (optimizer steps per epoch; 0 without a train split); wait_seconds
+    (how long the consumer of batches has waited so far); bad_files (list of (path, reason), one for each
     unreadable file that this process has met).
     """
 
     def __init__(self, name: str, dataset, classes: tuple[str, ...], plan: Plan, device, max_bad_files=0):
         self.name, self.dataset, self.classes, self.plan = name, dataset, tuple(classes), plan
-        self.transform, self.augment, self.device = dataset.transform, dataset.augment, device
-        self.splits = tuple(dataset.counts)
-        self.max_bad_files, self.bad = max_bad_files, {}
+        self.transform, self.device, self.splits = dataset.transform, device, tuple(dataset.counts)
+        self.max_bad_files, self.bad_files = max_bad_files, []
         self.wait_seconds, self.iteration = 0.0, 0
         self.jobs: list[Job] = []  # what the loader iterates over: refilled without restarting its workers
         self.loader: DataLoader | None = None  # of image folders
@@ -1114,18 +1033,9 @@ class Data:
         """Return the number of images in a split, over all ranks."""
         return self.dataset.counts[split]
 
-    def path(self, split: str, index: int) -> str:
-        """Return an image's path in a folder; rank r of w evaluates r, r + w, r + 2w, ... in this order."""
-        return self.dataset.files[split].path(index)
-
     def tensors(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the images of a small set, uint8 (N, 3, H, W), and its labels, int64 (N,), on the device."""
         return self.dataset.splits[split]
-
-    @property
-    def bad_files(self) -> list[tuple[str, str]]:
-        """The (path, reason) of each unreadable file that this process has met."""
-        return list(self.bad.items())
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Batches:
         """Yield the augmented micro-batches of an epoch, uint8 (B, 3, H, W) and int64 (B,), on the device.
@@ -1160,61 +1070,40 @@ class Data:
             stop_workers(self.loader)
 
     def _stream(self, epoch: int, virtual_rank: int) -> np.ndarray:
-        place = virtual_rank, self.plan.world * self.plan.accumulate
-        return train_stream(self.count("train"), self.augment.repeats, (self.plan.seed, epoch), place)
+        plan, repeats = self.plan, self.dataset.augment.repeats
+        ranks = plan.world * plan.accumulate
+        return train_stream(self.count("train"), repeats, plan.seed, epoch, virtual_rank, ranks)
 
     def _batches(self, jobs: list[Job]) -> Batches:
-        """Yield the batches of `jobs` on the device, and add up the time that the consumer waits for them."""
-        batches = self._made(jobs)
-        if self.loader is not None and self.device.type == "cuda":
-            batches = ahead_on_device(batches, self.device)
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self.wait_seconds += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
-
-    def _made(self, jobs: list[Job]) -> Batches:
-        """Yield the batches of `jobs` in order; log unreadable files, and raise DataError at the limit."""
-        if self.loader is None:
-            yield from (self.dataset[job][:2] for job in jobs)
-            return
-        self.jobs[:] = jobs
+        """Yield the batches of `jobs` on the device; log unreadable files, and stop at too many."""
         self.iteration += 1
-        mine = self.iteration
-        try:
-            # PyTorch's handler for SIGCHLD raises a worker's death wherever the main thread happens to be.
-            # Without it, the death is noticed here, within seconds, when a batch is missing.
-            handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-            with signals_blocked():
-                batches = iter(self.loader)
-            if handler is not None and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGCHLD, handler)
-            for images, labels, bad in batches:
-                for path, reason in bad:
-                    if path not in self.bad:
-                        log.warning("cannot read %s (%s)", path, reason)
-                    self.bad[path] = reason
-                if len(self.bad) > self.max_bad_files:
-                    raise DataError(
-                        f"{len(self.bad)} files cannot be read and {self.max_bad_files} are allowed: repair "
-                        f"or remove them, or allow more: {', '.join(self.bad)}"
-                    )
-                if isinstance(images, DataError):
-                    raise images
-                yield images, labels
-                if mine != self.iteration:
-                    raise RuntimeError("another iteration over this data began before this one had ended")
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            ends = [worker.exitcode for worker in self.loader._iterator._workers if not worker.is_alive()]
-            ends = ", ".join(signal.Signals(-end).name if end < 0 else f"exit status {end}" for end in ends)
-            raise RunError(
-                f"a data-loading process ended unexpectedly ({ends}): if memory ran out, lower --workers"
-            ) from None
+        current = self.iteration
+        if self.loader is None:
+            made = (self.dataset[job] for job in jobs)
+        else:
+            self.jobs[:] = jobs
+            # Ctrl-C and SIGTERM often reach all processes of a job. Workers inherit the mask and never see
+            # them: their parent stops them.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            try:
+                made = iter(self.loader)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        started = time.perf_counter()
+        for images, labels, bad in made:
+            for path, reason in bad:
+                if path not in dict(self.bad_files):
+                    log.warning("cannot read %s (%s)", path, reason)
+                    self.bad_files.append((path, reason))
+            if len(self.bad_files) > self.max_bad_files:
+                names = ", ".join(path for path, _ in self.bad_files)
+                raise DataError(f"more than {self.max_bad_files} files cannot be read: {names}")
+            images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
+            self.wait_seconds += time.perf_counter() - started
+            yield images, labels
+            if self.loader is not None and current != self.iteration:
+                raise RuntimeError("another iteration over this data began before this one had ended")
+            started = time.perf_counter()
 
 
 def open_data(
@@ -1264,8 +1153,9 @@ def open_data(
     check_shared_memory(processes * workers, max(plan.batch, plan.eval_batch), transform.size)
     dataset = FolderDataset(files, transform, augment, exif)
     data = Data(source, dataset, next(iter(files.values())).classes, plan, device, max_bad_files)
-    jpeg_decoder()  # imported once, for all workers
     context = "fork" if workers and sys.platform == "linux" else None  # forked workers import nothing
+    import torchvision.io  # noqa: F401, once for all workers
+
     data.loader = DataLoader(
         dataset,
         batch_size=None,
@@ -1274,7 +1164,6 @@ def open_data(
         persistent_workers=workers > 0,
         prefetch_factor=WORKERS_AHEAD if workers else None,
         pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_parent,
         multiprocessing_context=context,
     )
     weakref.finalize(data, stop_workers, data.loader)  # at the latest when Python exits
