@@ -30,7 +30,6 @@ import signal
 import sys
 import time
 import weakref
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,7 +55,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 CROP_DRAWS = 24  # uniform numbers per random crop: 22 for `crop_box`, one for the filter, one for the flip
-SIZES = (8, 4096)  # pixels: smallest and largest side of the images
 WORKERS_AHEAD = 2  # batches that each worker prepares in advance
 
 
@@ -101,27 +99,19 @@ def write_whole(path: str | Path, content: bytes | memoryview | str, previous: P
             temporary.unlink(missing_ok=True)
 
 
-@functools.cache
-def warn_unlocked(reason: str) -> None:
-    """Warn once per process that files cannot be locked."""
-    log.warning("this file system does not lock files (%s): do not start two runs in one folder", reason)
-
-
 def lock_file(file, wait: bool = False) -> bool:
     """Lock an open file for this process until it is closed; return False if another process holds it.
 
-    With `wait`, wait for the other process. Returns True, with one warning, where locks are not supported.
+    With `wait`, wait for the other process. Returns True, with a warning, where locks are not supported.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
+    import fcntl  # absent on Windows, where the models can still be used
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:  # such as ENOLCK or ENOSYS on Lustre and some NFS mounts
-        warn_unlocked(error.strerror)
+        log.warning("files are not locked here (%s): do not start two runs in one folder", error.strerror)
     return True
 
 
@@ -140,28 +130,13 @@ def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image to 8-bit RGB, deeper pixels scaled by the range that the file declares.
-
-    PIL's own conversion clips them at 255. Raises DataError for 32-bit pixels of an unknown range.
-    """
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+    """Convert a PIL image to 8-bit RGB, 16-bit pixels by their upper byte: PIL itself clips them at 255."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise DataError("32-bit pixels, whose range is unknown: convert the file to 8 or 16 bits")
+    if image.mode[0] != "I":
         return image.convert("RGB")
-    tags = getattr(image, "tag_v2", {})  # of TIFF files
-    ranges = [  # SMinSampleValue and SMaxSampleValue, MinSampleValue and MaxSampleValue
-        (float(np.min(tags.get(low, 0))), float(np.max(tags[high])))
-        for low, high in ((340, 341), (280, 281))
-        if high in tags
-    ]
-    if image.mode.startswith("I;16"):
-        low, high = 0, 2 ** tags.get(258, (16,))[0]  # BitsPerSample
-    elif image.format in ("PNG", "PPM"):  # mode I: PIL has widened 16 bits
-        low, high = 0, 2**16
-    elif ranges and ranges[0][0] < ranges[0][1]:
-        low, high = ranges[0]
-    else:
-        raise DataError("32-bit pixels of an undeclared range: convert the file to 8 or 16 bits")
-    pixels = (np.asarray(image, dtype=np.float64) - low) * (256 / (high - low))
-    pixels = pixels.clip(0, 255).astype(np.uint8)
+    tags = getattr(image, "tag_v2", {})  # of TIFF files: 258 BitsPerSample, 262 PhotometricInterpretation
+    pixels = (np.asarray(image) >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)
     return Image.fromarray(255 - pixels if tags.get(262) == 0 else pixels).convert("RGB")  # 0: WhiteIsZero
 
 
@@ -177,10 +152,6 @@ class EvalTransform:
     interpolation: str = "bicubic"  # "bicubic" | "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN  # per channel, for values in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
-
-    def __post_init__(self):
-        if not 0 < self.crop_pct <= 1:
-            raise DataError(f"a crop_pct of {self.crop_pct}: must be above 0 and at most 1")
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) to which an image of this size is resized before the crop."""
@@ -712,95 +683,58 @@ def default_augmentation(source: str) -> Augmentation:
 # Image folders: lists of files
 
 
-def natural_key(name: str) -> tuple[str, str]:
-    """Sort key that puts `n2` before `n10`, as timm orders classes and files; ties by the name itself.
-
-    Each number is preceded by its number of digits, behind a character that no name contains.
-    """
-
-    def number(digits: re.Match) -> str:
-        value = str(int(digits[0]))  # decimal digits of any script; `①` and `²` are text
-        return f"\0{chr(len(value))}{value}"
-
-    return re.sub(r"\d+", number, name.lower()), name
-
-
-def is_hidden(name: str) -> bool:
-    """Tell whether a name belongs to a system, such as .ipynb_checkpoints or macOS's ._photo.jpg."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def find_images(
-    folder: Path, name: str, skipped: Counter[str] | None = None, times: dict[str, int] | None = None
-) -> list[str]:
-    """Return the image files below folder/name as paths relative to folder, in natural order.
-
-    Hidden names are left out. Links are followed, but no folder is entered twice, nor one that contains
-    `folder`. `skipped` counts other files by extension; `times` gets each folder's modification time.
-    """
-    skipped, times = Counter() if skipped is None else skipped, {} if times is None else times
-    above = [folder.resolve(), *folder.resolve().parents]
-    seen = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}
-    places, found = [name], []
-    while places:
-        place = places.pop()
-        status = os.stat(folder / place)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        times[place] = status.st_mtime_ns
-        inner = []
-        with os.scandir(folder / place) as entries:
-            for entry in entries:
-                if is_hidden(entry.name):
-                    continue
-                if entry.is_dir():
-                    inner.append(f"{place}/{entry.name}")
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    found.append(f"{place}/{entry.name}")
-                else:
-                    skipped[os.path.splitext(entry.name)[1].lower() or "no extension"] += 1
-        places += sorted(inner, key=natural_key, reverse=True)  # the order does not depend on the file system
-    return sorted(found, key=natural_key)
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sort key that puts `n2` before `n10`, as timm orders classes and files; ties by the name itself."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 class FileList:
-    """The images below a folder of class folders, stored without one Python object per file.
+    """The images below a folder of class folders, in natural order; names that begin with a dot are left out.
 
     Worker processes would copy a list of strings page by page, as reference counts change. Here all names are
     one array of bytes, which the workers share.
     """
 
     def __init__(self, folder: Path):
-        if not folder.is_dir():
-            raise DataError(f"there is no folder {str(folder)!r}: name one with a sub-folder for each class")
-        self.folder = os.fsencode(folder)
-        encoded, lengths, counts, skipped = [], [], [], Counter()
-        try:
-            times = {".": os.stat(folder).st_mtime_ns}
-            names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-            self.classes = tuple(sorted((name for name in names if not is_hidden(name)), key=natural_key))
-            for name in self.classes:
-                files = [os.fsencode(file) for file in find_images(folder, name, skipped, times)]
-                encoded.append(b"".join(files))
-                lengths.append(np.array([len(file) for file in files], dtype=np.int64))
-                counts.append(len(files))
-        except OSError as error:
-            raise DataError(f"cannot list {error.filename!r}: {error.strerror}") from None
-        if not self.classes:
+        def refuse(error: OSError) -> None:
+            raise DataError(f"cannot list {error.filename!r}: {error.strerror}")
+
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
+        if not names:
             raise DataError(f"{str(folder)!r} has no class folders: it needs a sub-folder for each class")
+        self.classes = tuple(sorted(names, key=natural_key))
+        root, encoded, lengths, counts, skipped = os.path.join(folder, ""), [], [], [], Counter()
+        times = {".": os.stat(folder).st_mtime_ns}  # of all folders, for `load`
+        for label in self.classes:
+            files = []
+            for place, inner, names in os.walk(root + label, followlinks=True, onerror=refuse):
+                place = place.removeprefix(root)
+                times[place] = os.stat(root + place).st_mtime_ns
+                inner[:] = [name for name in inner if name[0] != "."]
+                for name in (name for name in names if name[0] != "."):
+                    extension = os.path.splitext(name)[1].lower()
+                    if extension in EXTENSIONS:
+                        files.append(f"{place}/{name}")
+                    else:
+                        skipped[extension or "no extension"] += 1
+            files = [os.fsencode(file) for file in sorted(files, key=natural_key)]
+            encoded.append(b"".join(files))
+            lengths += map(len, files)
+            counts.append(len(files))
         if 0 in counts:
             raise DataError(
-                f"class folder {str(folder / self.classes[counts.index(0)])!r} contains no image "
+                f"class folder {root + self.classes[counts.index(0)]!r} contains no image "
                 f"({', '.join(EXTENSIONS)}): fill or remove it"
             )
         if skipped:
             kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(5))
             log.warning("skipped %d files in %s that are not images (%s)", skipped.total(), folder, kinds)
-        self.ends = np.cumsum(np.concatenate(lengths))
+        self.folder = os.fsencode(folder)
+        self.ends = np.cumsum(lengths)
         self.names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-        self.places, self.times = tuple(times), np.array(list(times.values()), dtype=np.int64)
+        self.labels = np.repeat(np.arange(len(counts)), counts)
+        self.places, self.times = np.array(list(times)), np.array(list(times.values()))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -823,11 +757,10 @@ class FileList:
         try:
             with np.load(path) as stored:
                 vars(files).update(stored)
-            files.folder = files.folder.item()
-            files.classes, files.places = tuple(files.classes.tolist()), tuple(files.places.tolist())
             times = [os.stat(folder / place).st_mtime_ns for place in files.places]
-        except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
+        except OSError:
             return None
+        files.folder, files.classes = files.folder.item(), tuple(files.classes.tolist())
         return files if files.folder == os.fsencode(folder) and times == files.times.tolist() else None
 
 
@@ -838,39 +771,26 @@ def list_images(path: str | Path, train: bool = True, saved: Path | None = None)
     listed, and `path` may itself be a folder of class folders. A list that `FileList.save` has written to
     `saved`/files-SPLIT.npz is used, unless the images have changed since. Raises DataError.
     """
-
-    def listed_in(split: str, place: Path) -> FileList:
-        known = FileList.load(saved / f"files-{split}.npz", place) if saved else None
-        return known or FileList(place)
-
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}, and it is none of {', '.join(SMALL_SETS)}")
     held_out = [folder / name for name in ("val", "validation", "test") if (folder / name).is_dir()]
-    if not train:
-        return {"val": listed_in("val", held_out[0] if held_out else folder)}
-    trained = folder / "train"
-    if not trained.is_dir() or not held_out:
-        raise DataError(
-            f"{str(folder)!r} has no folder to {'evaluate on' if trained.is_dir() else 'train on'}: it needs "
-            "train/ and one of val/, validation/ and test/, each with a sub-folder for each class"
-        )
-    found = {"train": trained, "val": held_out[0]}
-    if held_out[-1].name == "test" and len(held_out) > 1:
-        found["test"] = held_out[-1]
-    files = {split: listed_in(split, place) for split, place in found.items()}
-    classes = files["train"].classes
-    if len(classes) == 1:
-        raise DataError(f"{str(trained)!r} has only one class ({classes[0]!r}): there is nothing to learn")
-    for split, listed in files.items():
-        if listed.classes != classes:
-            missing, unknown = (
-                sorted(set(a) - set(b))[:5] for a, b in ((classes, listed.classes), (listed.classes, classes))
-            )
+    places = {"val": held_out[0] if held_out else folder}
+    if train:
+        places = {"train": folder / "train", **places}
+        if len(held_out) > 1 and held_out[-1].name == "test":
+            places["test"] = held_out[-1]
+        if not held_out or not places["train"].is_dir():
             raise DataError(
-                f"{str(found[split])!r} has other classes than train/: {missing} are missing, {unknown} are "
-                "not in train/ (the first five of each)"
+                f"{str(folder)!r} needs train/ and one of val/, validation/ and test/, each with a "
+                "sub-folder for each class"
             )
+    files = {}
+    for split, place in places.items():
+        files[split] = (saved and FileList.load(saved / f"files-{split}.npz", place)) or FileList(place)
+        unlike = sorted(set(files[split].classes) ^ set(next(iter(files.values())).classes))
+        if unlike:
+            raise DataError(f"{str(place)!r} has other classes than train/: only one has {unlike[:5]}")
     return files
 
 
@@ -1141,8 +1061,6 @@ def open_data(
     source, device = str(source), torch.device(device)
     augment = augment or default_augmentation(source)
     transform = transform or default_transform(source, size)
-    if not SIZES[0] <= transform.size <= SIZES[1]:
-        raise DataError(f"a size of {transform.size} pixels: must be from {SIZES[0]} to {SIZES[1]}")
     if source in SMALL_SETS:
         splits, classes = SMALL_SETS[source].load(transform.size, root)
         splits = {split: tensors for split, tensors in splits.items() if train or split != "train"}

@@ -257,12 +257,6 @@ def test_evaluation_transform_is_timms(photograph, size, interpolation):
     assert apart.float().mean() < 0.1
 
 
-@pytest.mark.parametrize("crop_pct", [-0.5, 0, 1.01])
-def test_a_crop_larger_than_the_image_is_an_error(crop_pct):
-    with pytest.raises(DataError, match=f"crop_pct of {crop_pct}"):
-        EvalTransform(crop_pct=crop_pct)
-
-
 def test_normalize_is_torchvisions(photograph):
     images = as_tensor(photograph)[None]
     theirs = torchvision.transforms.functional.normalize(images / 255, data.IMAGENET_MEAN, data.IMAGENET_STD)
@@ -525,25 +519,22 @@ def test_photographs_are_turned_if_asked(photograph, tmp_path):
 def test_deep_images_are_scaled_and_not_clipped():
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     expected = torch.from_numpy((ramp >> 8).astype(np.uint8))
-    white_is_zero, declared = TiffImagePlugin.ImageFileDirectory_v2(), TiffImagePlugin.ImageFileDirectory_v2()
+    white_is_zero = TiffImagePlugin.ImageFileDirectory_v2()
     white_is_zero[262] = 0
-    declared[341] = 0.5  # SMaxSampleValue
-    declared.tagtype[341] = 11
-    deep, floats = Image.fromarray(ramp), Image.fromarray((ramp / 2**17).astype(np.float32))
+    deep = Image.fromarray(ramp)
     for content, right in (
         (encode(deep, "PNG"), expected),
         (encode(deep, "PPM"), expected),
         (encode(deep, "TIFF"), expected),
         (encode(deep, "TIFF", tiffinfo=white_is_zero), 255 - expected),
-        (encode(floats, "TIFF", tiffinfo=declared), expected),
     ):
         assert torch.equal(data.decode(content, exif=True), right.expand(3, 256, 256))
         assert torch.equal(data.decode(content), right.expand(3, 256, 256))
         crop = EvalTransform(size=256, crop_pct=1.0).crop(Image.open(io.BytesIO(content)))
         assert torch.equal(crop, right.expand(3, 256, 256))
-    for image in (floats, Image.fromarray(ramp.astype(np.int32))):
-        with pytest.raises(DataError, match="undeclared range"):
-            data.decode(encode(image, "TIFF"))
+    for dtype in (np.float32, np.int32):
+        with pytest.raises(DataError, match="32-bit pixels"):
+            data.decode(encode(Image.fromarray(ramp.astype(dtype)), "TIFF"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -637,40 +628,21 @@ def test_order_is_timms_and_never_the_file_systems(tmp_path):
     ties = ["Cat", "cat", "1", "01", "①", "10²", "٣"]
     rng.shuffle(ties)
     assert sorted(ties, key=data.natural_key) == ["01", "1", "٣", "10²", "Cat", "cat", "①"]
-    listed = []
-    for root, order in ((tmp_path / "a", ties), (tmp_path / "b", ties[::-1])):
-        for name in order:
-            (root / "class").mkdir(parents=True, exist_ok=True)
-            (root / "class" / f"{name}.png").touch()
-        listed.append(data.find_images(root, "class"))
-    assert listed[0] == listed[1]
 
 
-def test_hidden_names_and_links_back_are_no_data(tmp_path, caplog):
-    root = make_folder(tmp_path / "root", {"train": 3})
-    make_folder(tmp_path / "elsewhere", {"linked": 2}, classes=("more",))
-    for hidden in (
-        "train/.ipynb_checkpoints",
-        "train/__MACOSX/red",
-        "train/red/.thumbnails",
-        "train/.DS_Store",
-    ):
-        (root / hidden).mkdir(parents=True)
-        (root / hidden / "0.jpg").touch()
-    for hidden in ("train/red/._0.jpg", "train/red/.DS_Store"):
-        (root / hidden).touch()
-    for skipped in ("train/red/notes.txt", "train/blue/0.npy"):
-        (root / skipped).touch()
-    (root / "train/blue/all").symlink_to(root / "train")  # back to a folder above
-    (root / "train/blue/everything").symlink_to(tmp_path)
-    (root / "train/blue/more").symlink_to(tmp_path / "elsewhere/linked/more")
-    (root / "train/blue/more again").symlink_to(tmp_path / "elsewhere/linked/more")
+def test_hidden_names_are_no_data_and_links_are_followed(tmp_path, caplog):
+    root = make_folder(tmp_path, {"train": 2, "linked": 1})
+    for other in ("train/.ipynb_checkpoints/0.jpg", "train/red/.thumbnails/0.jpg", "train/red/._0.jpg",
+                  "train/blue/notes.txt", "train/blue/more.txt", "train/blue/0.npy"):  # fmt: skip
+        (root / other).parent.mkdir(exist_ok=True)
+        (root / other).touch()
+    (root / "train/blue/more").symlink_to(root / "linked/blue")
     (root / "train/green").symlink_to(root / "train/red")
     files = FileList(root / "train")
     assert files.classes == ("blue", "green", "red")
     assert [Path(files.path(n)).relative_to(root / "train").as_posix() for n in range(len(files))] == [
-        *("blue/0.jpg", "blue/1.jpg", "blue/2.jpg", "blue/more/0.jpg", "blue/more/1.jpg"),
-        *(f"{name}/{n}.jpg" for name in ("green", "red") for n in range(3)),
+        *("blue/0.jpg", "blue/1.jpg", "blue/more/0.jpg"),
+        *(f"{name}/{n}.jpg" for name in ("green", "red") for n in range(2)),
     ]
     assert len(caplog.records) == 1
     assert re.search(r"skipped 3 files in .*train that are not images \(\.txt: 2, \.npy: 1\)", caplog.text)
@@ -684,7 +656,7 @@ def test_lists_are_sent_whole_and_saved_lists_follow_their_folders(tmp_path, mon
         if not sent:
             for split, listed in files.items():
                 listed.save(tmp_path / f"files-{split}.npz")
-            monkeypatch.setattr(data, "find_images", Mock(side_effect=AssertionError("walks again")))
+            monkeypatch.setattr(os, "walk", Mock(side_effect=AssertionError("walks again")))
             sent = list_images(root, saved=tmp_path)
         for split, listed in files.items():
             assert [sent[split].path(n) for n in range(len(listed))] == [
@@ -705,8 +677,6 @@ def test_lists_are_sent_whole_and_saved_lists_follow_their_folders(tmp_path, mon
         assert tuple(map(len, list_images(root, saved=tmp_path).values())) == counts
         for split, listed in list_images(root).items():
             listed.save(tmp_path / f"files-{split}.npz")
-    (tmp_path / "files-val.npz").write_bytes(b"broken")
-    assert len(list_images(root, saved=tmp_path)["val"]) == 6
     root.rename(tmp_path / "elsewhere")
     assert (
         list_images(tmp_path / "elsewhere", saved=tmp_path)["train"]
@@ -798,47 +768,24 @@ def test_a_bare_folder_gives_every_image_and_its_path(folder):
 def test_mistakes_are_said_before_any_training(tmp_path):
     with pytest.raises(DataError, match=r"there is no folder .*nowhere.* none of digits, cifar10, cifar100"):
         open_data(tmp_path / "nowhere")
-    root = make_folder(tmp_path / "no-val", {"train": 4})
-    with pytest.raises(DataError, match="has no folder to evaluate on"):
-        open_data(root)
-    root = make_folder(tmp_path / "no-train", {"val": 4})
-    with pytest.raises(DataError, match="has no folder to train on"):
-        open_data(root)
-    root = make_folder(tmp_path / "one", {"train": 4, "val": 4}, classes=("only",))
-    with pytest.raises(DataError, match=r"has only one class \('only'\)"):
-        open_data(root)
-    root = make_folder(tmp_path / "empty", {"train": 4, "val": 4})
+    for split in ("train", "val"):
+        root = make_folder(tmp_path / f"only-{split}", {split: 1})
+        with pytest.raises(DataError, match="needs train/ and one of val/, validation/ and test/"):
+            open_data(root)
+    root = make_folder(tmp_path / "images", {"train": 4, "val": 4})
+    with pytest.raises(DataError, match="has 8 training images, too few for one step of 1 x 64 x 2"):
+        open_data(root, Plan(accumulate=2))
     (root / "train/green").mkdir()
     with pytest.raises(DataError, match=r"class folder '.*green' contains no image"):
         open_data(root)
-    root = make_folder(tmp_path / "differ", {"train": 4, "val": 4})
+    (root / "train/green").rmdir()
     (root / "val/red").rename(root / "val/green")
-    with pytest.raises(DataError, match=r"\['red'\] are missing, \['green'\] are not in train/"):
+    with pytest.raises(DataError, match=r"other classes than train/: only one has \['green', 'red'\]"):
         open_data(root)
-    root = make_folder(tmp_path / "few", {"train": 4, "val": 4})
-    with pytest.raises(DataError, match="has 8 training images, too few for one step of 1 x 64 x 2"):
-        open_data(root, Plan(accumulate=2))
-    (tmp_path / "flat").mkdir()
     with pytest.raises(DataError, match="has no class folders"):
-        open_data(tmp_path / "flat", train=False)
-
-
-def test_sizes_that_no_machine_can_hold_are_refused_before_memory_is_taken(monkeypatch, folder):
-    for size in (0, 1, 7, 4097, 100_000):
-        for source in ("digits", folder):
-            with pytest.raises(DataError, match=f"a size of {size} pixels: must be from 8 to 4096"):
-                open_data(source, size=size, workers=0)
-    for padding in (-1, 32, 100_000):
-        with pytest.raises(DataError, match=f"a padding of {padding}: must be .* less than 32 pixels"):
-            open_data("digits", augment=Augmentation(padding=padding, layers=0, repeats=1))
-    monkeypatch.setattr(
-        os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 2**12}[name]
-    )  # 4 GiB
-    with pytest.raises(
-        DataError, match=r"1797 images of 4096 x 4096 pixels need 253 GiB of memory, more .* --size"
-    ):
-        open_data("digits", size=4096)
-    data.check_memory(1797, 500)
+        open_data(root / "val/green", train=False)
+    with pytest.raises(DataError, match=r"a padding of 32: must be .* less than 32 pixels"):
+        open_data("digits", augment=Augmentation(padding=32, repeats=1))
 
 
 def test_folders_to_evaluate_on_have_three_names(tmp_path):
@@ -888,10 +835,8 @@ def test_locks_hold_until_the_file_is_closed(monkeypatch, tmp_path, caplog):
         assert data.lock_file(second)
         for code in (errno.ENOLCK, errno.ENOSYS):  # Lustre, some NFS mounts
             monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(code, os.strerror(code))))
-            data.warn_unlocked.cache_clear()
             assert data.lock_file(second)
-            assert data.lock_file(second)
-            assert caplog.text.count(os.strerror(code)) == 1
+            assert os.strerror(code) in caplog.text
 
 
 @pytest.mark.gpu
