@@ -202,7 +202,6 @@ class Augmentation:
 
     scale: tuple[float, float] = (0.08, 1.0)  # folders: fraction of the image's area that a crop takes
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # folders: width / height of a crop, log-uniform
-    interpolation: str = "random"  # "bilinear" | "bicubic" | "random" (drawn per image and operation)
     padding: int = 0  # small sets: black pixels around an image before its random crop; 0: no crop
     flip: float = 0.5  # probability of a horizontal flip
     layers: int = 2  # RandAugment operations drawn per image; 0: no RandAugment
@@ -241,8 +240,6 @@ def crop_and_flip(
     corners = rng.integers(0, 2 * augment.padding + 1, (len(indices), 2))
     flips = rng.random(len(indices)) < augment.flip
     images = padded.index_select(0, on_device(torch.from_numpy(indices), device))
-    if not augment.padding and not flips.any():
-        return images
     rows = (corners[:, :1] + np.arange(height)) * padded.shape[3]
     columns = corners[:, 1:] + np.where(flips[:, None], np.arange(width)[::-1], np.arange(width))
     rows, columns = (on_device(torch.from_numpy(i), device) for i in (rows, columns))
@@ -415,16 +412,12 @@ def shear_y(images: torch.Tensor, factors: list[float], fill: torch.Tensor, bicu
     return shear_x(images.transpose(2, 3), factors, fill, bicubic).transpose(2, 3)
 
 
-def translate_x(
-    images: torch.Tensor, fractions: list[float], fill: torch.Tensor, bicubic: bool
-) -> torch.Tensor:
-    return slide(images, np.array(fractions)[:, None] * images.shape[3], fill, bicubic)
+def translate_x(images: torch.Tensor, shares: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
+    return slide(images, np.array(shares)[:, None] * images.shape[3], fill, bicubic)
 
 
-def translate_y(
-    images: torch.Tensor, fractions: list[float], fill: torch.Tensor, bicubic: bool
-) -> torch.Tensor:
-    return translate_x(images.transpose(2, 3), fractions, fill, bicubic).transpose(2, 3)
+def translate_y(images: torch.Tensor, shares: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
+    return translate_x(images.transpose(2, 3), shares, fill, bicubic).transpose(2, 3)
 
 
 def enhancement(magnitude: float, sign: int) -> float:
@@ -468,7 +461,7 @@ def draw_operations(count: int, augment: Augmentation, rng: np.random.Generator)
     applied = rng.random(shape) < augment.probability
     magnitude = rng.normal(augment.magnitude, augment.magnitude_std, shape).clip(0, 10)
     sign = rng.integers(2, size=shape) * 2 - 1
-    bicubic = rng.random(shape) < {"bilinear": 0, "random": 0.5, "bicubic": 1}[augment.interpolation]
+    bicubic = rng.random(shape) < 0.5
     return Draws(np.where(applied, operation, -1), magnitude, sign, bicubic)
 
 
@@ -799,10 +792,10 @@ def list_images(path: str | Path, train: bool = True, saved: Path | None = None)
 
 
 def decode(data: bytearray, exif: bool = False) -> torch.Tensor:
-    """Decode an image file to uint8 (3, H, W), to the very pixels of Pillow; raises what Pillow raises.
+    """Decode an image file to uint8 (3, H, W), to exactly Pillow's pixels; raises what Pillow raises.
 
-    With `exif`, the image is turned as its EXIF orientation says. torchvision decodes JPEG files, in half the
-    time; what it refuses (other formats, whatever the file's name; truncated files) is left to Pillow.
+    With `exif`, the image is turned as its EXIF orientation says. torchvision decodes JPEG files, in two
+    thirds of the time; what it refuses (other formats, truncated files) is left to Pillow.
     """
     if data[:3] == b"\xff\xd8\xff":
         from torchvision.io import ImageReadMode  # imported here, because it takes a second
@@ -874,11 +867,8 @@ class FolderDataset(Dataset):
     def random_crop(self, image: torch.Tensor, draws: list[float]) -> torch.Tensor:
         """Return the random resized crop of an image (3, H, W), randomly flipped, uint8 (3, S, S)."""
         top, left, height, width = crop_box(*image.shape[1:], self.augment, draws)
-        interpolation = self.augment.interpolation
-        if interpolation == "random":
-            interpolation = "bicubic" if draws[22] < 0.5 else "bilinear"
-        image = image[:, top : top + height, left : left + width]
-        image = resize(image, (self.transform.size, self.transform.size), interpolation)
+        image, size = image[:, top : top + height, left : left + width], self.transform.size
+        image = resize(image, (size, size), "bicubic" if draws[22] < 0.5 else "bilinear")
         return image.flip(-1) if draws[23] < self.augment.flip else image
 
     def centre_crop(self, image: torch.Tensor) -> torch.Tensor:
@@ -917,7 +907,6 @@ class Plan:
 
     batch: int = 64  # images per micro-batch
     accumulate: int = 1  # micro-batches of each process per optimizer step
-    eval_batch: int = 0  # images per evaluation batch; 0: as `batch`
     seed: int = 0
     rank: int = 0
     world: int = 1  # processes
@@ -978,11 +967,10 @@ class Data:
 
         Batches may be short, and ranks may get different numbers of them. Unreadable files are left out.
         """
-        batch = self.plan.eval_batch or self.plan.batch
+        batch = self.plan.batch
         indices = np.arange(self.plan.rank, self.count(split), self.plan.world)
-        yield from self._batches(
-            [Job(split, indices[start : start + batch], None) for start in range(0, len(indices), batch)]
-        )
+        starts = range(0, len(indices), batch)
+        yield from self._batches([Job(split, indices[start : start + batch], None) for start in starts])
 
     def close(self) -> None:
         """Stop the workers, if there are any."""
@@ -1068,7 +1056,7 @@ def open_data(
     files = files or list_images(source, train)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world))  # on this machine, as torchrun says
     workers = max(1, cpu_count() // processes) if workers is None else workers
-    check_shared_memory(processes * workers, max(plan.batch, plan.eval_batch), transform.size)
+    check_shared_memory(processes * workers, plan.batch, transform.size)
     dataset = FolderDataset(files, transform, augment, exif)
     data = Data(source, dataset, next(iter(files.values())).classes, plan, device, max_bad_files)
     context = "fork" if workers and sys.platform == "linux" else None  # forked workers import nothing

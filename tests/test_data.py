@@ -380,7 +380,7 @@ def test_evaluation_sees_every_image_once(folder, source):
     for world in (1, 2, 3):
         images = []
         for rank in range(world):
-            plan = Plan(batch=4, eval_batch=5, rank=rank, world=world)
+            plan = Plan(batch=5, rank=rank, world=world)
             opened = open_data(source, plan, train=world == 1, size=16, workers=rank % 2)
             for batch, labels in opened.eval_batches("val"):
                 assert 1 <= len(batch) <= 5
