@@ -23,6 +23,7 @@ import copy
 import csv
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -67,6 +68,8 @@ from ConfigSpace import CategoricalHyperparameter, Configuration, ConfigurationS
 from distributed import Client, KilledWorker
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from pebble import ProcessExpired, ProcessPool
 from sklearn.ensemble import RandomForestRegressor
 from smac import HyperbandFacade, MultiFidelityFacade, Scenario
@@ -85,7 +88,8 @@ ETA = 3  # Hyperband keeps the best third for three times the epochs
 FAILURES_THAT_STOP = 5  # a search whose first trials all fail has a fault of its own
 SCHEDULER_PATIENCE = 30  # seconds to wait for an answer of a Dask scheduler
 RANDOM_START = 16  # random configurations before the forest has anything to learn from
-TREES = 100  # in the forest behind the importances
+TREES, FEW_TREES = 100, 10  # in the forest behind the importances, and in those behind their intervals
+RESAMPLES, SHUFFLES = 100, 10  # of the trials, for the intervals; per choice, for what noise gives
 START_LIMIT = 300  # seconds for the imports of a trial process
 OUT_OF_MEMORY = 251  # exit status of a trial process above its memory limit
 
@@ -99,6 +103,12 @@ OBJECTIVES = {
     "parameters": (lambda t: t["parameters"] / 1e6, lambda c: c, "{:.3f} M parameters", "parameters, M"),
 }
 # fmt: on
+IMPORTANCES = {  # the kinds of importance, see `importances`
+    "local": "local variance share",
+    "fanova": "fANOVA main effect",
+    "improvement": "improvement ratio (DeepCAVE's)",
+    "pairs": "fANOVA effect of pairs",
+}
 
 # --------------------------------------------------------------------------------------------------
 # The space
@@ -1284,38 +1294,111 @@ def status_text(folder: Path) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
+def leaves(tree, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the leaves of a scikit-learn tree on indicator columns, and their predictions.
+
+    A leaf is a box, (L, sum of sizes) of bool: the values of each choice that lead to it. Sums over boxes are
+    exact where sums over configurations, of which there may be millions, take far longer.
+    """
+    choice = np.repeat(np.arange(len(sizes)), sizes)
+    inside = np.ones((tree.node_count, len(choice)), dtype=bool)
+    for node in np.flatnonzero(tree.children_left >= 0):  # parents come before their children
+        left, right, column = tree.children_left[node], tree.children_right[node], tree.feature[node]
+        inside[left] = inside[right] = inside[node]
+        inside[left, column] = False
+        inside[right, choice == choice[column]] = False
+        inside[right, column] = True
+    ends = tree.children_left < 0
+    return inside[ends], tree.value[ends, 0, 0]
+
+
+def effects(
+    codes: np.ndarray, costs: np.ndarray, sizes: list[int], incumbent: np.ndarray | None = None, **forest
+) -> dict[str, np.ndarray]:
+    """Weigh each choice by a forest of the costs; see `importances` for arguments and meaning.
+
+    Returns {"local": (P,), "fanova": (P,), "improvement": (P,), "pairs": (P, P)}. `incumbent` (P,) is by
+    default the row of least cost.
+    """
+    forest = RandomForestRegressor(max_features=5 / 6, **forest).fit(one_hot(codes, sizes), costs)
+    incumbent = codes[np.argmin(costs)] if incumbent is None else incumbent
+    choice, starts = np.repeat(np.arange(len(sizes)), sizes), np.cumsum([0, *sizes[:-1]])
+    around = np.repeat(incumbent[None], len(choice), axis=0)
+    around[np.arange(len(choice)), choice] = np.concatenate([np.arange(n) for n in sizes])
+    points = one_hot(np.stack([*around, incumbent, np.zeros_like(incumbent)]), sizes)
+    predictions = np.stack([tree.tree_.predict(points)[:, 0] for tree in forest.estimators_])
+    variances = np.stack([part.var(1) for part in np.split(predictions[:, :-2], starts[1:], axis=1)], axis=1)
+    total = variances.sum(1, keepdims=True)
+    local = (variances / np.where(total > 0, total, 1)).mean(0)
+    predictions = predictions.mean(0)
+    best, default = predictions[-2:]
+    losses = np.add.reduceat(predictions[:-2] - best, starts) / np.maximum(np.subtract(sizes, 1), 1)
+    main, pairs = np.zeros(len(sizes)), np.zeros((len(sizes), len(sizes)))
+    for tree in forest.estimators_:
+        inside, value = leaves(tree.tree_, sizes)
+        share = np.add.reduceat(inside, starts, axis=1, dtype=float) / sizes  # (L, P) of each choice's values
+        volume = share.prod(1)
+        value = value - volume @ value
+        variance = len(forest.estimators_) * (volume @ value**2 or 1)
+        scaled = inside / share[:, choice]
+        means = (volume * value) @ scaled  # (sum of sizes,): marginal means of each value
+        joint = scaled.T @ ((volume * value)[:, None] * scaled)  # the same of two values
+        main += np.add.reduceat(means**2, starts) / sizes / variance
+        squares = (joint - means - means[:, None]) ** 2
+        squares = np.add.reduceat(np.add.reduceat(squares, starts, axis=0), starts, axis=1)
+        pairs += squares / np.outer(sizes, sizes) / variance
+    np.fill_diagonal(pairs, 0)
+    return {"local": local, "fanova": main, "improvement": losses / ((default - best) or 1), "pairs": pairs}
+
+
 def importances(codes: np.ndarray, costs: np.ndarray, sizes: list[int], seed: int = 0) -> dict:
-    """Weigh each choice by a forest of the costs: locally (LPI) and over the whole space (fANOVA).
+    """Weigh each choice in three ways, and pairs of choices in one, by a forest of the costs.
 
     codes: (N, P) integers, row i of cost costs[i] (N,); sizes: how many values each of the P choices has.
-    Returns {"lpi": (trees, P), "fanova": (trees, P)}, float64. LPI of a tree: the variance of its predictions
-    over the whole domain of a choice, around the incumbent (the row of least cost) and with its own value,
-    divided by the sum over the choices (Biedenkapp et al., 2018). fANOVA of a tree: the variance of the
-    marginal mean of a choice over all configurations, divided by the variance of all predictions (Hutter et
-    al., 2014; main effects alone, so that a row may sum to less than 1).
+
+    - local: the variance of a tree's predictions over all values of a choice, around the incumbent (the row
+      of least cost), divided by the sum over the choices; mean over the trees (Biedenkapp et al., 2018).
+    - fanova: the variance of the marginal mean of a choice over all configurations, divided by the variance
+      of all predictions, tree by tree (Hutter et al., 2014). pairs: the same of what two choices do together
+      beyond the sum of what each does alone.
+    - improvement: (mean prediction of a choice's other values around the incumbent - the incumbent's) / (the
+      default's - the incumbent's), the default being the first value of each choice. DeepCAVE showed this
+      up to release 1.2, and so did the paper's Figure 4 (with negative ones as 0).
+
+    Returns {kind: (4, P)} and {"pairs": (4, P, P)}: the estimate; the ends of its 90% interval, from forests
+    of resampled trials; and what noise gives, the median of forests of trials among which the values of that
+    choice are shuffled. For pairs the residuals of an additive fit are: forests see pairs in mere sums, too.
     """
-    forest = RandomForestRegressor(TREES, min_samples_leaf=1, max_features=5 / 6, random_state=seed)
-    forest.fit(one_hot(codes, sizes), costs)
-    incumbent, everything = codes[np.argmin(costs)], every_point(sizes)
-    around = np.repeat(incumbent[None], sum(sizes), axis=0)
-    choice, value = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(n) for n in sizes])
-    around[np.arange(sum(sizes)), choice] = value
-    around, everywhere, edges = one_hot(around, sizes), one_hot(everything, sizes), np.cumsum(sizes)[:-1]
-    local, effects = np.zeros((TREES, len(sizes))), np.zeros((TREES, len(sizes)))
-    for t, tree in enumerate(forest.estimators_):
-        variances = np.array([part.var() for part in np.split(tree.predict(around), edges)])
-        local[t] = variances / (variances.sum() or 1)
-        predictions = tree.predict(everywhere)
-        for i, size in enumerate(sizes):
-            marginal = np.bincount(everything[:, i], predictions, size) / np.bincount(everything[:, i])
-            effects[t, i] = marginal.var() / (predictions.var() or 1)
-    return {"lpi": local, "fanova": effects}
+    rng, few = np.random.default_rng(seed), {"n_estimators": FEW_TREES, "random_state": seed}
+    found = effects(codes, costs, sizes, n_estimators=TREES, random_state=seed)
+    resampled, noise = [], {kind: np.zeros_like(value) for kind, value in found.items()}
+    for rows in rng.integers(len(costs), size=(RESAMPLES, len(costs))):
+        resampled.append(effects(codes[rows], costs[rows], sizes, codes[costs.argmin()], **few))
+    for i in range(len(sizes)):
+        shuffled = []
+        for _ in range(SHUFFLES):
+            mixed = codes.copy()
+            mixed[:, i] = rng.permutation(mixed[:, i])
+            shuffled.append(effects(mixed, costs, sizes, **few))
+        for kind in IMPORTANCES:
+            noise[kind][..., i] = np.median([result[kind][..., i] for result in shuffled], axis=0)
+    columns = one_hot(codes, sizes)
+    weights, _, rank, _ = np.linalg.lstsq(columns, costs, rcond=None)
+    fitted, freedom = columns @ weights, len(costs) - rank
+    residuals = (costs - fitted) * math.sqrt(len(costs) / max(freedom, 1))
+    sums = [effects(codes, fitted + rng.permutation(residuals), sizes, **few) for _ in range(2 * SHUFFLES)]
+    noise["pairs"] = np.median([result["pairs"] for result in sums], axis=0)
+    noise["pairs"] += freedom == 0  # without residuals no pair can be told apart
+    ends = {kind: np.quantile([result[kind] for result in resampled], [0.05, 0.95], axis=0) for kind in found}
+    return {kind: np.stack([found[kind], *ends[kind], noise[kind]]) for kind in found}
 
 
 def importance(folder: Path) -> dict:
     """Return the importances per budget of a run folder, from its successes; write importance.json and .png.
 
-    UsageError when no budget has twice as many trials as there are choices: a forest of fewer says nothing.
+    {budget: {"trials": N, kind: {choice: [estimate, low, high, noise]}, "pairs": {"a × b": [...]}}}, of the
+    pairs the five strongest (see `importances`). UsageError when no budget has twice as many trials as there
+    are choices: a forest of fewer says nothing.
     """
     settings, rows = settings_of(folder), rows_of(folder)
     space = settings["space"]
@@ -1327,10 +1410,12 @@ def importance(folder: Path) -> dict:
             continue
         codes = np.array([[space[name].index(row["config"][name]) for name in space] for row in done])
         result = importances(codes, np.array([row["cost"][0] for row in done]), sizes)
-        found[budget] = {"trials": len(done)} | {
-            kind: {n: [m, s] for n, m, s in zip(space, v.mean(0).tolist(), v.std(0).tolist(), strict=True)}
-            for kind, v in result.items()
-        }
+        pairs = result.pop("pairs")
+        names = itertools.combinations(enumerate(space), 2)
+        pairs = [(f"{a} × {b}", pairs[:, i, j].tolist()) for (i, a), (j, b) in names]
+        found[budget] = {"trials": len(done)}
+        found[budget] |= {kind: dict(zip(space, v.T.tolist(), strict=True)) for kind, v in result.items()}
+        found[budget]["pairs"] = dict(sorted(pairs, key=lambda pair: -pair[1][0])[:5])
     if not found:
         raise UsageError(
             f"{folder}: too few successful trials for {len(space)} choices ({', '.join(few)}); "
@@ -1343,17 +1428,23 @@ def importance(folder: Path) -> dict:
     return found
 
 
+def is_noise(cell: list[float]) -> bool:
+    """Tell whether the interval of an importance, [estimate, low, high, noise], reaches what noise gives."""
+    return cell[1] <= cell[3]
+
+
 def importance_text(found: dict) -> str:
-    """Return the importances as a table: LPI and fANOVA of each choice at each budget, percent."""
-    names = sorted(next(iter(found.values()))["lpi"], key=lambda name: -found[max(found)]["lpi"][name][0])
-    lines = [" " * 22 + "".join(f"{f'{b:g} epochs':>24}" for b in found)]
-    lines.append(f"{'choice':22}" + f"{'LPI':>14}{'fANOVA':>10}" * len(found))
-    for name in names:
-        cells = [
-            "{:6.1f} ± {:4.1f}{:10.1f}".format(*(100 * x for x in (*r["lpi"][name], r["fanova"][name][0])))
-            for r in found.values()
-        ]
-        lines.append(f"{name:22}" + " ".join(cells))
+    """Return the importances as tables, one per kind: each choice at each budget, with its interval."""
+    last, lines = found[max(found)], []
+    for kind, title in IMPORTANCES.items():
+        of = found if kind != "pairs" else {max(found): last}
+        lines.append(f"{title:34}" + "".join(f"{epochs_text(budget):>28}" for budget in of))
+        for name in sorted(last[kind], key=lambda name: -last[kind][name][0]):
+            cells = [r[kind][name] for r in of.values()]
+            texts = ["{:.3f} [{:.3f}, {:.3f}]".format(*cell) + " ~"[is_noise(cell)] for cell in cells]
+            lines.append(f"  {name:32}" + "".join(f"{text:>28}" for text in texts))
+    lines.append("[ ] is the 90% interval from resampled trials; ~ marks what is not told apart from noise.")
+    lines.append("The paper's Figure 4 shows improvement ratios (DeepCAVE up to 1.2): compare those alone.")
     return "\n".join(lines)
 
 
@@ -1382,26 +1473,32 @@ def epochs_text(budget: float) -> str:
 
 
 def draw_importance(found: dict, path: Path) -> None:
-    """Draw Figure 4: a bar for each choice and budget, with its deviation over trees; fANOVA's beside."""
-    last = found[max(found)]
-    names = sorted(last["lpi"], key=lambda name: last["lpi"][name][0])
-    figure, axes = subplots(2, 10, 0.55 * len(names) + 1.5, sharey=True)
-    titles = {"lpi": "LPI: around the best configuration", "fanova": "fANOVA: main effect over the space"}
-    thickness, colours = 0.8 / len(found), colormaps["viridis"](np.linspace(0.75, 0.15, len(found)))
-    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        for i, (budget, result) in enumerate(found.items()):
-            means, deviations = np.array([result[kind][name] for name in names]).T
+    """Draw the kinds side by side, a bar for each choice and budget; pale where it may be noise."""
+    local = found[max(found)]["local"]
+    names = sorted(local, key=lambda name: local[name][0])
+    kinds = [kind for kind in IMPORTANCES if kind != "pairs"]
+    figure, axes = subplots(len(kinds), 12, 0.55 * len(names) + 1.5, sharey=True)
+    thickness, colours = 0.8 / len(found), colormaps["viridis"](np.linspace(0.85, 0.35, len(found)))
+    for axis, kind in zip(axes, kinds, strict=True):
+        for i, result in enumerate(found.values()):
+            cells = [result[kind][name] for name in names]
+            _, lows, highs, noise = np.array(cells).T
             places = np.arange(len(names)) + thickness * ((len(found) - 1) / 2 - i)
-            spread = np.minimum(deviations, means), np.minimum(deviations, 1 - means)  # a share is in [0, 1]
-            axis.barh(
-                places, means, thickness, xerr=spread, color=colours[i],
-                label=f"{epochs_text(budget)}, {result['trials']} trials",
-                error_kw={"elinewidth": 0.8, "ecolor": "0.4"},
-            )  # fmt: skip
-        axis.set_title(title, fontsize=10)
+            for place, cell in zip(places, cells, strict=True):
+                alpha = 0.3 if is_noise(cell) else 1.0
+                axis.barh(place, cell[0], thickness, color=colours[i], alpha=alpha)
+            axis.hlines(places, lows, highs, color="black", linewidth=0.8)
+            axis.plot(noise, places, "|", color="crimson", markersize=24 * thickness)
+        axis.set_title(IMPORTANCES[kind], fontsize=10)
         axis.set_xlim(0, 1.02)
+    axes[-1].set_xlim(-0.5, 1.5)  # of a ratio, which has no bounds
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes[1].legend(frameon=False, fontsize=9, loc="lower right")
+    labels = [f"{epochs_text(budget)}, {result['trials']} trials" for budget, result in found.items()]
+    handles = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
+    handles += [Patch(color="0.8", label="pale: not told apart from noise")]
+    handles += [Line2D([], [], color="crimson", marker="|", linestyle="", label="what noise gives")]
+    handles += [Line2D([], [], color="black", linewidth=0.8, label="90% interval")]
+    figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside lower center", ncols=len(handles))
     save_figure(figure, path)
 
 
@@ -1461,8 +1558,8 @@ def report(folder: Path) -> Path:
         draw_front(rows, front, settings, folder / "front.png")
         pictures["Pareto front"] = "![Pareto front](front.png)"
     try:
-        importance(folder)
-        pictures["Which choices matter"] = "![Importance of each choice](importance.png)"
+        table = importance_text(importance(folder))
+        pictures["Which choices matter"] = f"![Importance](importance.png)\n\n```text\n{table}\n```"
     except UsageError as error:
         pictures["Which choices matter"] = f"No importance: {error}."
     states = [row["status"] for row in rows]

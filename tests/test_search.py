@@ -29,6 +29,7 @@ import search_targets as targets
 import torch
 from ConfigSpace import ConfigurationSpace
 from distributed import LocalCluster
+from sklearn.ensemble import RandomForestRegressor
 from smac import Scenario
 from smac.runhistory.runhistory import RunHistory
 from smac.runner.target_function_runner import TargetFunctionRunner
@@ -58,6 +59,14 @@ def told(opened, trials, target=targets.formula):
         opened.finished = lambda trial=trial, outcome=outcome: [(trial, 1, outcome, False)]
         opened.collect()
     return opened
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_resamples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "RESAMPLES", 30)
+        patch.setattr(search, "SHUFFLES", 5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -582,33 +591,73 @@ def test_two_objectives_end_with_the_pareto_front(tmp_path):
 # Importance and report
 
 
-def sampled(function, sizes, count=400, seed=0):
-    codes = np.random.default_rng(seed).integers(0, sizes, (count, len(sizes)))
-    return codes, np.array([function(*row) for row in codes], dtype=float)
+def sampled(function, sizes, count=400, noise=0.0):
+    """Return codes (count, P) at random, and their costs."""
+    rng = np.random.default_rng(4)
+    codes = rng.integers(0, sizes, (count, len(sizes)))
+    return codes, np.array([function(*row) for row in codes]) + noise * rng.normal(size=count)
 
 
 def test_importances_of_known_functions():
-    """2a + b has variances 1 and 1/4, so 0.8 and 0.2 both ways; a xor b has no main effects, equal LPI."""
+    """2a + b has variances 1 and 1/4, so 0.8 and 0.2; a xor b has no main effects and is a pair's alone."""
     sizes = [2, 2, 4]
-    result = search.importances(*sampled(lambda a, b, c: 2 * a + b, sizes), sizes)
-    for kind in ("lpi", "fanova"):
-        assert result[kind].shape == (search.TREES, 3)
-        assert np.allclose(result[kind].mean(0), [0.8, 0.2, 0.0], atol=0.02), kind
-    assert np.allclose(result["lpi"].sum(1), 1)
+    result = search.importances(*sampled(lambda a, b, c: 3 - 2 * a - b, sizes, noise=0.05), sizes)
+    for kind, truth in {
+        "local": [0.8, 0.2, 0],
+        "fanova": [0.8, 0.2, 0],
+        "improvement": [2 / 3, 1 / 3, 0],
+    }.items():
+        assert np.allclose(result[kind][0], truth, atol=0.05), kind
+        assert [search.is_noise(cell) for cell in result[kind].T] == [False, False, True], kind
+        assert (result[kind][1] <= result[kind][0]).all() and (result[kind][0] <= result[kind][2]).all(), kind
+    assert result["pairs"][0].max() < 0.01
     sizes = [2, 2, 3]
-    result = search.importances(*sampled(lambda a, b, c: a ^ b, sizes), sizes)
-    assert np.allclose(result["lpi"].mean(0), [0.5, 0.5, 0.0], atol=0.03)
-    assert np.allclose(result["fanova"].mean(0), 0.0, atol=0.03)
+    result = search.importances(*sampled(lambda a, b, c: 1 - (a ^ b), sizes, noise=0.1), sizes)
+    assert np.allclose(result["local"][0], [0.5, 0.5, 0], atol=0.03)
+    assert np.allclose(result["fanova"][0], 0, atol=0.03)
+    pairs = result["pairs"]
+    assert pairs[0, 0, 1] > 0.9 and not search.is_noise(pairs[:, 0, 1])
+    assert search.is_noise(pairs[:, 0, 2]) and search.is_noise(pairs[:, 1, 2])
 
 
-def test_lpi_is_local():
+def test_effects_are_those_of_all_predictions():
+    """Sums over leaves against every configuration's prediction, and DeepCAVE's formula written out."""
+    sizes, table = [2, 3, 4], np.random.default_rng(1).normal(size=(2, 3, 4))
+    codes, costs = sampled(lambda *at: table[at], sizes, 60, noise=0.3)
+    found = search.effects(codes, costs, sizes, n_estimators=7, random_state=3)
+    forest = RandomForestRegressor(7, max_features=5 / 6, random_state=3)
+    forest.fit(search.one_hot(codes, sizes), costs)
+    every, best = search.one_hot(search.every_point(sizes), sizes), codes[costs.argmin()]
+    mean = forest.predict(every).reshape(sizes)
+    for i, n in enumerate(sizes):
+        others = [mean[(*best[:i], k, *best[i + 1 :])] for k in range(n) if k != best[i]]
+        ratio = (np.mean(others) - mean[tuple(best)]) / (mean[0, 0, 0] - mean[tuple(best)])
+        assert found["improvement"][i] == pytest.approx(ratio)
+    local, main, pairs = [], [], []
+    for tree in forest.estimators_:
+        grid = tree.predict(every).reshape(sizes)
+        around = [np.moveaxis(grid, i, 0)[(slice(None), *np.delete(best, i))].var() for i in range(3)]
+        local.append(np.array(around) / sum(around))
+        means = [grid.mean(axis=tuple({0, 1, 2} - {i}), keepdims=True) - grid.mean() for i in range(3)]
+        main.append([m.var() / grid.var() for m in means])
+        both = [
+            (grid.mean(axis=3 - i - j, keepdims=True), means[i] + means[j])
+            for i, j in ((0, 1), (0, 2), (1, 2))
+        ]
+        pairs.append([(joint - alone).var() / grid.var() for joint, alone in both])
+    assert np.allclose(found["local"], np.mean(local, axis=0))
+    assert np.allclose(found["fanova"], np.mean(main, axis=0))
+    assert np.allclose(found["pairs"][np.triu_indices(3, 1)], np.mean(pairs, axis=0))
+    assert np.allclose(found["pairs"], found["pairs"].T)
+
+
+def test_local_importance_is_local():
     """cost = a (1 + 2b), incumbent at a = 0: b moves nothing there, though it does elsewhere."""
     sizes = [2, 2]
-    codes, costs = sampled(lambda a, b: a * (1 + 2 * b), sizes)
-    result = search.importances(codes, costs, sizes)
-    assert np.allclose(result["lpi"].mean(0), [1, 0], atol=0.02)
+    found = search.effects(*sampled(lambda a, b: a * (1 + 2 * b), sizes), sizes, random_state=0)
+    assert np.allclose(found["local"], [1, 0], atol=0.02)
     # Marginal means: of a 0 and 2, of b 1/2 and 3/2; all costs 0, 0, 1, 3.
-    assert np.allclose(result["fanova"].mean(0), [1 / 1.5, 0.25 / 1.5], atol=0.05)
+    assert np.allclose(found["fanova"], [1 / 1.5, 0.25 / 1.5], atol=0.05)
 
 
 def test_importance_of_a_run(finished, tmp_path):
@@ -624,8 +673,12 @@ def test_importance_of_a_run(finished, tmp_path):
         (tmp_path / "trials.jsonl").write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
         found.append(search.importance(tmp_path))
     assert found[0] == found[1] and set(found[0]) == {1}
-    lpi = {name: mean for name, (mean, _) in found[0][1]["lpi"].items()}
-    assert sorted(lpi, key=lpi.get)[-2:] == ["kernel", "block"]
+    local = found[0][1]["local"]
+    assert sorted(local, key=local.get)[-2:] == ["kernel", "block"]
+    told = {name for name, cell in local.items() if not search.is_noise(cell)}
+    assert {"kernel", "block"} <= told and not told & {"stem", "se", "pooling", "activation"}
+    assert "~" in next(line for line in search.importance_text(found[0]).splitlines() if "stem" in line)
+    assert len(found[0][1]["pairs"]) == 5
     assert (tmp_path / "importance.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "importance.json").read_text())["1"]["trials"] == 200
 
