@@ -145,11 +145,26 @@ def model_config(config: dict, base: str) -> ModelConfig:
     return replace(MODELS[base], **decode(config))
 
 
-def configspace(space: dict[str, list[str]] | None = None, seed: int = 0) -> ConfigurationSpace:
-    """Return the space of section 3, 61,440 configurations, or another one of unordered choices."""
-    result = ConfigurationSpace(name="nexception", seed=seed)
+class Pool(ConfigurationSpace):
+    """A space in which the configurations of a list, `pool`, are the only ones."""
+
+    def sample_configuration(self, size=None):
+        drawn = [self.pool[i] for i in self.random.randint(len(self.pool), size=size or 1)]
+        return drawn[0] if size is None else drawn
+
+    def estimate_size(self):
+        return len(self.pool)
+
+
+def configspace(
+    space: dict[str, list[str]] | None = None, seed: int = 0, pool: list[dict] | None = None
+) -> ConfigurationSpace:
+    """Return the space of section 3, 61,440 configurations, or another one; of `pool` alone, where given."""
+    result = (Pool if pool else ConfigurationSpace)(name="nexception", seed=seed)
     values = (space or current_space()).items()
     result.add([CategoricalHyperparameter(name, list(names)) for name, names in values])
+    if pool:
+        result.pool = list(dict.fromkeys(Configuration(result, config) for config in pool))
     return result
 
 
@@ -708,6 +723,8 @@ class BestOfAll(AbstractAcquisitionMaximizer):
     def __init__(self, space: ConfigurationSpace, seed: int):
         super().__init__(space, seed=seed)
         self._points = every_point([len(space[name].choices) for name in space]).astype(float)
+        if isinstance(space, Pool):
+            self._points = np.array([config.get_array() for config in space.pool])
         self._trained = 0
         self.proposed = list
 
@@ -813,14 +830,26 @@ class Sampler:
     """SMAC's facade to ask and tell: it runs nothing and reads nothing from the folder itself.
 
     A single budget makes Hyperband plain Bayesian optimization. The first configurations are NEXcepTion's and
-    Xception's (`priors`), then random ones, then the forest's. `crash_cost` is one cost per objective.
+    Xception's (`priors`), then random ones, then the forest's. `crash_cost` is one cost per objective. Of the
+    settings of `search.json` it reads space, seed, objectives, priors, sampler and budgets.
+
+    With a `pool` of configurations it proposes these alone, until all have had the highest budget. That plays
+    a search on finished trials, without a Search (`folder` is where SMAC writes its scenario):
+
+        sampler = Sampler(folder, settings, [1.0], pool=[row["config"] for row in rows])
+        sampler.replay([], {})
+        while (trial := sampler.ask()) is not None:
+            row = known[short(dict(trial.config))]
+            top1 = row["info"]["curve"][round(trial.budget) - 1][1]
+            sampler.tell(trial, {**row, "cost": [1 - top1 / 100]})
     """
 
-    def __init__(self, folder: Path, settings: dict, crash_cost: list[float]):
+    def __init__(self, folder: Path, settings: dict, crash_cost: list[float], pool: list[dict] | None = None):
         space, seed, names = settings["space"], settings["seed"], settings["objectives"]
-        self.space, self._stages = configspace(space, seed), len(settings["budgets"])
-        start = [(point, "prior") for point in settings["priors"]]
-        start += [(dict(c), "random") for c in configspace(space, seed).sample_configuration(RANDOM_START)]
+        self.space, self._stages = configspace(space, seed, pool), len(settings["budgets"])
+        start = [(point, "prior") for point in settings["priors"] if not pool or point in pool]
+        drawn = configspace(space, seed, pool).sample_configuration(RANDOM_START)
+        start += [(dict(config), "random") for config in drawn]
         start = [Configuration(self.space, point, origin=origin) for point, origin in start]
         logging.getLogger("smac").setLevel(logging.ERROR)
         try:

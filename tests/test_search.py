@@ -413,6 +413,27 @@ def test_the_wall_time_ends_a_trial_that_is_not_recorded(tmp_path, capsys):
     assert dict(trial.config) == search.points()["NEXcepTion"]
 
 
+@pytest.mark.parametrize("sampler", ["smac", "hyperband", "random"])
+def test_a_pool_is_all_there_is(sampler, tmp_path):
+    """Each of its configurations runs the highest budget once, and none runs that is not in it."""
+    settings = {"space": search.current_space(), "seed": 3, "objectives": ["accuracy"], "sampler": sampler}
+    settings |= {"budgets": [9] if sampler == "random" else [1, 3, 9], "priors": [*search.points().values()]}
+    drawn = search.configspace(seed=8).sample_configuration(40)
+    pool = [search.points()["Xception"], *({k: str(v) for k, v in config.items()} for config in drawn)]
+    tried, had = Sampler(tmp_path, settings, [1.0], pool=pool), []
+    tried.replay([], {})
+    while (trial := tried.ask()) is not None:
+        cost = targets.formula(trial.config, 0, trial.budget)[0]
+        tried.tell(trial, {"cost": [cost], "status": "success", "start": 0, "end": 1, "info": {}})
+        had.append((search.short(dict(trial.config)), trial.budget, trial.config.origin))
+    names = sorted(map(search.short, pool))
+    assert sorted(name for name, budget, _ in had if budget == 9) == names
+    assert {name for name, _, _ in had} == set(names) and len(set(had)) == len(had)
+    assert had[0][::2] == (search.short(pool[0]), "prior") and [o for _, _, o in had].count("prior") < 4
+    if sampler == "smac":
+        assert "expected improvement" in [origin for _, _, origin in had]
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("sampler", ["smac", "hyperband", "random"])
 def test_small_spaces_end_with_all_their_configurations_at_the_highest_budget(sampler, workers, tmp_path):
