@@ -5,21 +5,19 @@
     python bench.py figures    # the paper's figures 2 and 3; with measured speed: results/speed-*.json
     python bench.py export CHECKPOINT
     python bench.py data [PATH]  # images/s of the input pipeline beside timm's; how many workers feed a GPU
-    python bench.py trial      # seconds of a trial of search.py beside timm's loader and a plain loop
+    python bench.py trial      # seconds per trial of search.py, and of timm's loader in a plain loop
 
 `python bench.py COMMAND --help` lists the options of a command. Results go to `results/`: JSON with every
 sample, the versions, the hardware and the command line, and a Markdown table beside it. On two CPU cores,
 all of Table 1 takes about half an hour in float32, the other commands take a few minutes.
 
-Everything that is compared is timed alternately in one run (see `take_turns`): other load on the machine
-then affects all of it alike, and ratios are taken within a repetition.
+Things that are compared are timed alternately in one run (see `take_turns`), so that other load on the
+machine affects all of them alike, and ratios are taken within a repetition.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import ctypes
 import functools
 import importlib.metadata
 import importlib.util
@@ -32,7 +30,6 @@ import platform
 import random
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -71,6 +68,7 @@ from model import (
 )
 from train import (
     Lamb,
+    amp_dtype,
     bce_loss,
     check_channels,
     evaluate,
@@ -88,7 +86,6 @@ from torch import nn
 from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PEER = "peer:"  # prefix of models that the user brings
 TURN_SECONDS = 0.1  # `speed` repeats short passes within a turn until it takes about this long
 WORKER_SECONDS = 6.0  # of one turn of `data` with worker processes
 
@@ -98,70 +95,57 @@ WORKER_SECONDS = 6.0  # of one turn of `data` with worker processes
 
 @dataclass
 class Row:
-    """One thing to be timed, with its measurements; the JSON files hold every field that is set."""
+    """One thing to be timed, with its measurements; the JSON files contain every field that is set."""
 
     label: str
-    work: Callable[[], float] | None = None  # one turn; returns how many units (images, steps) it did
-    before: Callable[[], object] | None = None  # untimed, ahead of each turn
-    after: Callable[[], list[float]] | None = None  # untimed, after each turn; its values go to `latencies`
+    work: Callable[[], float] | None = None  # one turn; returns how many units (images, trials) it did
+    before: Callable[[], object] | None = None  # runs untimed ahead of each turn
     base: str = ""  # label of the row that this one is compared with
     missing: str = ""  # why there are no samples
-    samples: list[float] = field(default_factory=list)  # one per repetition, in the record's unit
-    latencies: list[float] = field(default_factory=list)  # seconds of single images
+    samples: list[float] = field(default_factory=list)  # one per repetition
     ratio: dict | None = None  # how many times as fast as `base`: mean, deviation, median
     # The rest is set by `speed`.
-    name: str = ""  # key of Table 1 or MODELS, JSON file, timm's name, or peer:MODULE:CALLABLE
-    spec: str = ""  # the name with @SIZE, if one was given
+    name: str = ""  # key of Table 1 or MODELS, JSON file, timm's name, or MODULE:CALLABLE
     size: int = 0  # input pixels per side
     batch: int = 0
     passes: int = 0  # passes over the batch in a turn
     parameters: int = 0
     macs: int = 0  # of convolutions and linear layers, for one image
     attention_macs: int = 0  # of attention's own matrix products
-    memory: int | None = None  # peak bytes of a pass, weights and optimizer state included
+    memory: int = 0  # peak bytes of a pass on a GPU, including weights and optimizer state
     paper: dict | None = None  # the paper's row of Table 1
-    paper_ratio: float = 0.0
 
     def to_dict(self) -> dict:
-        code = ("work", "before", "after")
+        code = ("work", "before")
         return {k: v for k, v in vars(self).items() if k not in code and v not in (None, "", [], 0)}
 
 
 def stopwatch(device: torch.device | None) -> Callable:
     """Return a function that runs `work()` and returns (its result, the seconds it took).
 
-    On a GPU between two CUDA events on that device, from an idle device to an idle device; elsewhere by the
-    wall clock. device None: CPU seconds of this process, which other programs on the machine do not change.
+    The device is idle at both ends. device None: CPU seconds of this process, which other programs on the
+    machine do not affect.
     """
+    read = time.process_time if device is None else time.perf_counter
+    asynchronous = device is not None and device.type != "cpu"
+    wait = functools.partial(torch.accelerator.synchronize, device) if asynchronous else lambda: None
 
     def timed(work):
-        if device is not None and device.type == "cuda":
-            with torch.cuda.device(device):  # events are recorded on the current device
-                torch.cuda.synchronize()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                units = work()
-                end.record()
-                end.synchronize()
-            return units, start.elapsed_time(end) / 1000
-        read = time.process_time if device is None else time.perf_counter
-        wait = torch.mps.synchronize if device is not None and device.type == "mps" else lambda: None
         wait()
         begun = read()
-        units = work()
+        result = work()
         wait()
-        return units, read() - begun
+        return result, read() - begun
 
     return timed
 
 
 def take_turns(rows: list[Row], repetitions: int, timed: Callable, *, rate=True, warm_up=1) -> None:
-    """Time every row once per repetition, in a new random order each time; add the samples and ratios.
+    """Time every row once per repetition, in a new random order each time; set the samples and ratios.
 
-    timed: a `stopwatch`. rate: samples are units per second, else seconds per unit. warm_up: repetitions
-    ahead that are not counted. A row that fails is left out from then on, with the reason in `missing`.
-    Ctrl-C keeps the repetitions that are finished, and is passed on where there are none. UsageError and
-    RunError stop the run.
+    timed: a `stopwatch`. rate: samples are units per second, else seconds per unit. warm_up: repetitions at
+    the start that are not counted. A row that fails is dropped, with the reason in `missing`, and the others
+    go on; UsageError and RunError stop the run. Ctrl-C ends it early and keeps the finished repetitions.
     """
     order, done = random.Random(0), -warm_up
     tqdm.monitor_interval = 0  # its thread would be forked into data-loading processes
@@ -174,17 +158,15 @@ def take_turns(rows: list[Row], repetitions: int, timed: Callable, *, rate=True,
                     if row.before:
                         row.before()
                     units, seconds = timed(row.work)
-                    latencies = row.after() if row.after else None
-                    measured.append((row, units / seconds if rate else seconds / units, latencies or []))
+                    measured.append((row, units / seconds if rate else seconds / units))
                 except (UsageError, RunError):
                     raise
-                except Exception as error:  # one row's failure does not cost the others theirs
-                    row.missing, row.samples, row.latencies = failure(error), [], []
+                except Exception as error:
+                    row.missing, row.samples = failure(error), []
                     running.remove(row)
             done += 1
-            for row, sample, latencies in measured if done > 0 else ():
+            for row, sample in measured if done > 0 else ():
                 row.samples.append(sample)
-                row.latencies += latencies
     except KeyboardInterrupt:
         if done <= 0:
             raise
@@ -209,17 +191,12 @@ def mean_and_deviation(samples: list[float]) -> tuple[float, float]:
     return statistics.fmean(samples), statistics.stdev(samples) if len(samples) > 1 else 0.0
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's type and message, shortened to one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def failure(error: Exception) -> str:
     """Return why a row is missing; errors other than a missing package print their traceback on stderr."""
     if isinstance(error, ModuleNotFoundError):
         return f"needs the package {error.name}"
     traceback.print_exception(error)
-    return f"fails, {one_line(error)}"
+    return f"fails, {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,48 +204,38 @@ def failure(error: Exception) -> str:
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table without the columns that no row fills; padded, to read as text too."""
+    """Return a Markdown table, padded to be readable as text; columns that no row fills are left out."""
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
     lines = [[row[i] for i in kept] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * width + ":" * (i > 0) for i, width in enumerate(widths)]
-    rule = [cell[-width:] for cell, width in zip(rule, widths, strict=True)]
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     for line in lines:
         line[:] = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
     return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], rule, *lines[1:]))
 
 
-def timing_table(rows: list[Row], unit: str, ratio: str, *, scale=1.0, left=None, right=None) -> str:
-    """Return the Markdown table of timed rows: mean ± standard deviation, median, ratio ± its deviation.
-
-    unit: title of the samples' column, after multiplication by `scale`. ratio: title of the ratio's column.
-    left, right: further columns on either side, title -> function of a row that returns the cell's text.
-    """
-    left, right = left or {}, right or {}
-    lines = []
-    for row in rows:
-        cells = [row.missing, "", ""]
-        if row.samples:
-            mean, deviation = (scale * value for value in mean_and_deviation(row.samples))
-            digits = 0 if mean >= 100 else 1 if mean >= 10 else 2
-            cells = [f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"]
-            cells.append(f"{scale * statistics.median(row.samples):,.{digits}f}")
-            cells.append("{mean:.2f} ± {deviation:.2f}".format(**row.ratio) if row.ratio else "")
-        further = [[cell(row) for cell in columns.values()] for columns in (left, right)]
-        lines.append([row.label, *further[0], *cells, *further[1]])
-    return markdown_table(["", *left, unit, "median", ratio, *right], lines)
+def timing_cells(row: Row) -> list[str]:
+    """Return a row's cells: mean ± standard deviation, median, ratio ± its own; or why it is missing."""
+    if not row.samples:
+        return [row.missing, "", ""]
+    mean, deviation = mean_and_deviation(row.samples)
+    digits = 0 if mean >= 100 else 1 if mean >= 10 else 2
+    median = f"{statistics.median(row.samples):,.{digits}f}"
+    ratio = "{mean:.2f} ± {deviation:.2f}".format(**row.ratio) if row.ratio else ""
+    return [f"{mean:,.{digits}f} ± {deviation:,.{digits}f}", median, ratio]
 
 
 def machine(device: torch.device) -> dict:
     """Return everything that a timing depends on: processor, accelerator, threads, versions and command."""
-    info: dict[str, str] = {}
-    with contextlib.suppress(OSError):  # Linux tells more than `platform` does
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, KeyError):  # Linux tells more
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
         info = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", first, re.MULTILINE))
-    has = info.get("flags", "").split()  # the vector extensions decide how fast a processor multiplies
-    telling = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in has]
+        # The vector extensions decide how fast a processor multiplies.
+        has, telling = info["flags"].split(), ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        processor = " ".join([info["model name"], *(flag for flag in telling if flag in has)])
     record = {
-        "processor": " ".join([info.get("model name", platform.processor() or platform.machine()), *telling]),
+        "processor": processor,
         "cores": cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
@@ -279,36 +246,14 @@ def machine(device: torch.device) -> dict:
     for package in ("torchvision", "timm", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             record[package] = importlib.metadata.version(package)
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run(command, capture_output=True, text=True, check=True)
-        record["commit"] = commit.stdout.strip()
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        record["commit"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     record["command"] = "python bench.py " + shlex.join(sys.argv[1:])
     if device.type == "cuda":
         record["gpu"] = torch.cuda.get_device_name(device)
         record |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return record
-
-
-def check_writable(folder: str) -> None:
-    """Raise UsageError where files cannot be written to `folder`, before anything is measured for them."""
-    path = Path(folder).absolute()
-    if any(len(os.fsencode(part)) > 255 for part in path.parts):
-        raise UsageError(f"--out {folder}: file name too long")
-    there = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
-    if not there.is_dir():
-        raise UsageError(f"--out {folder}: {there} is a file, not a folder; name another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {folder}: {there} cannot be written to; name another folder")
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all; make its folder where it is missing. RunError where neither works."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the folder {path.parent}: {error.strerror}") from None
-    write_whole(path, content)
 
 
 def write_results(name: str, options, device: torch.device, text: str, rows: list, **more) -> Path:
@@ -320,16 +265,13 @@ def write_results(name: str, options, device: torch.device, text: str, rows: lis
     ours = json.loads(json.dumps(asdict(options)))
     for number in itertools.count(1):
         stem = Path(options.out) / (name if number == 1 else f"{name}-{number}")
-        try:
-            theirs = json.loads(stem.with_name(stem.name + ".json").read_text())["options"]
-        except (OSError, ValueError, KeyError, TypeError):
+        path = stem.with_name(stem.name + ".json")
+        if not path.exists() or json.loads(path.read_text()).get("options") == ours:
             break
-        if {**ours, "out": ""} == {**theirs, "out": ""}:
-            break
-    record = {"machine": machine(device), "options": asdict(options), **more}
+    record = {"machine": machine(device), "options": ours, **more}
     record["rows"] = [row.to_dict() if isinstance(row, Row) else row for row in rows]
-    write_file(stem.with_name(stem.name + ".json"), json.dumps(record, indent=1) + "\n")
-    write_file(stem.with_name(stem.name + ".md"), f"`{record['machine']['command']}`\n\n{text}")
+    write_whole(path, json.dumps(record, indent=1) + "\n")
+    write_whole(stem.with_name(stem.name + ".md"), f"`{record['machine']['command']}`\n\n{text}")
     return stem
 
 
@@ -412,14 +354,16 @@ class IsotropicConvNeXt(nn.Sequential):
 class NatBlock(nn.Module):
     """A block of "Neighborhood Attention Transformer": attention over 7 × 7 neighbours, then an MLP.
 
-    natten's attention has no relative position bias since release 0.17; it would be some 0.02M parameters.
+    natten's attention has no relative position bias since release 0.17; it would add 0.02M parameters.
     """
 
-    def __init__(self, width: int, mlp_ratio: float, attention: type):
+    def __init__(self, width: int, mlp_ratio: float):
+        from natten import NeighborhoodAttention2D
+
         super().__init__()
         hidden = int(width * mlp_ratio)
         self.norm1 = nn.LayerNorm(width)
-        self.attention = attention(width, num_heads=width // 32, kernel_size=7)
+        self.attention = NeighborhoodAttention2D(width, num_heads=width // 32, kernel_size=7)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
@@ -428,45 +372,20 @@ class NatBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class NeighborhoodShapes(nn.Module):
-    """natten's attention for counting only: its own kernels cannot run on the meta device."""
-
-    def __init__(self, width: int, num_heads: int, kernel_size: int):
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.neighbours = kernel_size**2
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        query = self.qkv(x).flatten(0, 2)[:, None, : x.shape[-1]]  # (B, H, W, 3C) -> (BHW, 1, C)
-        keys = query.new_empty(len(query), x.shape[-1], self.neighbours)
-        return self.proj(torch.bmm(torch.bmm(query, keys), keys.mT).view_as(x))
-
-
-class Permute(nn.Module):
-    """Reorder the dimensions of a tensor."""
-
-    def __init__(self, *order: int):
-        super().__init__()
-        self.order = order
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.permute(self.order)
-
-
 class Nat(nn.Sequential):
     """NAT: four stages of `NatBlock`, each after 3 × 3 convolutions of stride 2 (its paper, table 1)."""
 
     def __init__(self, depths: tuple[int, ...], width: int, mlp_ratio: float):
-        from natten import NeighborhoodAttention2D
+        from torchvision.ops import Permute
 
         layers = [nn.Conv2d(3, width // 2, 3, 2, 1), nn.Conv2d(width // 2, width, 3, 2, 1)]
         for stage, depth in enumerate(depths):
             if stage:
-                layers += [Permute(0, 3, 1, 2), nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False)]
+                layers += [Permute([0, 3, 1, 2]), nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False)]
                 width *= 2
-            layers += [Permute(0, 2, 3, 1), nn.LayerNorm(width)]
-            layers += [NatBlock(width, mlp_ratio, NeighborhoodAttention2D) for _ in range(depth)]
-        layers += [nn.LayerNorm(width), Permute(0, 3, 1, 2)]
+            layers += [Permute([0, 2, 3, 1]), nn.LayerNorm(width)]
+            layers += [NatBlock(width, mlp_ratio) for _ in range(depth)]
+        layers += [nn.LayerNorm(width), Permute([0, 3, 1, 2])]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1000))
 
 
@@ -489,101 +408,41 @@ HAND_BUILT = {  # key of Table 1 -> function of the input size
 }
 
 
-@functools.cache
-def torchvision_classifiers() -> frozenset[str]:
-    import torchvision.models  # takes a second: only where it is needed
+def find_model(spec: str) -> tuple[str, int, Callable[[], nn.Module]]:
+    """Look up `NAME` or `NAME@SIZE`; return the name, the input size and a function that builds the model.
 
-    return frozenset(torchvision.models.list_models(module=torchvision.models))
-
-
-def timm_with(name: str):
-    """Return the package timm if it is installed and has a model of that name, else None."""
-    try:
-        import timm
-    except ModuleNotFoundError:
-        return None
-    return timm if timm.is_model(name) else None
-
-
-def parse_spec(spec: str) -> tuple[str, int]:
-    """Split `NAME` or `NAME@SIZE` into name and input size in pixels (default: Table 1's, the model's)."""
-    name, _, size = spec.partition("@")
-    if size:
-        if not size.isdigit() or int(size) < 32:
-            raise UsageError(
-                f"{spec!r}: the input size after @ must be a whole number of pixels, at least 32"
-            )
-        return name, int(size)
-    if name in TABLE_1:
-        return name, TABLE_1[name].size
-    if name in MODELS:
-        return name, MODELS[name].input_size
-    if name.endswith(".json"):
-        return name, ModelConfig.from_json(name).input_size
-    if not name.startswith(PEER) and name not in torchvision_classifiers() and (timm := timm_with(name)):
-        return name, timm.get_pretrained_cfg(name).input_size[-1]
-    return name, 224
-
-
-def model_maker(spec: str) -> Callable[[], nn.Module]:
-    """Return a function that builds a model with random weights; UsageError if the spec is unknown."""
-    name, size = parse_spec(spec)
-    if name in HAND_BUILT:
-        return functools.partial(HAND_BUILT[name], size)
-    if name in MODELS or name.endswith(".json"):
-        return functools.partial(create_model, name)
-    if name.startswith(PEER):
-        return peer_maker(name.removeprefix(PEER))
-    if name in torchvision_classifiers():
-        import torchvision
-
-        return functools.partial(torchvision.models.get_model, name, weights=None)
-    if timm := timm_with(name):
-        return functools.partial(timm.create_model, name)
-    known = ", ".join({**TABLE_1, **MODELS})
-    raise UsageError(
-        f"unknown model {name!r}, neither torchvision's nor (if it is installed) timm's; known here: {known}"
-    )
-
-
-def peer_maker(path: str) -> Callable[[], nn.Module]:
-    """Return the user's own `MODULE:CALLABLE`, which takes no arguments; the current folder is searched."""
-    module_name, _, callable_name = path.partition(":")
-    if not module_name or not callable_name:
-        raise UsageError(f"--peer {path!r}: write it as MODULE:CALLABLE, for instance mymodels:tiny")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), callable_name)
-    except Exception as error:  # the module is the user's: anything may happen
-        raise UsageError(f"--peer {path!r}: {one_line(error)}") from error
-    finally:
-        sys.path.pop(0)
-    if not callable(function):
-        raise UsageError(f"--peer {path!r}: {callable_name} cannot be called")
-    return function
-
-
-def build_model(spec: str) -> nn.Module:
-    """Build a model with random weights, the same every time.
-
-    Raises UsageError if it is unknown, ModuleNotFoundError without natten, and whatever a peer raises.
+    NAME is a key of Table 1, one of MODELS, a JSON config, torchvision's or timm's name, or the user's own
+    MODULE:CALLABLE, which may stand in the current folder. Raises UsageError if there is no such model.
     """
-    maker = model_maker(spec)
-    torch.manual_seed(0)
-    model = maker()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"gives a {type(model).__name__}, not a torch.nn.Module")
-    return model
+    import torchvision.models  # takes a second, so it is not imported with the other packages
 
-
-def count_all_macs(model: nn.Module, size: int) -> tuple[int, int]:
-    """Count multiply-accumulates of one image: of convolutions and linear layers, and of attention alone."""
-    if any(isinstance(block, NatBlock) for block in model.modules()):
-        model = copy.deepcopy(model).to("meta")
-        for block in model.modules():
-            if isinstance(block, NatBlock):
-                block.attention = NeighborhoodShapes(block.norm1.weight.numel(), 1, 7).to("meta")
-    return count_macs(model, size), count_macs(model, size, attention=True)
+    name, _, size = spec.partition("@")
+    if size and not (size.isdecimal() and int(size) >= 32):
+        raise UsageError(f"{spec!r}: the input size after @ must be a whole number of pixels, at least 32")
+    default = TABLE_1[name].size if name in TABLE_1 else 224
+    if name in HAND_BUILT:
+        make = functools.partial(HAND_BUILT[name], int(size or default))
+    elif name in MODELS or name.endswith(".json"):
+        default = (MODELS.get(name) or ModelConfig.from_json(name)).input_size
+        make = functools.partial(create_model, name)
+    elif ":" in name:
+        module, _, function = name.partition(":")
+        sys.path.append(os.getcwd())
+        try:
+            make = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UsageError(f"{name}: {error}") from error
+    elif name in torchvision.models.list_models(torchvision.models):
+        make = functools.partial(torchvision.models.get_model, name, weights=None)
+    elif importlib.util.find_spec("timm") and (timm := importlib.import_module("timm")).is_model(name):
+        default = timm.get_pretrained_cfg(name).input_size[-1]
+        make = functools.partial(timm.create_model, name)
+    else:
+        known = ", ".join({**TABLE_1, **MODELS})
+        raise UsageError(
+            f"unknown model {name!r}, neither torchvision's nor (if installed) timm's; known here: {known}"
+        )
+    return name, int(size or default), make
 
 
 # --------------------------------------------------------------------------------------------------
@@ -595,13 +454,14 @@ class SpeedOptions:
     """Measure images/s of NEXcepTion and its peers, which take turns within each repetition."""
 
     models: tuple[str, ...] = option(
-        (), "Table 1's keys, our models, timm's or JSON configs, NAME[@SIZE],... (default: all of Table 1)"
+        (),
+        "Table 1's keys, our models, torchvision's, timm's, JSON configs, your own MODULE:CALLABLE; each of "
+        "them as NAME or NAME@SIZE (default: all of Table 1)",
     )
-    peer: tuple[str, ...] = option((), "your own models, MODULE:CALLABLE[@SIZE],...")
     baseline: str = option("convnext_tiny", "model that ratios refer to; the first one if it is not measured")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option(
-        "", "autocast type (default: bfloat16 or float16 on a GPU, float32 on a CPU)", choices=tuple(DTYPES)
+        "", "autocast type (default: bfloat16 or float16 on a GPU, else float32)", choices=tuple(DTYPES)
     )
     batch: int = option(0, "images per batch, halved when out of memory (default: 256, on a CPU 16)", least=0)
     repetitions: int = option(30, "timed turns of each model", least=1)
@@ -609,86 +469,6 @@ class SpeedOptions:
     compile: bool = option(False, "compile every model (evaluation: with inductor's freezing, and --fuse)")
     fuse: bool = option(False, "fold NEXcepTion's batch norms into its convolutions")
     out: str = option("results", "folder of the results")
-
-
-class Timed:
-    """One model on its device, warmed up, ready to be timed in turns.
-
-    Raises what building the model raises; out of memory at one image is torch.OutOfMemoryError.
-    """
-
-    def __init__(self, spec: str, options: SpeedOptions):
-        self.options, self.device, self.dtype = options, torch.device(options.device), DTYPES[options.dtype]
-        self.size, self.batch = parse_spec(spec)[1], options.batch
-        model = build_model(spec)
-        self.parameters = count_parameters(model)
-        self.macs, self.attention_macs = count_all_macs(model, self.size)
-        if options.fuse and isinstance(model, NEXcepTion):
-            model = fuse(model)
-        model.to(self.device, memory_format=torch.channels_last)
-        self.model = model.train(options.train)
-        if options.train:
-            self.optimizer = Lamb(parameter_groups(model, 0.02), lr=2e-3)
-        if options.compile:
-            self.model = torch.compile(model, dynamic=False) if options.train else compile_frozen(model)
-
-        while not self.fits():
-            if self.batch == 1:
-                raise torch.OutOfMemoryError("out of memory at batch 1")
-            self.batch //= 2
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        static = [*model.parameters(), *model.buffers()]
-        if options.train:
-            static += [t for state in self.optimizer.state.values() for t in state.values()]
-        static = sum(t.numel() * t.element_size() for t in static if torch.is_tensor(t))
-        self.memory = None if self.peak is None else self.peak + static
-        seconds = min(stopwatch(self.device)(self.step)[1] for _ in range(2))
-        self.passes = max(1, math.ceil(TURN_SECONDS / seconds))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.model(images)
-
-    def step(self) -> None:
-        """Run one pass over the batch: forward, or forward, backward and the optimizer's step."""
-        if not self.options.train:
-            with torch.no_grad():
-                self.forward(self.inputs)
-            return
-        logits = self.forward(self.inputs)
-        bce_loss(logits, torch.zeros_like(logits), 0.2).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def fits(self) -> bool:
-        """Run two steps and return whether memory suffices for the batch; keep the peak of the second."""
-        try:
-            self.inputs = random_images(self.batch, self.size, self.device)
-            self.step()
-            self.peak = peak_bytes(self.step, self.device)
-        except (RuntimeError, MemoryError) as error:
-            # PyTorch's CPU allocator raises a plain RuntimeError.
-            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            if not memory and "DefaultCPUAllocator" not in str(error):
-                raise
-            self.inputs = None
-            return False
-        return True
-
-    def turn(self) -> int:
-        """Run a turn's passes; return the number of images."""
-        for _ in range(self.passes):
-            self.step()
-        return self.batch * self.passes
-
-    def latencies(self) -> list[float]:
-        """Return the seconds of three single images, after an untimed one."""
-        if self.options.train:
-            return []
-        image = random_images(1, self.size, self.device)
-        with torch.no_grad():
-            return [stopwatch(self.device)(lambda: self.forward(image))[1] for _ in range(4)][1:]
 
 
 @functools.cache
@@ -699,90 +479,97 @@ def random_images(count: int, size: int, device: torch.device) -> torch.Tensor:
     return pixels.to(device, memory_format=torch.channels_last)
 
 
-def peak_bytes(work: Callable, device: torch.device) -> int | None:
-    """Run `work()` and return the most memory that it added, in bytes; None where the system does not tell.
+def prepare(row: Row, make: Callable[[], nn.Module], options: SpeedOptions) -> None:
+    """Build the row's model, count its operations, warm it up, and set what a turn of it does.
 
-    On a GPU: tensors of PyTorch's allocator. On Linux: the high-water mark of the resident set, which
-    includes the scratch buffers of the kernels.
+    The batch is halved until memory suffices. The weights are random, the same every time.
     """
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    torch.manual_seed(0)
+    model = make()
+    row.parameters = count_parameters(model)
+    if not isinstance(model, Nat):  # natten's kernels cannot run on the meta device, where MACs are counted
+        row.macs, row.attention_macs = (count_macs(model, row.size, attention) for attention in (False, True))
+    if options.fuse and isinstance(model, NEXcepTion):
+        model = fuse(model)
+    model.to(device, memory_format=torch.channels_last).train(options.train)
+    network, optimizer = model, None
+    if options.compile:
+        network = torch.compile(model, dynamic=False) if options.train else compile_frozen(model)
+    if options.train:
+        optimizer = Lamb(parameter_groups(model, 0.02), lr=2e-3)
 
-    def resident(name: str) -> int:
-        found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-        return int(found[1]) * 1024
+    def step() -> None:
+        """Run one pass over the batch: forward, or forward, backward and the optimizer's step."""
+        amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        with torch.set_grad_enabled(options.train), amp:
+            logits = network(images)
+        if options.train:
+            bce_loss(logits, torch.zeros_like(logits), 0.2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    before = None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    elif device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)  # else buffers that the allocator kept would hide new ones
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-            before = resident("VmRSS")
-    work()
-    if before is None:
-        return None
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")) - before
+    def turn() -> int:
+        for _ in range(row.passes):
+            step()
+        return row.passes * row.batch
 
-
-def settle(options: SpeedOptions) -> SpeedOptions:
-    """Return the options with device, dtype, batch and models filled in; UsageError for contradictions."""
-    device = pick_device(options.device)
-    fast = "bfloat16" if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "float16"
-    models = (options.models or tuple(TABLE_1)) + tuple(PEER + peer for peer in options.peer)
-    if options.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise UsageError("--compile on a CPU needs a C++ compiler: install g++, or name another in CXX")
-    if options.train and options.fuse:
-        raise UsageError("--fuse is for evaluation: leave it out, or leave out --train")
-    if len(set(models)) < len(models):
-        raise UsageError(f"--models {','.join(models)}: name each model once")
-    for spec in models:
-        model_maker(spec)  # an unknown one is found before the others are built
-    names = {*models, *(parse_spec(spec)[0] for spec in models)}
-    if options.baseline not in {*names, SpeedOptions.baseline}:
-        raise UsageError(
-            f"--baseline {options.baseline}: choose one of the measured models, {','.join(models)}"
-        )
-    return replace(
-        options,
-        device=str(device),
-        dtype=options.dtype or ("float32" if device.type == "cpu" else fast),
-        batch=options.batch or (16 if device.type == "cpu" else 256),
-        models=models,
-        fuse=options.fuse or (options.compile and not options.train),
-    )
-
-
-def build_rows(options: SpeedOptions) -> list[Row]:
-    """Build and warm up every model; a row for each, which says why where one cannot be timed."""
-    rows = []
-    for spec in options.models:
-        name, size = parse_spec(spec)
-        row = Row(spec.removeprefix(PEER), name=name, spec=spec, size=size)
-        rows.append(row)
-        if name in TABLE_1 and size == TABLE_1[name].size:
-            row.label, row.paper = TABLE_1[name].label, asdict(TABLE_1[name])
+    row.batch = options.batch
+    while True:
         try:
-            timed = Timed(spec, options)
-        except torch.OutOfMemoryError:
+            images = random_images(row.batch, row.size, device)
+            step()
+            if device.type == "cuda":
+                held = [*model.parameters(), *model.buffers()]
+                held += [t for state in optimizer.state.values() for t in state.values()] if optimizer else []
+                held = sum(t.nbytes for t in held if torch.is_tensor(t))
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+                step()
+                row.memory = torch.cuda.max_memory_allocated(device) - before + held
+            break
+        except (RuntimeError, MemoryError) as error:
+            # PyTorch's CPU allocator raises a plain RuntimeError.
+            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not memory and "DefaultCPUAllocator" not in str(error):
+                raise
+        if row.batch == 1:
             row.missing = "out of memory at batch 1"
-        except Exception as error:  # a model that fails does not cost the others their rows
-            row.missing = failure(error)
-        else:
-            for fact in ("parameters", "macs", "attention_macs", "batch", "passes", "memory"):
-                setattr(row, fact, getattr(timed, fact))
-            # The models before it have emptied the caches: an untimed pass fills them.
-            row.before, row.work, row.after = timed.step, timed.turn, timed.latencies
-            if timed.batch < options.batch:
-                print(f"{row.label}: out of memory at batch {options.batch}, measured at {timed.batch}")
-        print(f"{row.label}: {row.missing or 'ready'}", file=sys.stderr)
-    return rows
+            return
+        row.batch //= 2
+        torch.cuda.empty_cache()  # does nothing on a CPU
+    if row.batch < options.batch:
+        print(f"{row.label}: out of memory at batch {options.batch}, measured at {row.batch}")
+    seconds = min(stopwatch(device)(step)[1] for _ in range(2))
+    row.passes = max(1, math.ceil(TURN_SECONDS / seconds))
+    # The previous model's turn has displaced this one from the caches: an untimed pass brings it back.
+    row.before, row.work = step, turn
 
 
 def speed(options: SpeedOptions) -> None:
     """Measure, print and write the table of images/s."""
-    options = settle(options)
-    device = torch.device(options.device)
+    device = pick_device(options.device)
+    options = replace(
+        options,
+        device=str(device),
+        dtype=options.dtype or str(amp_dtype("auto", device) or torch.float32).removeprefix("torch."),
+        batch=options.batch or (16 if device.type == "cpu" else 256),
+        models=tuple(dict.fromkeys(options.models or TABLE_1)),
+        fuse=options.fuse or (options.compile and not options.train),
+    )
+    if options.train and options.fuse:
+        raise UsageError("--fuse is for evaluation: leave it out, or leave out --train")
+    rows, makers = [], []
+    for spec in options.models:  # all are looked up before one is built
+        name, size, make = find_model(spec)
+        rows.append(Row(spec, name=name, size=size))
+        makers.append(make)
+        if name in TABLE_1 and size == TABLE_1[name].size:
+            rows[-1].label, rows[-1].paper = TABLE_1[name].label, asdict(TABLE_1[name])
+    names = {name for row in rows for name in (row.name, f"{row.name}@{row.size}")}
+    if options.baseline not in {SpeedOptions.baseline, *names}:
+        raise UsageError(f"--baseline {options.baseline}: choose one of {','.join(options.models)}")
+
     if device.type == "cpu":
         keep_large_buffers()
     if options.compile:  # models of one class share a count of compilations, and halving a batch adds one
@@ -793,15 +580,17 @@ def speed(options: SpeedOptions) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # the fastest algorithm for each shape, chosen while warming up
         torch.backends.cuda.matmul.allow_tf32 = True  # in float32, as cuDNN's convolutions do by default
-    rows = build_rows(options)
-    if not any(row.work for row in rows):
-        raise UsageError("; ".join(f"{row.label}: {row.missing}" for row in rows))
+    for row, make in zip(rows, makers, strict=True):
+        try:
+            prepare(row, make, options)
+        except Exception as error:  # a model that fails does not cost the others their rows
+            row.missing = failure(error)
+        print(f"{row.label}: {row.missing or 'ready'}", file=sys.stderr)
     take_turns(rows, options.repetitions, stopwatch(device), warm_up=0)
     timed = [row for row in rows if row.samples]
-    base = next((row for row in timed if options.baseline in (row.name, row.spec)), timed[0])
+    base = next((row for row in timed if options.baseline in (row.name, f"{row.name}@{row.size}")), timed[0])
     for row in timed:
         row.base = base.label
-        row.paper_ratio = row.paper["speed"] / base.paper["speed"] if row.paper and base.paper else 0.0
     compare(rows)
 
     here = machine(device)
@@ -814,41 +603,34 @@ def speed(options: SpeedOptions) -> None:
         f"{', compiled' if options.compile else ''}{', batch norms folded' if options.fuse else ''}; "
         f"mean ± standard deviation of {len(base.samples)} repetitions in turns.\n"
     )
-    text = f"{speed_table(rows, base.label, options.batch)}\n{method}"
+    text = f"{speed_table(rows, base, options.batch)}\n{method}"
     where = re.sub(r"\W+", "-", here["gpu"].lower()) if "gpu" in here else device.type
     flags = [flag for flag in ("train", "compile", "fuse") if getattr(options, flag)]
     name = "-".join(["speed", where, options.dtype, *flags])
+    print(f"\n{text}")
     stem = write_results(name, options, device, text, rows, method=method, baseline=base.label)
-    print(f"\n{text}written: {stem}.json, {stem}.md")
+    print(f"written: {stem}.json, {stem}.md")
 
 
-def speed_table(rows: list[Row], base: str, batch: int) -> str:
+def speed_table(rows: list[Row], base: Row, batch: int) -> str:
     """Return the Markdown table of rows that were to be measured at `batch`.
 
     MACs are those of convolutions and linear layers, + those of attention's own products.
     """
-
-    def macs(row: Row) -> str:
-        attention = f" + {row.attention_macs / 1e9:.2f}G" if row.attention_macs else ""
-        return f"{row.macs / 1e9:.2f}G{attention}" if row.macs else ""
-
-    def late(row: Row) -> str:
-        late = [1000 * seconds for seconds in row.latencies]
-        return f"{statistics.median(late):.1f} ({np.percentile(late, 95):.1f})" if late else ""
-
-    left = {
-        "input": lambda row: str(row.size),
-        "params": lambda row: f"{row.parameters / 1e6:.1f}M" if row.parameters else "",
-        "MACs": macs,
-        "paper's": lambda row: "{parameters}M, {macs}G".format(**row.paper) if row.paper else "",
-        "batch": lambda row: str(row.batch) if 0 < row.batch < batch else "",
-    }
-    right = {
-        "paper's ×": lambda row: f"{row.paper_ratio:.2f}" if row.paper_ratio else "",
-        "batch 1, ms (p95)": late,
-        "memory": lambda row: f"{row.memory / 2**20:.0f} MiB" if row.memory else "",
-    }
-    return timing_table(rows, "images/s", f"× {base}", left=left, right=right)
+    header = ["", "input", "params", "MACs", "paper's", "batch", "memory", "images/s", "median"]
+    lines = []
+    for row in rows:
+        params = f"{row.parameters / 1e6:.1f}M" if row.parameters else ""
+        macs = f"{row.macs / 1e9:.2f}G" if row.macs else ""
+        macs += f" + {row.attention_macs / 1e9:.2f}G" if row.attention_macs else ""
+        paper = "{parameters}M, {macs}G".format(**row.paper) if row.paper else ""
+        lowered = str(row.batch) if row.samples and row.batch < batch else ""
+        memory = f"{row.memory / 2**20:.0f} MiB" if row.memory else ""
+        both = row.samples and row.paper and base.paper
+        paper_ratio = f"{row.paper['speed'] / base.paper['speed']:.2f}" if both else ""
+        facts = [str(row.size), params, macs, paper, lowered, memory]
+        lines.append([row.label, *facts, *timing_cells(row), paper_ratio])
+    return markdown_table([*header, f"× {base.label}", "paper's ×"], lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -857,7 +639,7 @@ def speed_table(rows: list[Row], base: str, batch: int) -> str:
 
 @dataclass(frozen=True)
 class AccuracyOptions:
-    """Measure top-1, top-5 and calibration of a checkpoint on image folders; every image counts once.
+    """Measure top-1 and top-5 of a checkpoint on image folders; every image counts once.
 
     A folder may hold a subset of the model's classes (ImageNet-A and -R do): the prediction is then the best
     of those classes' logits.
@@ -872,7 +654,11 @@ class AccuracyOptions:
         "imagenet-a, imagenet-r and imagenet-sketch",
         positional=True,
     )
-    model: str = option("", "torchvision's or timm's model that the file belongs to (default: one of ours)")
+    model: str = option(
+        "",
+        "the file's model, if it is torchvision's or timm's (timm.models:NAME where torchvision has that "
+        "name, too)",
+    )
     classes: str = option(
         "", "class names in the order of the outputs: a folder of class folders or a text file"
     )
@@ -887,66 +673,35 @@ class AccuracyOptions:
     out: str = option("results", "folder of the results")
 
 
-@dataclass(frozen=True)
-class Network:
-    """A model to evaluate: the names of its outputs (None: unknown), transform, key in the paper's tables."""
-
-    model: nn.Module
-    classes: list[str] | None
-    transform: EvalTransform
-    key: str
-
-
-def open_network(options: AccuracyOptions) -> Network:
-    """Load the checkpoint's network in evaluation mode; UsageError where it does not fit the options."""
-    if options.model:
-        network = open_peer(options)
-    else:
-        model = load_checkpoint(options.checkpoint, fuse=True)
-        check_channels(model.config, options.checkpoint)
-        plain = replace(model.config, num_classes=1000, drop_path=0.05)
-        key = next((key for key, config in MODELS.items() if replace(config, drop_path=0.05) == plain), "")
-        network = Network(model, model.classes, model.transform, key)
-    asked = {name: getattr(options, name) for name in ("size", "crop_pct")}
-    transform = replace(network.transform, **{name: value for name, value in asked.items() if value})
-    classes = read_classes(options.classes) if options.classes else network.classes
-    return replace(network, transform=transform, classes=classes)
-
-
-def open_peer(options: AccuracyOptions) -> Network:
+def open_peer(options: AccuracyOptions) -> tuple[nn.Module, EvalTransform]:
     """Load a torchvision or timm model with a local file's weights and the transform published with them."""
-    import torchvision
+    import torchvision.models
 
-    if options.model in MODELS:
-        raise UsageError(f"--model {options.model}: leave it out, checkpoints of our models are recognised")
     weights = read_weights(options.checkpoint)
-    makers = [model_maker(options.model)]
-    if options.model in torchvision_classifiers() and (timm := timm_with(options.model)):
-        makers.append(functools.partial(timm.create_model, options.model))  # its layers have other names
-    misfits = []
-    for maker in makers:
-        model = maker()
-        try:
-            model.load_state_dict(weights)
-            break
-        except RuntimeError as error:
-            misfits.append(one_line(error))
-    else:
-        raise UsageError(f"{options.checkpoint} does not fit --model {options.model}: {misfits[0]}")
-    if options.model in torchvision_classifiers() and maker is makers[0]:
-        published = torchvision.models.get_model_weights(options.model)
-        file = Path(options.checkpoint).name
-        preset = next((w for w in published if w.url.endswith("/" + file)), published.DEFAULT).transforms()
-        size, short = preset.crop_size[0], preset.resize_size[0]
-        share = size / (short + 1e-6)  # so that size / share, rounded down, is the short side
-        rest = (preset.interpolation.value, tuple(preset.mean), tuple(preset.std))
-    else:
+    name, size, make = find_model(options.model)
+    if name in MODELS:
+        raise UsageError(f"--model {name}: leave it out, checkpoints of our models are recognized")
+    model = make().eval()
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{options.checkpoint} does not fit --model {name}: {reason}") from None
+    if hasattr(model, "pretrained_cfg"):
         import timm
 
         preset = timm.data.resolve_model_data_config(model)
-        size, share = preset["input_size"][-1], preset["crop_pct"]
-        rest = (preset["interpolation"], preset["mean"], preset["std"])
-    return Network(model.eval(), None, EvalTransform(size, share, *rest), options.model)
+        names = ("crop_pct", "interpolation", "mean", "std")
+        return model, EvalTransform(preset["input_size"][-1], *(preset[name] for name in names))
+    if name not in torchvision.models.list_models(torchvision.models):
+        return model, EvalTransform(size)
+    published = torchvision.models.get_model_weights(name)  # several, each with its own transform
+    file = Path(options.checkpoint).name
+    preset = next((w for w in published if w.url.endswith("/" + file)), published.DEFAULT).transforms()
+    size, short = preset.crop_size[0], preset.resize_size[0]
+    share = size / (short + 1e-6)  # so that size / share, rounded down, is the short side
+    colours = tuple(preset.mean), tuple(preset.std)
+    return model, EvalTransform(size, share, preset.interpolation.value, *colours)
 
 
 def read_classes(source: str) -> list[str]:
@@ -960,39 +715,28 @@ def read_classes(source: str) -> list[str]:
             names = [name.split()[0] for name in names]
     else:
         raise UsageError(f"--classes {source}: neither a folder nor a file")
-    if len(set(names)) < max(2, len(names)):
-        raise UsageError(f"--classes {source}: needs at least two names, each once; found {len(names)}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--classes {source}: a name appears twice")
     return names
 
 
-def class_columns(classes: list[str] | None, outputs: int, folder: str, names: tuple[str, ...]):
-    """Return the model's output for each class folder in `names`, int64; UsageError if one has none."""
-    if classes is None:
-        if len(names) != outputs:
-            raise UsageError(
-                f"{folder} has {len(names)} class folders and the model {outputs} outputs without names: "
-                "give --classes FOLDER_OR_FILE"
-            )
-        classes = list(names)
+def class_columns(classes, outputs: int, folder: str, names: tuple[str, ...]) -> torch.Tensor:
+    """Return the index of the model's output for each class folder in `names`, int64.
+
+    classes: names of the outputs; None: they are unknown, and the folder must contain all of them in order.
+    """
+    if classes is None and len(names) != outputs:
+        raise UsageError(
+            f"{folder} has {len(names)} class folders and the model {outputs} outputs without names: "
+            "give --classes FOLDER_OR_FILE"
+        )
+    classes = list(classes or names)
     if len(classes) != outputs:
         raise UsageError(f"{len(classes)} class names for a model with {outputs} outputs: check --classes")
-    place = {name: i for i, name in enumerate(classes)}
-    unknown = [name for name in names if name not in place]
-    if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UsageError(f"{folder}: no class of the model is called {', '.join(unknown[:5])}{more}")
-    return torch.tensor([place[name] for name in names])
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
-    """Return the expected calibration error: |accuracy - confidence| per bin, weighted by the bin's count.
-
-    confidence: (N,) probability of the predicted class, in `bins` bins of equal width; correct: (N,) bool
-    ("On Calibration of Modern Neural Networks", equation 3).
-    """
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(bin_of, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(confidence))
+    if unknown := [name for name in names if name not in classes]:
+        shown = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
+        raise UsageError(f"{folder}: no class of the model is called {shown}")
+    return torch.tensor([classes.index(name) for name in names])
 
 
 def accuracy(options: AccuracyOptions) -> None:
@@ -1000,69 +744,58 @@ def accuracy(options: AccuracyOptions) -> None:
     device = pick_device(options.device)
     if device.type == "cpu":
         keep_large_buffers()
-    network = open_network(options)
-    network.model.to(device, memory_format=torch.channels_last)
-    size, dtype = network.transform.size, DTYPES[options.dtype]
+    if options.model:
+        model, transform = open_peer(options)
+        classes, key = None, options.model
+    else:
+        model = load_checkpoint(options.checkpoint, fuse=True)
+        check_channels(model.config, options.checkpoint)
+        classes, transform = model.classes, model.transform
+        plain = {"num_classes": 1000, "drop_path": 0.0}  # whatever these are, the network is the paper's
+        ours = replace(model.config, **plain)
+        key = next((key for key, config in MODELS.items() if replace(config, **plain) == ours), "")
+    asked = {"size": options.size, "crop_pct": options.crop_pct}
+    transform = replace(transform, **{name: value for name, value in asked.items() if value})
+    if options.classes:
+        classes = read_classes(options.classes)
+    model.to(device, memory_format=torch.channels_last)
     with torch.no_grad():
-        outputs = network.model(torch.zeros(1, 3, size, size, device=device)).shape[1]
-    settings = {"train": False, "device": device, "workers": options.workers}
-    plan, sets = Plan(batch=options.batch), []
+        outputs = model(torch.zeros(1, 3, transform.size, transform.size, device=device)).shape[1]
+    settings = {"train": False, "transform": transform, "device": device, "workers": options.workers}
+    sets = []
     for text in options.folders:  # all are opened and their classes found before any is evaluated
         name, _, path = text.partition("=")
         if not path or "/" in name:
             name, path = Path(text).name, text
-        folder = open_data(path, plan, transform=network.transform, **settings)
-        columns = class_columns(network.classes, outputs, path, folder.classes)
-        sets.append((name, path, folder, columns.to(device)))
+        folder = open_data(path, Plan(batch=options.batch), **settings)
+        sets.append((name, path, folder, class_columns(classes, outputs, path, folder.classes).to(device)))
 
-    published = {**TABLE_3.get(network.key, {})}
-    if network.key in TABLE_1:
-        published["imagenet"] = TABLE_1[network.key].top1
+    published = {**TABLE_3.get(key, {})}
+    if key in TABLE_1:
+        published["imagenet"] = TABLE_1[key].top1
     file = Path(options.checkpoint).absolute()
     in_run = file.stem in ("best", "last", "previous") and (file.parent / "config.json").exists()
-    name = f"accuracy-{file.parent.name if in_run else file.stem}"  # a run's folder says more than `best`
-    shown = f"{options.checkpoint}: {size} pixels, {network.transform.crop_pct:.3g} of the resized shorter "
-    shown += f"side, {network.transform.interpolation}, {options.dtype}"
-    rows, header = [], ["set", "images", "classes", "top-1, %", "paper's", "top-5, %", "ECE, %"]
-    for set_name, path, folder, columns in sets:
-        seen = []
-
-        def collect(labels, logits, seen=seen):
-            confidence, predicted = logits.float().softmax(1).max(1)
-            seen.append(torch.stack([labels, predicted == labels, confidence], 1).cpu().double())
-
-        amp = None if dtype == torch.float32 else dtype
-        found = evaluate(network.model, folder, "val", amp, columns=columns, collect=collect)
+    result_name = (
+        f"accuracy-{file.parent.name if in_run else file.stem}"  # a run's folder says more than `best`
+    )
+    shown = f"{options.checkpoint}: {transform.size} pixels, {transform.crop_pct:.3g} of the resized shorter "
+    shown += f"side, {transform.interpolation}, {options.dtype}"
+    amp = None if options.dtype == "float32" else DTYPES[options.dtype]
+    rows, cells = [], []
+    for name, path, folder, columns in sets:
+        found = evaluate(model, folder, "val", amp, columns=columns)
         folder.close()
-        labels, correct, confidence = torch.cat(seen).numpy().T  # (N, 3) -> 3 x (N,)
-        places = [(label, labels == i) for i, label in enumerate(folder.classes)]
-        row = {
-            "set": set_name,
-            "folder": path,
-            "images": found["count"],
-            "classes": len(folder.classes),
-            "top1": found["top1"],
-            "top5": found["top5"],
-            "paper_top1": published.get(set_name.lower()),
-            "ece": 100 * calibration_error(confidence, correct == 1),
-            "per_class": {label: 100 * correct[at].mean() for label, at in places if at.any()},
-            "unreadable": [list(bad) for bad in folder.bad_files],
-        }
-        rows.append(row)
-        cells = []
-        for row in rows:
-            paper = "" if row["paper_top1"] is None else str(row["paper_top1"])
-            cells.append([row["set"], f"{row['images']:,}", str(row["classes"]), f"{row['top1']:.2f}", paper])
-            cells[-1] += [f"{row['top5']:.2f}", f"{row['ece']:.2f}"]
-        text = f"{shown}\n\n{markdown_table(header, cells)}"
+        paper = published.get(name.lower())
+        rows.append({"set": name, "folder": path, "images": found["count"], "classes": len(columns)})
+        rows[-1] |= {"top1": found["top1"], "top5": found["top5"], "paper_top1": paper}
+        rows[-1]["unreadable"] = found["unreadable"]
+        top1, top5 = f"{found['top1']:.2f}", f"{found['top5']:.2f}"
+        cells.append([name, f"{found['count']:,}", str(len(columns)), top1, str(paper or ""), top5])
+        table = markdown_table(["set", "images", "classes", "top-1, %", "paper's", "top-5, %"], cells)
+        text = f"{shown}\n\n{table}"
         # After each set, so that results are kept if a later one fails.
-        write_results(name, options, device, text, rows, transform=network.transform.to_dict())
+        write_results(result_name, options, device, text, rows, transform=transform.to_dict())
     print(text)
-    for row in rows:
-        for path, reason in row["unreadable"]:
-            print(f"left out, unreadable: {path} ({reason})")
-        lowest = sorted(row["per_class"].items(), key=lambda item: item[1])[:10]
-        print(f"{row['set']}, lowest top-1: " + ", ".join(f"{name} {value:.1f}" for name, value in lowest))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1086,12 +819,9 @@ AREA_PER_MILLION = 11.0  # points²: 50M parameters make a bubble 26 points wide
 
 def figures(options: FiguresOptions) -> None:
     """Draw figures 2 and 3 from the paper's table, and figure 3 from every results file."""
-    names = [Path(path).stem.removeprefix("speed-") for path in options.results]
-    if len(set(names)) < len(names):
-        raise UsageError(f"two files of one name would give one figure: {' '.join(options.results)}")
-    pictures = [(f"figure-3-{n}", *measured(path)) for n, path in zip(names, options.results, strict=True)]
     macs = {key: float(row.macs) for key, row in TABLE_1.items()}
     speeds = {key: float(row.speed) for key, row in TABLE_1.items()}
+    pictures = [(f"figure-3-{Path(p).stem.removeprefix('speed-')}", *measured(p)) for p in options.results]
     pictures.append(("figure-2", macs, "10⁹ multiply-accumulates per image (the paper's “FLOPs”)"))
     pictures.append(("figure-3", speeds, "images/s (the paper's: RTX 2080 Ti, batch 256, mixed precision)"))
     for name, values, title in pictures:
@@ -1106,14 +836,15 @@ def measured(path: str) -> tuple[dict[str, float], str]:
         speeds = {
             row["name"]: statistics.fmean(row["samples"])
             for row in record["rows"]
-            if row.get("samples") and not row.get("variant") and row["name"] in TABLE_1
+            if row.get("samples") and row["name"] in TABLE_1
+            if not row.get("variant")  # in older files: other settings of the same model
             if row["size"] == TABLE_1[row["name"]].size  # at another one, the accuracy is not the paper's
         }
         how = [f"batch {options['batch']}", options["dtype"]]
         how += [word for word in ("compile", "fuse") if options.get(word)]
         title = f"{'trained ' if options['train'] else ''}images/s (measured: "
         title += f"{here.get('gpu') or str(here['threads']) + ' CPU threads'}, {', '.join(how)})"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no results file of `bench.py speed`: {error!r}") from error
     if not speeds:
         raise UsageError(f"{path} has no measured model of the paper's Table 1")
@@ -1122,11 +853,9 @@ def measured(path: str) -> tuple[dict[str, float], str]:
 
 def draw(values: dict[str, float], title: str, stem: Path) -> list:
     """Write `stem`.svg and .png with a labelled bubble for each key of `values`; return the labels."""
-    try:
-        import matplotlib
-        from adjustText import adjust_text
-    except ModuleNotFoundError as error:
-        raise UsageError(f"figures need `pip install {error.name}`") from None
+    import matplotlib
+    from adjustText import adjust_text
+
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "nexception"  # the same picture gives the same file
     from matplotlib import pyplot
@@ -1160,7 +889,7 @@ def draw(values: dict[str, float], title: str, stem: Path) -> list:
     for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
         file = io.BytesIO()
         figure.savefig(file, format=suffix[1:], metadata=metadata)
-        write_file(stem.with_name(stem.name + suffix), file.getvalue())
+        write_whole(stem.with_name(stem.name + suffix), file.getvalue())
     pyplot.close(figure)
     print(f"written: {stem}.svg, {stem}.png")
     return texts
@@ -1175,9 +904,6 @@ class ExportOptions:
     """Write a checkpoint as a torch.export program and as ONNX, and check both against eager outputs."""
 
     checkpoint: str = option(MISSING, "a file of train.py, the authors' or timm's Xception", positional=True)
-    formats: tuple[str, ...] = option(
-        ("program", "onnx"), "program (torch.export, .pt2), onnx (needs the packages onnx and onnxscript)"
-    )
     size: int = option(0, "input pixels per side (default: the checkpoint's own)", least=0)
     out: str = option("", "folder of the files (default: the checkpoint's)")
 
@@ -1185,61 +911,44 @@ class ExportOptions:
 def export(options: ExportOptions) -> None:
     """Write NAME.pt2, NAME.onnx and NAME.export.json (classes, transform); the batch size stays free.
 
-    Batch norms are folded first. A file that computes something else than the checkpoint is not kept.
+    Batch norms are folded first. A file that computes something else than the checkpoint is not written.
     """
-    unknown = set(options.formats) - {"program", "onnx"}
-    if unknown or not options.formats:
-        raise UsageError(f"--formats {','.join(options.formats)}: choose from program, onnx")
     model = load_checkpoint(options.checkpoint, fuse=True).requires_grad_(False)
-    folder = Path(options.out or Path(options.checkpoint).parent)
-    check_writable(str(folder))
     size = options.size or model.transform.size
-    shape = (3, model.config.in_channels, size, size)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, model.config.in_channels, size, size, generator=generator)
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    reloaded = torch.export.load(file).module()
+    exported = {".pt2": (file.getvalue(), lambda x: reloaded(x).numpy())}
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        print(f"no ONNX file: it needs `pip install {' '.join(missing)}`")
+    else:
+        import onnxruntime
+
+        names = {"input_names": ["images"], "output_names": ["logits"]}
+        content = torch.onnx.export(program, (images,), **names, verbose=False)
+        content = content.model_proto.SerializeToString()
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        exported[".onnx"] = content, lambda x: session.run(None, {"images": x.numpy()})[0]
+
+    stem = Path(options.out or Path(options.checkpoint).parent) / Path(options.checkpoint).stem
     with torch.no_grad():
         wanted = model(images).numpy()
-    stem = Path(options.checkpoint).stem
-    if "program" in options.formats:
-        file = io.BytesIO()
-        torch.export.save(program, file)
-        file.seek(0)
-        reloaded = torch.export.load(file).module()
-        path = folder / f"{stem}.pt2"
-        check_outputs(path, wanted, lambda x: reloaded(torch.from_numpy(x)).numpy(), images)
-        write_file(path, file.getvalue())
-    if "onnx" in options.formats:
-        path = folder / f"{stem}.onnx"
-        missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-        if missing:
-            print(f"{path}: not written, needs `pip install {' '.join(missing)}`")
-        else:
-            names = {"input_names": ["images"], "output_names": ["logits"]}
-            content = torch.onnx.export(program, (images,), **names, verbose=False)
-            content = content.model_proto.SerializeToString()
-            if importlib.util.find_spec("onnxruntime") is None:
-                print(f"{path}: written, not checked: needs `pip install onnxruntime`")
-            else:
-                import onnxruntime
-
-                session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-                check_outputs(path, wanted, lambda x: session.run(None, {"images": x})[0], images)
-            write_file(path, content)
-    transform = replace(model.transform, size=size).to_dict()
-    facts = json.dumps({"classes": model.classes, "transform": transform}, indent=1)
-    write_file(folder / f"{stem}.export.json", facts + "\n")
-
-
-def check_outputs(path: Path, wanted: np.ndarray, run: Callable, images: torch.Tensor) -> None:
-    """Compare an exported program with eager outputs, for the whole batch and for its first image alone."""
-    worst = 0.0
-    for count in (len(images), 1):
-        difference = np.abs(run(images[:count].numpy()) - wanted[:count]).max()
-        worst = max(worst, float(difference / np.abs(wanted).max()))
-    if not worst <= 1e-4:
-        raise RunError(f"{path} is not written: it would differ from the checkpoint, by {worst:.1e}")
-    print(f"{path}: logits within {worst:.1e} of eager's, relatively")
+    for suffix, (content, run) in exported.items():
+        path = stem.with_name(stem.name + suffix)
+        difference = max(np.abs(run(images[:count]) - wanted[:count]).max() for count in (len(images), 1))
+        relative = difference / np.abs(wanted).max()
+        if not relative <= 1e-4:
+            raise RunError(f"{path} is not written: its logits would differ from ours by {relative:.1e}")
+        write_whole(path, content)
+        print(f"{path}: its logits differ from ours by at most {relative:.1e} of the largest")
+    facts = {"classes": model.classes, "transform": replace(model.transform, size=size).to_dict()}
+    write_whole(stem.with_name(stem.name + ".export.json"), json.dumps(facts, indent=1) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1253,7 +962,6 @@ class DataOptions:
     path: str = option(
         "", "folder of class folders, or one with train/ (default: made photographs)", positional=True
     )
-    batch: int = option(64, "images per batch", least=1)
     repetitions: int = option(20, "timed turns of each, on one core; five with workers", least=1)
     workers: tuple[int, ...] = option(
         (), "numbers of workers to time (default: 1, 2, 4, ... all cores)", least=1
@@ -1262,6 +970,7 @@ class DataOptions:
     out: str = option("results", "folder of the results")
 
 
+DATA_BATCH = 64  # images
 # ImageNet's most common sizes, by frequency
 PHOTOGRAPH_SIZES = [(500, 375)] * 11 + [(500, 333)] * 4 + [(375, 500)] * 3 + [(333, 500), (640, 480)]
 
@@ -1269,14 +978,12 @@ PHOTOGRAPH_SIZES = [(500, 375)] * 11 + [(500, 333)] * 4 + [(375, 500)] * 3 + [(3
 def make_photographs(folder: Path, count: int = 300, links: int = 8) -> None:
     """Write `count` JPEG files, about 100 KB each, cut from scikit-learn's and scikit-image's photographs.
 
-    Crops, zooms, flips and a little sensor noise make them differ; every file is linked `links` times, so
-    that an epoch is long enough to time.
+    Crops, zooms, flips and a little sensor noise make them differ. Each file gets `links` names, so that an
+    epoch is long enough to time.
     """
-    try:
-        import skimage.data as sk
-        from sklearn.datasets import load_sample_image
-    except ModuleNotFoundError:
-        raise UsageError("made photographs need `pip install scikit-image`; or name a PATH") from None
+    import skimage.data as sk
+    from sklearn.datasets import load_sample_image
+
     photographs = [load_sample_image("china.jpg"), load_sample_image("flower.jpg"), sk.astronaut()]
     photographs += [sk.coffee(), sk.chelsea(), sk.rocket(), sk.retina()]
     photographs += [*sk.stereo_motorcycle()[:2], sk.hubble_deep_field()]
@@ -1297,42 +1004,10 @@ def make_photographs(folder: Path, count: int = 300, links: int = 8) -> None:
             os.link(place, place.with_name(f"{n}_{link}.jpg"))
 
 
-class SmallImages(torch.utils.data.Dataset):
-    """A split of a small set as (PIL image, label), as loaders of image files see it."""
-
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, transform: Callable | None = None):
-        self.images, self.labels = images.permute(0, 2, 3, 1).cpu().numpy(), labels.tolist()
-        self.transform = transform  # timm's loader sets it
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
-
-
 def take_from(epochs: Callable[[int], Iterator]) -> Callable[[], int]:
     """Return a function that takes the next batch of `epochs(0)`, `epochs(1)`, ... and returns its length."""
     batches = itertools.chain.from_iterable(map(epochs, itertools.count()))
     return lambda: len(next(batches)[0])
-
-
-def beside_timm(ours: dict[str, Callable], theirs: dict[str, Callable]) -> list[Row]:
-    """Return a row for each of ours, each followed by timm's of the same label, if it has one."""
-    rows = []
-    for label, work in ours.items():
-        rows.append(Row(label, work, base=f"{label}, timm"))
-        if label in theirs:
-            rows.append(Row(f"{label}, timm", theirs[label]))
-    return rows
-
-
-def for_a_while(take: Callable[[], int]) -> int:
-    """Take batches for WORKER_SECONDS; return the number of images."""
-    begun, count = time.perf_counter(), 0
-    while not count or time.perf_counter() - begun < WORKER_SECONDS:
-        count += take()
-    return count
 
 
 def input_speed(options: DataOptions) -> None:
@@ -1349,9 +1024,9 @@ def input_speed(options: DataOptions) -> None:
         files = list_images(folder, train=False)["val"]
 
         def ours(workers: int = 0, **augment):
-            settings = {"augment": Augmentation(repeats=1, **augment), "max_bad_files": 0}
-            splits = {"train": files, "val": files}
-            opened = open_data(folder, Plan(batch=options.batch), files=splits, workers=workers, **settings)
+            settings = {"files": {"train": files, "val": files}, "workers": workers, "max_bad_files": 0}
+            augmentation = Augmentation(repeats=1, **augment)
+            opened = open_data(folder, Plan(batch=DATA_BATCH), augment=augmentation, **settings)
             stack.callback(opened.close)
             return opened
 
@@ -1360,113 +1035,85 @@ def input_speed(options: DataOptions) -> None:
             from timm.data import create_dataset, create_transform
             from timm.data.loader import fast_collate
 
-            shape = {"input_size": (3, 224, 224), "use_prefetcher": True}
             recipe = {"auto_augment": "rand-m7-mstd0.5-inc1", "interpolation": "random", "is_training": True}
-            for use, settings in (
-                ("training", recipe),
-                ("evaluation", {"interpolation": "bicubic", "crop_pct": 0.95}),
-            ):
-                transform = create_transform(**shape, **settings)
+            recipes = {"training": recipe, "evaluation": {"interpolation": "bicubic", "crop_pct": 0.95}}
+            for use, settings in recipes.items():
+                transform = create_transform((3, 224, 224), use_prefetcher=True, **settings)
                 timm_sets[use] = create_dataset("", root=str(folder), transform=transform)
 
-        by_workers = []
+        rows, speeds = [], {}
         for n in counts:  # first: workers are forked before this process starts threads
             label = f"training, {n} worker{'s' * (n > 1)}"
             takes = {label: take_from(ours(n).train_batches)}
             if timm_sets:
                 loader = torch.utils.data.DataLoader(
-                    timm_sets["training"], batch_size=options.batch, shuffle=True, num_workers=n,
+                    timm_sets["training"], batch_size=DATA_BATCH, shuffle=True, num_workers=n,
                     collate_fn=fast_collate, drop_last=True, persistent_workers=True,
                 )  # fmt: skip
                 takes[f"{label}, timm"] = take_from(lambda _, loader=loader: iter(loader))
-            rows = []
+
+            def settle(take, n=n):
+                # The other row's workers get time to prepare their next batches, after which they rest. Then
+                # batches that were prepared during the other row's turn are thrown away.
+                time.sleep(WORKER_SECONDS / 4)
+                for _ in range(3 * n):
+                    take()
+
+            def turn(take) -> int:
+                begun, images = time.perf_counter(), 0
+                while not images or time.perf_counter() - begun < WORKER_SECONDS:
+                    images += take()
+                return images
+
+            pair = []
             for name, take in takes.items():
-                row = Row(name, functools.partial(for_a_while, take))
-                row.base = f"{label}, timm" if name == label else ""
-                # Batches that were prepared while the other row was timed do not count; and when a turn is
-                # over, its workers get time to prepare the next ones, not to disturb the other row.
-                row.before = lambda take=take, n=n: [take() for _ in range(3 * n)]
-                row.after = lambda: time.sleep(WORKER_SECONDS / 4)
-                rows.append(row)
-            take_turns(rows, 5, stopwatch(cpu))
-            by_workers += rows
+                pair.append(Row(name, functools.partial(turn, take), functools.partial(settle, take)))
+            pair[0].base = f"{label}, timm"
+            take_turns(pair, 5, stopwatch(cpu))
+            rows += pair
+            if pair[0].samples:
+                speeds[n] = statistics.fmean(pair[0].samples)
 
         rng = np.random.default_rng(0)
 
-        def draw() -> list[int]:
-            return rng.permutation(len(files))[: options.batch].tolist()
+        def drawn() -> list[int]:
+            return rng.permutation(len(files))[:DATA_BATCH].tolist()
+
+        def collate(images) -> int:
+            return len(fast_collate([images[n] for n in drawn()])[0])
 
         scored = ours()
-        one_core = {
+        works = {
             "training": take_from(ours().train_batches),
             "evaluation": take_from(lambda _: scored.eval_batches()),
             "training without RandAugment": take_from(ours(layers=0).train_batches),
             "decoding alone": lambda: len(
-                [decode(bytearray(Path(files.path(n)).read_bytes())) for n in draw()]
+                [decode(bytearray(Path(files.path(n)).read_bytes())) for n in drawn()]
             ),
         }
-        theirs = {
-            use: lambda images=images: len(fast_collate([images[n] for n in draw()])[0])
-            for use, images in timm_sets.items()
-        }
-        # In CPU seconds of one process with one thread, on which other programs have no influence.
-        single, small, threads = beside_timm(one_core, theirs), small_rows(), torch.get_num_threads()
+        single = []
+        for label, work in works.items():
+            single.append(Row(label, work, base=f"{label}, timm"))
+            if label in timm_sets:
+                single.append(Row(f"{label}, timm", functools.partial(collate, timm_sets[label])))
+        # In CPU seconds of one process with one thread, which other programs do not affect.
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
         take_turns(single, options.repetitions, stopwatch(None))
-        take_turns(small, options.repetitions, stopwatch(None))
         torch.set_num_threads(threads)
         sizes = [os.path.getsize(files.path(n)) for n in range(min(2000, len(files)))]
-    ours_by_workers = [row for row in by_workers if row.base]
-    speeds = {n: row.samples for n, row in zip(counts, ours_by_workers, strict=True) if row.samples}
-    speeds = {n: statistics.fmean(samples) for n, samples in speeds.items()}
-    rows = [*single, *by_workers, *small]
-    text = f"{timing_table(rows, 'images/s', '× timm')}\n"
-    text += f"{advice(speeds, options.rate)}\n" if speeds else ""
+    rows = [*single, *rows]
+    table = [[row.label, *timing_cells(row)] for row in rows]
+    text = markdown_table(["", "images/s", "median", "× timm"], table)
+    if speeds:
+        most, best = max(speeds.items(), key=lambda item: item[1])
+        enough = [n for n, speed in sorted(speeds.items()) if speed >= options.rate]
+        needed = enough[0] if enough else math.ceil(options.rate * most / best)
+        text += f"\nA GPU that trains at {options.rate:,.0f} images/s needs --workers {needed}, "
+        text += "as measured.\n" if enough else f"extrapolated from {most}.\n"
     print(text)
-    processor = machine(cpu)["processor"].lower()
-    families = ("xeon", "epyc", "ryzen", "core", "apple", "neoverse")
-    family = next((family for family in families if family in processor), platform.machine())
-    write_results(
-        f"data-{cores}-core-{family}", options, cpu, text, rows, mean_file_bytes=statistics.fmean(sizes)
-    )
-
-
-def small_rows() -> list[Row]:
-    """Return rows of 32 x 32 training batches: the digits, augmented by us and by timm."""
-    ours, theirs, rng = {}, {}, np.random.default_rng(0)
-    for label, layers in (("crop and flip", 0), ("crop, flip and RandAugment", 2)):
-        label = f"32 x 32, {label}"
-        opened = open_data(
-            "digits", Plan(batch=512), augment=Augmentation(padding=4, layers=layers, repeats=1)
-        )
-        ours[label] = take_from(opened.train_batches)
-        with contextlib.suppress(ModuleNotFoundError):
-            from timm.data.auto_augment import rand_augment_transform
-            from timm.data.loader import fast_collate
-            from timm.data.transforms import ToNumpy
-            from torchvision import transforms
-
-            steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-            if layers:
-                steps.append(rand_augment_transform("rand-m7-mstd0.5-inc1", {"img_mean": (128, 128, 128)}))
-            images = SmallImages(*opened.tensors("train"), transforms.Compose([*steps, ToNumpy()]))
-            theirs[label] = lambda images=images: len(
-                fast_collate([images[n] for n in rng.permutation(len(images))[:512]])[0]
-            )
-    return beside_timm(ours, theirs)
-
-
-def advice(speeds: dict[int, float], rate: float) -> str:
-    """Say how many workers feed a GPU that trains at `rate` images/s; speeds: workers -> images/s."""
-    enough = [workers for workers, speed in sorted(speeds.items()) if speed >= rate]
-    if enough:
-        return f"A GPU that trains at {rate:,.0f} images/s is fed by --workers {enough[0]} here (measured)."
-    workers, best = max(speeds.items(), key=lambda entry: entry[1])
-    needed = math.ceil(rate * workers / best)
-    return (
-        f"A GPU that trains at {rate:,.0f} images/s needs --workers {needed} on as many cores: "
-        f"{workers} gave {best:,.0f} images/s here, {best / workers:,.0f} each."
-    )
+    mean = statistics.fmean(sizes)
+    write_results(f"data-{cores}-core", options, cpu, text, rows, mean_file_bytes=mean)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1485,8 +1132,22 @@ class TrialOptions:
     out: str = option("results", "folder of the results")
 
 
+class SmallImages(torch.utils.data.Dataset):
+    """A split of a small set as (PIL image, label): what timm's loader expects."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
+        self.images, self.labels = images.permute(0, 2, 3, 1).cpu().numpy(), labels.tolist()
+        self.transform = None  # timm's loader sets it
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
 def plain_trial(config: dict, seed: int, budget: float, settings: dict):
-    """Train NEXcepTion as is common: timm's loader, mixup, loss and LAMB in a plain loop.
+    """Train NEXcepTion the usual way: timm's loader, mixup, loss and LAMB in a plain loop.
 
     Takes and returns what `search.train` does, so that the same process can run either; `config` is ignored.
     """
@@ -1520,8 +1181,6 @@ def plain_trial(config: dict, seed: int, budget: float, settings: dict):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"diverged: the loss is {loss.item()}")
     network.eval()
     hits = 0
     with torch.no_grad():
@@ -1532,7 +1191,7 @@ def plain_trial(config: dict, seed: int, budget: float, settings: dict):
 
 
 def trial(options: TrialOptions) -> None:
-    """Run trials of both kinds by turns, each in a warm process of its own; print and write the seconds."""
+    """Run trials of both kinds in turn, each in a warm process of its own; print and write the seconds."""
     device, threads = pick_device(options.device), torch.get_num_threads()
     from search import points, run_trial  # takes seconds, with SMAC
 
@@ -1542,25 +1201,25 @@ def trial(options: TrialOptions) -> None:
     job = {"config": points()["NEXcepTion"], "seed": 1, "budget": options.epochs, "settings": settings}
     job |= {"device": str(device), "threads": threads, "time_limit": 1e6, "memory_limit": math.inf}
     job |= {"path": [str(Path(__file__).parent)]}
-    rows, runs = [], {}
-    for label, target in (("search.py", "search:train"), ("timm's loader, plain loop", "bench:plain_trial")):
-        runs[label] = []
+    runs = []
 
-        def work(label=label, target=target) -> float:
-            outcome = run_trial({**job, "target": target})
-            if outcome["status"] != "success":
-                raise RunError(f"{label}: {outcome['info']['error']}")
-            runs[label].append({key: outcome["info"][key] for key in ("seconds", "top1")})
-            print(f"{label}: {runs[label][-1]}", flush=True)
-            return outcome["info"]["seconds"]
+    def run(target: str) -> float:
+        outcome = run_trial({**job, "target": target})
+        if outcome["status"] != "success":
+            raise RunError(f"{target}: {outcome['info']['error']}")
+        runs.append({"target": target, **{key: outcome["info"][key] for key in ("seconds", "top1")}})
+        print(runs[-1], flush=True)
+        return outcome["info"]["seconds"]
 
-        rows.append(Row(label, work, base="timm's loader, plain loop"))
-    # Trials measure themselves: the start of their processes does not count.
+    plain = "timm's loader, plain loop"
+    rows = [Row("search.py", functools.partial(run, "search:train"), base=plain)]
+    rows.append(Row(plain, functools.partial(run, "bench:plain_trial"), base=plain))
+    # Trials time themselves, so that starting their processes does not count.
     take_turns(rows, options.repetitions, lambda work: (1, work()), rate=False, warm_up=0)
-    text = timing_table(rows, "seconds per trial", "× as fast as the plain loop")
+    header = ["", "seconds per trial", "median", "× as fast as the plain loop"]
+    text = markdown_table(header, [[row.label, *timing_cells(row)] for row in rows])
     print(text)
-    name = f"search-trial-{device.type}"
-    write_results(name, options, device, text, rows, unit="s", runs=runs)
+    write_results(f"search-trial-{device.type}", options, device, text, rows, unit="s", runs=runs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1586,8 +1245,13 @@ def main(argv: list[str]) -> int:
     command, options_class = COMMANDS[argv[0]]
     try:
         options = parse(options_class, argv[1:], prog=f"bench.py {argv[0]}")
-        if options.out:
-            check_writable(options.out)
+        if options.out:  # made first: nobody wants to hear after half an hour that it cannot be
+            try:
+                os.makedirs(options.out, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"--out {options.out}: {error.strerror}") from None
+            if not os.access(options.out, os.W_OK):
+                raise UsageError(f"--out {options.out}: no permission to write there")
         command(options)
     except (UsageError, RunError, KeyboardInterrupt) as error:
         status = 2 if isinstance(error, UsageError) else 1 if isinstance(error, RunError) else 130
