@@ -1,13 +1,13 @@
-"""The parts of Xception and NEXcepTion, written by hand from `torch.nn` primitives, and their design space.
+"""The layers and blocks of Xception and NEXcepTion, from `torch.nn` primitives, and their design space.
 
-Every part takes and returns float maps (B, C, H, W) of any floating dtype and any memory format. `SPACE`
-holds the nine design choices of the paper, `Design` one value of each; `model.py` puts the parts together.
-A new activation, norm or pooling is a new entry of `ACTIVATIONS`, `NORMS` or `POOLINGS`, a new kernel size a
-new value of `KERNELS`: models, training, search and benchmarks read these.
+All take and return float maps (B, C, H, W) of any floating dtype and memory format. `SPACE` lists the paper's
+nine design choices, a `Design` has one value for each, and `model.py` assembles networks. To add an
+activation, a norm or a pooling, add an entry to `ACTIVATIONS`, `NORMS` or `POOLINGS`; to add a kernel size,
+add it to `KERNELS`. Models, training, search and benchmarks pick it up.
 
-The three separable convolutions of a block are numbered 1, 2, 3 (down-sampling blocks have two). An
-activation precedes the convolutions in `activation_positions`, a norm follows those in `norm_positions`
-(paper, section 3.2, "Fewer Activations and Normalizations").
+The separable convolutions of a block are numbered 1, 2, 3 (down-sampling blocks have two). An activation
+precedes those in `activation_positions`, and a norm follows those in `norm_positions` (paper, section 3.2,
+"Fewer Activations and Normalizations").
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 KERNELS = (3, 5, 7, 9)  # odd
-MIXED_KERNELS = (3, 5, 7, 9)  # of the channel groups of a "mixed" convolution
+MIXED_KERNELS = (3, 5, 7, 9)  # one per channel group of a "mixed" convolution
 POSITIONS = ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3))
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -32,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of each position of a channels-first map, as in ConvNeXt; eps is 1e-6."""
+    """Layer norm over the channels at each position of a channels-first map, as in ConvNeXt (eps 1e-6)."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-6)
@@ -43,21 +44,21 @@ class LayerNorm2d(nn.LayerNorm):
         return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 
-# Functions of the number of channels; each also has to take the 1 × 1 maps of squeeze-and-excitation.
+# Functions of the number of channels. Squeeze-and-excitation applies these norms to maps of 1 × 1.
 NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
 
 
 def depthwise_weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
-    """Gradient (C, 1, K, K) of the weight of a depthwise convolution of stride 1, K odd, padding K // 2.
+    """Gradient (C, 1, K, K) for the weight of a depthwise convolution with stride 1, padding K // 2, K odd.
 
-    x and grad: (B, C, H, W). oneDNN's depthwise kernel for this gradient takes filters of at most 3 columns;
-    for wider ones it takes one for dense convolutions, which lasts 4 to 20 times as long as the forward pass.
-    Here every 3 columns of the filter are a K × 3 filter on a shifted map. Shifting copies nothing: in a
-    channels-last buffer whose rows are K // 2 zeros apart, a view that starts a pixel later is the map
-    shifted by a pixel, borders included.
+    x and grad: (B, C, H, W). oneDNN's depthwise kernel for this gradient supports filters of up to 3 columns;
+    wider ones fall back to a kernel for dense convolutions, which takes 4 to 20 times as long as the forward
+    pass. Here, every 3 columns are computed as the gradient of a K × 3 filter on a shifted map. The shift
+    copies nothing: in a channels-last buffer with K // 2 zeros between its rows, a view that starts one pixel
+    later is the map shifted by one pixel, borders included.
     """
     (batch, channels, height, width), padding = x.shape, kernel // 2
-    rows, columns = max(height, kernel), width + padding  # the kernel also wants maps as high as the filter
+    rows, columns = max(height, kernel), width + padding  # oneDNN also needs maps as high as the filter
     shape = (batch, channels, rows, columns)
     strides = (rows * columns * channels, 1, columns * channels, channels)
     buffer = x.new_zeros(batch * rows * columns + 2 * padding, channels)
@@ -65,13 +66,11 @@ def depthwise_weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
     if rows > height or padding > 2:  # the views are wider than the filter needs
         grad = F.pad(grad, (0, padding - 2, 0, rows - height))
     grad = grad.contiguous(memory_format=torch.channels_last)
-    weight, strips = x.new_empty(channels, 1, kernel, 3), []
+    strips = []
     for column in range(0, kernel, 3):
         start = min(column, kernel - 3)  # the last filter overlaps the one before
-        strip = torch.ops.aten.convolution_backward(
-            grad, buffer.as_strided(shape, strides, start * channels), weight, None,
-            [1, 1], [padding, 0], [1, 1], False, [0, 0], channels, [False, True, False],
-        )[1]  # fmt: skip
+        shifted = buffer.as_strided(shape, strides, start * channels)
+        strip = conv2d_weight(shifted, (channels, 1, kernel, 3), grad, padding=(padding, 0), groups=channels)
         strips.append(strip[..., column - start :])
     return torch.cat(strips, dim=3)
 
@@ -79,8 +78,8 @@ def depthwise_weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
 class FastDepthwise(torch.autograd.Function):
     """`F.conv2d(x, weight, padding=K // 2, groups=C)`, K odd, with gradients that are fast on x86 CPUs.
 
-    They equal PyTorch's within rounding. With `create_graph=True` PyTorch computes them itself, so that they
-    can be differentiated in turn, and for a batch of gradients.
+    The gradients equal PyTorch's up to rounding. PyTorch computes them itself for double backward
+    (`create_graph=True`) and for a batch of gradients (`is_grads_batched=True`).
     """
 
     @staticmethod
@@ -92,20 +91,18 @@ class FastDepthwise(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         kernel, channels, (need_x, need_weight) = weight.shape[-1], x.shape[1], ctx.needs_input_grad
-        padding = kernel // 2
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched
-            return torch.ops.aten.convolution_backward(
-                grad, x, weight, None,
-                [1, 1], [padding, padding], [1, 1], False, [0, 0], channels, [need_x, need_weight, False],
-            )[:2]  # fmt: skip
-        # The gradient of x is a convolution with the flipped filter, which is faster than oneDNN's gradient.
+        settings = {"padding": kernel // 2, "groups": channels}
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+            x_grad = conv2d_input(x.shape, weight, grad, **settings)
+            return x_grad, conv2d_weight(x, weight.shape, grad, **settings)
+        # A convolution of the gradient with the flipped filter is faster than oneDNN's gradient of x.
         with torch.autocast("cpu", enabled=False):
-            x_grad = F.conv2d(grad, weight.flip(2, 3), None, 1, padding, groups=channels) if need_x else None
+            x_grad = F.conv2d(grad, weight.flip(2, 3), **settings) if need_x else None
         return x_grad, depthwise_weight_gradient(x, grad, kernel) if need_weight else None
 
 
 def _takes_fast_gradients(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether `FastDepthwise` is to replace `F.conv2d`: in plain eager training on an x86 CPU, in float32."""
+    """Whether `FastDepthwise` replaces `F.conv2d`: in plain eager float32 training on an x86 CPU."""
     return (
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and not torch._C._are_functorch_transforms_active()
@@ -114,17 +111,17 @@ def _takes_fast_gradients(x: Tensor, weight: Tensor, stride: int, padding: int) 
         and (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32)
         and (weight.requires_grad and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"))
         and (weight.shape[-1] > 3 and stride == 1 and padding == (weight.shape[-1] - 1) / 2)
-        and x.numel() >= 2**14  # in smaller maps its calls cost more than they save
+        and x.numel() >= 2**14  # below this, the extra calls cost more than they save
         and (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available())
     )
 
 
-@torch.fx.wrap  # branches on the device of its input: one node of a symbolic trace
+@torch.fx.wrap  # branches on its input, so a symbolic trace has to keep it as one node
 def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, training: bool) -> Tensor:
     """Depthwise convolution of x (B, C, H, W) with weight (C, 1, K, K), without bias.
 
-    Computed in float32 when training in mixed precision on a CPU, where the gradient of a bfloat16 depthwise
-    convolution takes three times as long.
+    Mixed-precision training on a CPU computes it in float32: the gradient of a bfloat16 depthwise convolution
+    takes three times as long there.
     """
     if training and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
@@ -145,7 +142,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class MixedDepthwise(nn.Module):
-    """Depthwise convolution whose channel groups have the `MIXED_KERNELS` (MixConv, Tan and Le 2019).
+    """Depthwise convolution with a kernel size per channel group, `MIXED_KERNELS` (MixConv, Tan and Le 2019).
 
     The groups are equal except for the first, which takes the remainder, as in `timm.layers.MixedConv2d`.
     """
@@ -183,14 +180,13 @@ class SeparableConv(nn.Module):
         return self.pointwise(x)
 
 
-@torch.fx.wrap  # branches on the shape and memory format of its input: one node of a symbolic trace
+@torch.fx.wrap  # branches on its input, so a symbolic trace has to keep it as one node
 def blur_pool(x: Tensor, training: bool) -> Tensor:
     """Blur x (B, C, H, W) with a fixed 3 × 3 filter, then subsample by 2. See `BlurPool`."""
-    # A map one pixel high or wide has nothing to reflect.
-    mode = "reflect" if min(x.shape[-2:]) > 1 else "replicate"
+    mode = "reflect" if min(x.shape[-2:]) > 1 else "replicate"  # a single row has nothing to reflect
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not training:
-        # The compiler fuses a sum of slices with the max pool and the padding before it. A convolution is a
-        # kernel of its own, for which they would first be written to memory.
+        # The compiler fuses a sum of slices with the max pool and the padding before it. A convolution would
+        # be a kernel of its own, with its input written to memory first.
         height, width = x.shape[-2:]
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         x = F.pad(x, (1, 1, 1, 1), mode=mode)
@@ -203,16 +199,16 @@ def blur_pool(x: Tensor, training: bool) -> Tensor:
         x = torch.cat([x[..., 1:2], x, x[..., -2:-1]], dim=3)
     else:
         x = F.pad(x, (1, 1, 1, 1), mode=mode)
-    # Computed where it is needed: a buffer outside the state dict keeps garbage after `to_empty`.
+    # Not a buffer: `to_empty` would leave one that is outside the state dict uninitialized.
     row = 0.5 - 0.25 * torch.arange(-1, 2, device=x.device, dtype=x.dtype).abs()  # [0.25, 0.5, 0.25]
     weight = torch.outer(row, row).expand(x.shape[1], 1, 3, 3)
     return depthwise_conv2d(x, weight, 2, 0, training)
 
 
 class BlurPool(nn.Module):
-    """Blur with a fixed binomial 3 × 3 filter, then subsample by 2 (Zhang 2019): H becomes ceil(H / 2).
+    """Blur with a fixed 3 × 3 filter, then subsample by 2 (Zhang 2019): H becomes ceil(H / 2).
 
-    The filter is [1 2 1] ⊗ [1 2 1] / 16 for every channel; the padding reflects. Agrees with
+    The filter is [1 2 1] ⊗ [1 2 1] / 16 for every channel, with reflection padding, as in
     `timm.layers.BlurPool2d`.
     """
 
@@ -220,8 +216,8 @@ class BlurPool(nn.Module):
         return blur_pool(x, self.training)
 
 
-# Functions of the number of channels: layers that halve the resolution, H to ceil(H / 2). "conv" is
-# separable, as every convolution inside Xception's blocks.
+# Functions of the number of channels that return a layer to halve the resolution: H becomes ceil(H / 2).
+# "conv" is separable, like every convolution inside Xception's blocks.
 POOLINGS: dict[str, Callable[[int], nn.Module]] = {
     "max": lambda channels: nn.MaxPool2d(3, 2, 1),
     "conv": lambda channels: SeparableConv(channels, channels, 3, stride=2),
@@ -264,10 +260,10 @@ class Design:
 
 
 class SqueezeExcite(nn.Module):
-    """Scale each channel by a gate in (0, 1) computed from the global mean of the map (Hu et al. 2018).
+    """Squeeze-and-excitation: scales each channel by a gate computed from the map's mean (Hu et al. 2018).
 
-    Squeezes to 1/16 of the channels, rounded to a multiple of 8, at least 8. With batch norm, training needs
-    a batch of two or more, since the squeezed map is 1 × 1. Agrees with timm's `SEModule` of ratio 1/16.
+    Squeezes to 1/16 of the channels, rounded to a multiple of 8, at least 8, like timm's `SEModule`. With
+    batch norm, training needs at least two images, since the squeezed map is 1 × 1.
     """
 
     def __init__(self, channels: int, design: Design):
@@ -285,8 +281,8 @@ class SqueezeExcite(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """In training, drop a residual branch for each sample with probability `rate` and scale the kept ones by
-    1 / (1 - rate) (Huang et al. 2016). Draws the same random numbers as `timm.layers.DropPath`.
+    """Stochastic depth (Huang et al. 2016): in training, drops a residual branch for each sample with
+    probability `rate` and scales the others by 1 / (1 - rate). Draws the random numbers of timm's `DropPath`.
     """
 
     def __init__(self, rate: float):
@@ -300,15 +296,12 @@ class StochasticDepth(nn.Module):
         mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep)  # (B, 1, 1, 1)
         return x * mask.div_(keep)
 
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.4g}"
-
 
 class PatchifyStem(nn.Module):
-    """Convolution over non-overlapping patches of `stride` pixels (paper, section 3.2, "Soft" Patchify Stem).
+    """Convolution over non-overlapping patches of `stride` × `stride` pixels, followed by a norm (paper,
+    section 3.2, "Soft" Patchify Stem). H becomes floor(H / stride).
 
-    Followed by a norm, with an activation in between if `activated`, as in the isotropic networks; the
-    pyramids have none, as ConvNeXt. H becomes floor(H / stride).
+    Isotropic networks have an activation before the norm (`activated`); pyramids have none, as in ConvNeXt.
     """
 
     def __init__(self, in_channels: int, width: int, stride: int, design: Design, activated: bool):
@@ -343,7 +336,7 @@ class ConvStem(nn.Module):
 
 
 class PyramidDownsample(nn.Module):
-    """Transition between two stages of a pyramid: a norm, then half the resolution and another width.
+    """Transition between two stages of a pyramid: a norm, then half the resolution and a new width.
 
     With pooling "conv", a 2 × 2 convolution of stride 2 as in ConvNeXt and NEXcepTion-TP (H becomes
     floor(H / 2)); otherwise the pooling (H becomes ceil(H / 2)) followed by a 1 × 1 convolution.
@@ -366,11 +359,12 @@ class PyramidDownsample(nn.Module):
 
 
 class DownsamplingBlock(nn.Module):
-    """Entry or exit block: two separable convolutions, pooling, SE and stochastic depth, added to a 1 × 1
-    convolution of stride 2 followed by a norm (appendix, tables 5 and 6). H becomes ceil(H / 2).
+    """Block of the entry or exit flow: two separable convolutions, pooling, SE and stochastic depth; the skip
+    connection is a 1 × 1 convolution of stride 2 followed by a norm (appendix, tables 5 and 6). H becomes
+    ceil(H / 2).
 
-    `widths` are those of the input, after convolution 1 and of the output. `after_activation` leaves out the
-    activation before convolution 1, as Xception does in its first block, since the stem ends in one.
+    `widths` are those of the input, of convolution 1 and of the output. After Xception's stem, which ends in
+    an activation, `after_activation` omits the one before convolution 1.
     """
 
     def __init__(
@@ -400,10 +394,11 @@ class DownsamplingBlock(nn.Module):
 
 
 class MiddleBlock(nn.Module):
-    """Three separable convolutions, SE and stochastic depth, added to the input (paper, Figure 1).
+    """Block of the middle flow: three separable convolutions, SE and stochastic depth, added to the input
+    (paper, Figure 1). The resolution stays.
 
-    The bottleneck (NEXcepTion) block widens to `expansion` × `channels` after convolution 1 and returns to
-    `channels` in convolution 2; the Xception block keeps its width. The resolution stays.
+    The bottleneck (NEXcepTion) block widens to `expansion` × `channels` in convolution 1 and returns to
+    `channels` in convolution 2; the Xception block keeps its width.
     """
 
     def __init__(self, channels: int, expansion: int, design: Design, drop_path: float):
@@ -431,7 +426,7 @@ class MiddleBlock(nn.Module):
 
 
 class ExitConv(nn.Module):
-    """One of the two 3 × 3 separable convolutions that end an isotropic network, with norm and activation."""
+    """One of the two final 3 × 3 separable convolutions of an isotropic network, with norm and activation."""
 
     def __init__(self, in_channels: int, out_channels: int, design: Design):
         super().__init__()
