@@ -1,4 +1,4 @@
-"""Train a network. By default: a small NEXcepTion on handwritten digits, 98% in about a minute on a CPU.
+"""Train a network. By default: a small NEXcepTion on handwritten digits, 99% in about a minute on a CPU.
 
     python train.py                                               # digits, nexception_nano, two CPU cores
     torchrun --nproc_per_node=4 train.py --data /path/imagenet --model nexception_t       # the paper's run
@@ -8,11 +8,11 @@
 
 A run lives in its folder (`--out`): `config.json` (the resolved options), `metrics.jsonl` (one line per
 epoch), `last.pt` and the checkpoint before it, `previous.pt`, `best.pt` (the weights with the best validation
-top-1), `curves.png`. The same command continues a run that stopped for whatever reason: at worst the
-unfinished epoch is repeated, and on a CPU the result equals that of an uninterrupted run bit for bit. Every
-random draw is keyed by (seed, epoch, step, virtual rank), so there is no random state to lose. More epochs
-mean another schedule, and therefore another `--out`. SIGTERM saves in mid-epoch and exits with status 143,
-Ctrl-C likewise with 130.
+top-1), `curves.png`, and for an image folder the lists of its files, `files-*.npz`. The same command
+continues a run that stopped for whatever reason: at worst the unfinished epoch is repeated, and on a CPU the
+result equals that of an uninterrupted run bit for bit. Every random draw is keyed by (seed, epoch, step,
+virtual rank), so there is no random state to lose. More epochs mean another schedule, and therefore another
+`--out`. SIGTERM saves in mid-epoch and exits with status 143, Ctrl-C likewise with 130.
 
 One optimizer step takes processes x accumulate micro-batches of `batch` images. Each micro-batch is a virtual
 rank with its own stride of the epoch's images, its own mixup draw and its own batch-norm pass, so that 4 x 64
@@ -26,7 +26,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import datetime
 import gc
+import importlib.util
 import io
 import itertools
 import json
@@ -36,7 +38,6 @@ import os
 import signal
 import sys
 import textwrap
-import threading
 import time
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -65,13 +66,21 @@ from torch import Tensor, nn
 
 LOG_EVERY = 50  # steps between looks at the loss: each one waits for the device
 WARMUP_LR = 1e-4  # learning rate of the first warm-up epoch, unless --lr is lower
+MIN_LR = 1e-6  # learning rate at the end of the cosine and in the cool-down, unless --lr is lower
+MAX_GRAD_NORM = 1.0  # global norm that gradients are clipped to
 SMALL_FOLDER = 100_000  # training images below which a folder does not get ImageNet's recipe
 AMP = ("auto", "bf16", "fp16", "off")
 MAX_SKIPPED = 20  # consecutive float16 steps whose loss may overflow while the loss scale adapts
 
 # --------------------------------------------------------------------------------------------------
 # Command line: a dataclass field is an option
-# --------------------------------------------------------------------------------------------------
+
+BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def option(default, help: str, least=None, most=None, *, above=None, below=None, **argparse_arguments):
@@ -80,7 +89,8 @@ def option(default, help: str, least=None, most=None, *, above=None, below=None,
     `positional=True` makes it an argument without dashes, required when `default` is MISSING; the rest, such
     as choices and metavar, goes to argparse.
     """
-    bounds = {"least": least, "most": most, "above": above, "below": below}
+    bounds = {"least": least, "above": above, "most": most, "below": below}
+    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
     return field(default=default, metadata={"help": help, "bounds": bounds, **argparse_arguments})
 
 
@@ -98,55 +108,48 @@ def parse(options: type, argv: list[str], prog: str, epilog: str = ""):
     shown = {"description": (options.__doc__ or "").strip(), "epilog": epilog}
     shown["formatter_class"] = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog=prog, allow_abbrev=False, **shown)
-    types = typing.get_type_hints(options)
+    hints = typing.get_type_hints(options)
     for entry in fields(options):
-        settings = {key: value for key, value in entry.metadata.items() if key != "bounds"}
-        positional = settings.pop("positional", False)
-        hint = types[entry.name]
+        settings = dict(entry.metadata)
+        bounds, positional = settings.pop("bounds"), settings.pop("positional", False)
+        hint, required = hints[entry.name], entry.default is MISSING
         many = typing.get_origin(hint) is tuple
         kind = (typing.get_args(hint) or (hint,))[0]  # of `kind | None` and `tuple[kind, ...]` too
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings["type"] = comma_separated(kind) if many and not positional else kind
-            if not positional and "choices" not in settings:
-                settings.setdefault("metavar", f"{kind.__name__},..." if many else kind.__name__)
-        if positional and (many or entry.default is not MISSING):
-            settings.setdefault("nargs", ("+" if entry.default is MISSING else "*") if many else "?")
-        if entry.default is not MISSING:
+            settings["type"] = converter(kind, many and not positional, bounds)
+        if positional:
+            settings.setdefault("nargs", ("+" if required else "*") if many else (None if required else "?"))
+        elif kind is not bool and "choices" not in settings:
+            settings.setdefault("metavar", f"{kind.__name__},..." if many else kind.__name__)
+        if not required:
             settings["default"] = entry.default
-            shown = ",".join(map(str, entry.default)) if many else entry.default
-            settings["help"] += f" (default: {shown})" if shown not in (None, False, "") else ""
+            default = ",".join(map(str, entry.default)) if many else entry.default
+            settings["help"] += f" (default: {default})" if default not in (None, False, "") else ""
         parser.add_argument(entry.name if positional else "--" + entry.name.replace("_", "-"), **settings)
     values = vars(parser.parse_args(argv))
-    for entry in fields(options):
-        if isinstance(values[entry.name], list):
-            values[entry.name] = tuple(values[entry.name])
-        given = values[entry.name] if isinstance(values[entry.name], tuple) else (values[entry.name],)
-        for value in given:
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                check_bounds("--" + entry.name.replace("_", "-"), value, **entry.metadata.get("bounds", {}))
-    return options(**values)
+    return options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def comma_separated(kind: type) -> typing.Callable[[str], tuple]:
-    def convert(text: str) -> tuple:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+def converter(kind: type, many: bool, bounds: dict) -> typing.Callable[[str], typing.Any]:
+    """Return a function from text to a finite `kind` within bounds, or to a tuple of them."""
 
-    convert.__name__ = f"list of {kind.__name__}"  # argparse's errors show it
+    def one(text: str):
+        value = kind(text.strip())
+        if kind is not str:
+            wanted = ["finite"] if kind is float else []
+            wanted += [f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items()]
+            inside = all(BOUNDS[name][1](value, bound) for name, bound in bounds.items())
+            if not (inside and math.isfinite(value)):
+                raise argparse.ArgumentTypeError(f"must be {' and '.join(wanted)}, not {text}")
+        return value
+
+    def convert(text: str):
+        return tuple(one(part) for part in text.split(",") if part.strip()) if many else one(text)
+
+    convert.__name__ = kind.__name__  # argparse's errors show it
     return convert
-
-
-def check_bounds(name: str, value: float, least=None, most=None, above=None, below=None) -> None:
-    """Raise UsageError when a number is not finite or out of bounds."""
-    if not math.isfinite(value):
-        raise UsageError(f"{name} {value}: must be a finite number")
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    holds = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
-    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
-    if not all(holds[words](value, bound) for words, bound in bounds.items()):
-        wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
-        raise UsageError(f"{name} {value:g}: must be {wanted}")
 
 
 def run_script(main: typing.Callable[[list[str]], int]) -> typing.NoReturn:
@@ -156,8 +159,7 @@ def run_script(main: typing.Callable[[list[str]], int]) -> typing.NoReturn:
             status = main(sys.argv[1:])
         except SystemExit as end:  # argparse, after --help
             status = end.code
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at exit
         status = 128 + signal.SIGPIPE
@@ -166,22 +168,22 @@ def run_script(main: typing.Callable[[list[str]], int]) -> typing.NoReturn:
 
 # --------------------------------------------------------------------------------------------------
 # Parts of a recipe: schedule, mixing, losses, optimizers
-# --------------------------------------------------------------------------------------------------
 
 
 def lr_at(epoch: int, options: Options) -> float:
-    """Return the learning rate of an epoch: linear warm-up, cosine from `lr` to `min_lr`, then `min_lr`.
+    """Return the learning rate of an epoch: linear warm-up, cosine from `lr` to MIN_LR, then MIN_LR.
 
     The cosine counts from epoch 0, beneath the warm-up, as timm's CosineLRScheduler does by default: `lr`
     itself is never reached (paper, section 3.1).
     """
+    lowest = min(MIN_LR, options.lr)
     if epoch < options.warmup_epochs:
         start = min(WARMUP_LR, options.lr)
         return start + epoch * (options.lr - start) / options.warmup_epochs
     if epoch >= options.epochs:
-        return options.min_lr
+        return lowest
     cosine = 1 + math.cos(math.pi * epoch / options.epochs)
-    return options.min_lr + (options.lr - options.min_lr) / 2 * cosine
+    return lowest + (options.lr - lowest) / 2 * cosine
 
 
 @dataclass(frozen=True)
@@ -248,9 +250,10 @@ class Lamb(torch.optim.Optimizer):
 
     Gradients are clipped to `max_grad_norm`, over all groups together. In groups with weight decay, each
     tensor's update (Adam's, plus decay times the tensor) is scaled to the tensor's own norm, unless either
-    norm is zero; groups without decay take plain Adam steps. All dense float32 tensors of a group go through
-    each operation at once, and Adam's part is PyTorch's fused kernel, which reads and writes each value once.
-    Other tensors take a loop, in float32 or wider; their moments have the parameter's type, as timm's.
+    norm is zero; groups without decay take plain Adam steps. All tensors of a group go through each operation
+    at once, and Adam's part is PyTorch's fused kernel, which reads and writes each value once. Tensors of
+    half precision, or with gaps in memory, are updated as dense float32 copies; their moments keep the
+    parameter's type, as timm's.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, max_grad_norm=1.0):
@@ -280,63 +283,53 @@ class Lamb(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            # zeros_like is dense: where its strides differ from the parameter's, that has gaps
-            fused = [p.dtype == torch.float32 and same_layout(p, self.state[p]["exp_avg"]) for p in params]
-            self._update_fused(group, [p for p, f in zip(params, fused, strict=True) if f], clip.float())
-            self._update_others(group, [p for p, f in zip(params, fused, strict=True) if not f], clip)
+            for double in (False, True):  # the kernel takes tensors of one type
+                self._update(group, [p for p in params if (p.dtype == torch.float64) is double], clip)
         return loss
 
-    def _update_fused(self, group: dict, params: list[Tensor], clip: Tensor) -> None:
+    def _update(self, group: dict, params: list[Tensor], clip: Tensor) -> None:
         if not params:
             return
+        wide = torch.promote_types(params[0].dtype, torch.float32)
+        states = [self.state[p][name] for name in ("exp_avg", "exp_avg_sq") for p in params]
+        # For dense float32 parameters, all of these are the tensors themselves, otherwise copies.
+        moments = [state.to(wide) for state in states]
+        first, second = moments[: len(params)], moments[len(params) :]
+        values = [in_layout_of(m, p) for m, p in zip(first, params, strict=True)]
+        gradients = [in_layout_of(m, p.grad) for m, p in zip(first, params, strict=True)]
+        if wide == torch.float64:  # the kernel would read the clipping factor as float32
+            gradients, clip = torch._foreach_div(gradients, clip), None
         decay = group["weight_decay"]
         # With decay, Adam at a learning rate of -1 adds its update to decay x parameter; without, it steps.
-        updates = torch._foreach_mul(params, decay) if decay else params
-        gradients = [p.grad if same_layout(p.grad, p) else torch.empty_like(p).copy_(p.grad) for p in params]
-        moments = [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")]
-        steps = [torch.full((), float(group["step"]), device=clip.device)] * len(params)
+        updates = torch._foreach_mul(values, decay) if decay else values
+        steps = [torch.full((), float(group["step"]), device=values[0].device)] * len(params)
         torch._fused_adam_(
-            updates, gradients, *moments, [], steps, lr=-1.0 if decay else group["lr"],
+            updates, gradients, first, second, [], steps, lr=-1.0 if decay else group["lr"],
             beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=0.0, eps=group["eps"],
             amsgrad=False, maximize=False, grad_scale=clip,
         )  # fmt: skip
         if decay:
-            before, after = norms(params), norms(updates)
+            before, after = norms(values), norms(updates)
             trust = torch.where((before > 0) & (after > 0), before / after, 1.0)
-            torch._foreach_addcmul_(params, updates, list((trust * -group["lr"]).unbind()))
-
-    def _update_others(self, group: dict, params: list[Tensor], clip: Tensor) -> None:
-        (beta1, beta2), decay = group["betas"], group["weight_decay"]
-        for p in params:
-            wide = torch.promote_types(p.dtype, torch.float32)
-            gradient, state = p.grad.to(wide) / clip.to(wide), self.state[p]
-            first = state["exp_avg"].to(wide).lerp(gradient, 1 - beta1)
-            second = state["exp_avg_sq"].to(wide).lerp(gradient.square(), 1 - beta2)
-            state["exp_avg"].copy_(first)
-            state["exp_avg_sq"].copy_(second)
-            first, second = (m / (1 - b ** group["step"]) for m, b in ((first, beta1), (second, beta2)))
-            update = first / (second.sqrt() + group["eps"]) + decay * p.to(wide)
-            if decay:
-                before, after = p.to(wide).norm(), update.norm()
-                update *= torch.where((before > 0) & (after > 0), before / after, 1.0)
-            p.copy_(p.to(wide) - group["lr"] * update)
+            torch._foreach_addcmul_(values, updates, list((trust * -group["lr"]).unbind()))
+        for tensor, result in zip(params + states, values + moments, strict=True):
+            if result is not tensor:
+                tensor.copy_(result)
 
 
 def norms(tensors: list[Tensor]) -> Tensor:
-    """Return the Euclidean norm of each tensor, (N,), float32 or wider."""
-    if all(t.dtype == torch.float32 for t in tensors):
-        return torch.stack(torch._foreach_norm(tensors))
+    """Return the Euclidean norm of each tensor, (N,), float32, or float64 if any tensor is."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return torch.stack([torch.linalg.vector_norm(t, dtype=wide) for t in tensors])
+    return torch.stack(torch._foreach_norm(tensors, 2, wide))
 
 
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors of one shape keep their values in the same order and type."""
-    if a.dtype != b.dtype or a.layout != b.layout:
-        return False
-    return a.stride() == b.stride() or all(
-        n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
+def in_layout_of(model: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor` if it has the type of `model` and its order of values in memory, else such a copy."""
+    if tensor.dtype == model.dtype and tensor.layout == model.layout:
+        strides = zip(tensor.shape, tensor.stride(), model.stride(), strict=True)
+        if all(n == 1 or s == t for n, s, t in strides):
+            return tensor
+    return torch.empty_like(model).copy_(tensor)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -351,72 +344,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # Another optimizer is a line here: a function of parameter groups and options. Gradients are clipped before
 # its step, unless it has a `max_grad_norm` of its own.
 OPTIMIZERS = {
-    "lamb": lambda groups, o: Lamb(groups, lr=o.lr, max_grad_norm=o.max_grad_norm),
+    "lamb": lambda groups, o: Lamb(groups, lr=o.lr, max_grad_norm=MAX_GRAD_NORM),
     "adamw": lambda groups, o: torch.optim.AdamW(groups, lr=o.lr),
 }
 
 
 # --------------------------------------------------------------------------------------------------
-# Options and recipes
-# --------------------------------------------------------------------------------------------------
-
-
-# fmt: off
-@dataclass
-class Options:
-    """Train or evaluate a network. Options that are left out come from the recipe (see below)."""
-
-    data: str = option("digits", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
-    model: str | None = option(None, f"{', '.join(MODELS)}, or the path of a JSON config")
-    out: str | None = option(None, "folder of the run (default: runs/DATA-MODEL)")
-    recipe: str | None = option(None, "recipe to start from (default: chosen by --data and --init-weights)")
-    init_weights: str | None = option(None, "checkpoint to start from: ours, the authors' or timm's Xception")
-    freeze: bool = option(False, "train the classifier alone, everything else at rest")
-    eval: str | None = option(None, "only evaluate this checkpoint on --data: top-1 and top-5")
-    seed: int | None = option(None, "seed of initial weights, order and augmentation", 0, 2**32 - 1)
-
-    epochs: int | None = option(None, "epochs of the cosine schedule", 1)
-    batch: int | None = option(None, "images per micro-batch", 1)
-    accumulate: int | None = option(None, "micro-batches per process in an optimizer step", 1)
-    size: int | None = option(None, "side of the network's input in pixels", 8, 4096)
-    drop_path: float | None = option(None, "rate of stochastic depth (default: the model's)", 0, below=1)
-    loss: str = option("bce", "binary cross-entropy of thresholded targets, or a peer", choices=tuple(LOSSES))
-    loss_threshold: float | None = option(None, "mixed targets above it count as 1, others as 0", 0, below=1)
-
-    optimizer: str | None = option(None, "optimizer", choices=tuple(OPTIMIZERS))
-    lr: float | None = option(None, "learning rate, reached after the warm-up", above=0)
-    min_lr: float | None = option(None, "learning rate at the end of the cosine and in the cool-down", 0)
-    warmup_epochs: int | None = option(None, "epochs of linear warm-up, counted within --epochs", 0)
-    cooldown_epochs: int | None = option(None, "epochs at --min-lr after the cosine", 0)
-    weight_decay: float | None = option(None, "weight decay of tensors with two or more dimensions", 0)
-    max_grad_norm: float | None = option(None, "global norm that gradients are clipped to", above=0)
-    ema: float = option(0.0, "decay of averaged weights, which are then evaluated; 0: none", 0, below=1)
-
-    mixup: float | None = option(None, "alpha of mixup; 0: none", 0)
-    cutmix: float | None = option(None, "alpha of cutmix; 0: none", 0)
-    rand_augment: float | None = option(None, "magnitude of RandAugment; 0: none", 0, 10)
-    repeats: int | None = option(None, "repeated augmentation: copies of an image per epoch; 1: none", 1)
-    flip: float | None = option(None, "probability of a horizontal flip", 0, 1)
-    exif: bool = option(False, "turn photographs as their EXIF orientation says")
-    min_scale: float | None = option(None, "smallest share of an image in a random crop", above=0, most=1)
-
-    amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs", choices=AMP)
-    compile: bool = option(False, "torch.compile the training step")
-    grad_checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory, slower")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-
-    workers: int | None = option(None, "data-loading processes (default: one per core)", 0)
-    max_bad_files: int = option(50, "unreadable image files to tolerate", 0)
-    root: str = option("data", "folder that CIFAR is read from or downloaded to")
-    tensorboard: bool = option(False, "also log to OUT/tensorboard")
-    wandb: bool = option(False, "also log to Weights & Biases")
-# fmt: on
-
-
-# Options that may differ when a run continues, because they do not change what is learned. `accumulate` may
-# change as long as processes x accumulate stays the same; a recipe is compared by its values.
-FREE = {"out", "eval", "recipe", "device", "workers", "max_bad_files", "root", "tensorboard", "wandb"}
-FREE |= {"accumulate", "grad_checkpointing"}
+# Recipes and options
 
 
 class Recipe(typing.NamedTuple):
@@ -429,9 +363,9 @@ class Recipe(typing.NamedTuple):
 # Table 2 of the paper's appendix, with the meaning that the code of the published runs gave it: LAMB with its
 # own clipping, ten epochs of cool-down, 4 x 64 images per step. Augmentation: `data.default_augmentation`.
 PAPER = {
-    "model": "nexception_t", "seed": 1, "epochs": 300, "batch": 64, "micro_batches": 4, "loss_threshold": 0.2,
-    "optimizer": "lamb", "lr": 2e-3, "min_lr": 1e-6, "warmup_epochs": 5, "cooldown_epochs": 10,
-    "weight_decay": 0.02, "max_grad_norm": 1.0, "mixup": 0.1, "cutmix": 1.0,
+    "model": "nexception_t", "seed": 1, "epochs": 300, "batch": 64, "micro_batches": 4, "loss": "bce",
+    "loss_threshold": 0.2, "optimizer": "lamb", "lr": 2e-3, "warmup_epochs": 5, "cooldown_epochs": 10,
+    "weight_decay": 0.02, "mixup": 0.1, "cutmix": 1.0,
 }  # fmt: skip
 ONE = PAPER | {"micro_batches": 1, "cooldown_epochs": 0}
 CIFAR = ONE | {"model": "nexception_reduced", "epochs": 100, "batch": 128, "lr": 5e-3}
@@ -454,70 +388,116 @@ RECIPES = {
         "nexception_nano reaches 99.2 to 100% (seeds 1 to 3) in a minute on two idle CPU cores",
         ONE | {"model": "nexception_nano", "epochs": 20, "lr": 1e-2, "warmup_epochs": 2, "cutmix": 0.0},
     ),
+    "numbers": Recipe(
+        "nexception_nano: not measured yet",
+        ONE | {"model": "nexception_nano", "epochs": 30, "batch": 32, "lr": 1e-2, "warmup_epochs": 0,
+               "loss": "soft_ce", "mixup": 0.0, "cutmix": 0.0},
+    ),
     "cifar10": Recipe("the paper's search network (not run in full here)", CIFAR),
     "cifar100": Recipe("the paper's search network (not run in full here)", CIFAR),
 }  # fmt: skip
 
 
+# fmt: off
+@dataclass
+class Options:
+    """Train or evaluate a network. Options that are left out come from the recipe (see below)."""
+
+    data: str = option("digits", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
+    model: str | None = option(None, f"{', '.join(MODELS)}, or the path of a JSON config")
+    out: str | None = option(None, "folder of the run (default: runs/DATA-MODEL)")
+    recipe: str | None = option(None, "default: chosen by --data and --init-weights", choices=tuple(RECIPES))
+    init_weights: str | None = option(None, "checkpoint to start from: ours, the authors' or timm's Xception")
+    freeze: bool = option(False, "train the classifier alone, everything else at rest")
+    eval: str | None = option(None, "only evaluate this checkpoint on --data: top-1 and top-5")
+    seed: int | None = option(None, "seed of initial weights, order and augmentation", 0, 2**32 - 1)
+
+    epochs: int | None = option(None, "epochs of the cosine schedule", 1)
+    batch: int | None = option(None, "images per micro-batch", 1)
+    accumulate: int | None = option(None, "micro-batches per process in an optimizer step", 1)
+    size: int | None = option(None, "side of the network's input in pixels", 8, 4096)
+    drop_path: float | None = option(None, "rate of stochastic depth (default: the model's)", 0, below=1)
+    loss: str | None = option(None, "bce thresholds the targets of mixed images", choices=tuple(LOSSES))
+    loss_threshold: float | None = option(None, "mixed targets above it count as 1, others as 0", 0, below=1)
+
+    optimizer: str | None = option(None, "optimizer", choices=tuple(OPTIMIZERS))
+    lr: float | None = option(None, "learning rate, reached after the warm-up", above=0)
+    warmup_epochs: int | None = option(None, "epochs of linear warm-up, counted within --epochs", 0)
+    cooldown_epochs: int | None = option(None, "epochs at the lowest learning rate after the cosine", 0)
+    weight_decay: float | None = option(None, "weight decay of tensors with two or more dimensions", 0)
+    ema: float = option(0.0, "decay of averaged weights, which are then evaluated; 0: none", 0, below=1)
+
+    mixup: float | None = option(None, "alpha of mixup; 0: none", 0)
+    cutmix: float | None = option(None, "alpha of cutmix; 0: none", 0)
+    rand_augment: float | None = option(None, "magnitude of RandAugment; 0: none", 0, 10)
+    repeats: int | None = option(None, "repeated augmentation: copies of an image per epoch; 1: none", 1)
+    flip: float | None = option(None, "probability of a horizontal flip", 0, 1)
+    exif: bool = option(False, "turn photographs as their EXIF orientation says")
+    min_scale: float | None = option(None, "smallest share of an image in a random crop", above=0, most=1)
+
+    amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs", choices=AMP)
+    compile: bool = option(False, "torch.compile the training step")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    workers: int | None = option(None, "data-loading processes (default: one per core)", 0)
+    root: str = option("data", "folder that CIFAR is read from or downloaded to")
+    wandb: bool = option(False, "also log to Weights & Biases")
+# fmt: on
+
+
+# Options that may differ when a run continues, because they do not change what is learned. `accumulate` may
+# change as long as processes x accumulate stays the same; a recipe is compared by its values.
+FREE = {"out", "eval", "recipe", "accumulate", "device", "workers", "root", "wandb"}
+
+
 def recipes_help() -> str:
     """Describe the recipes and their values for --help."""
-    lines = [
-        "recipes (micro_batches: processes x accumulate; augmentation: the data's own unless given here):"
-    ]
+    lines = ["recipes (micro_batches: processes x accumulate; augmentation: by default the data's own):"]
     for name, recipe in RECIPES.items():
         values = ", ".join(f"{key} {value}" for key, value in recipe.values.items())
         lines += textwrap.wrap(f"  {name}: {recipe.expect}. {values}", 110, subsequent_indent="    ")
     return "\n".join(lines)
 
 
-def resolve(
-    options: Options, world: int = 1, images: int | None = None, former: dict | None = None, say=None
-) -> Options:
+def default_recipe(data: str) -> str:
+    """Return the name of the recipe for training on `data` from scratch; a new small set takes digits'."""
+    return "paper" if data not in SMALL_SETS else data if data in RECIPES else "digits"
+
+
+def default_out(options: Options) -> str:
+    """Return the folder of a run: --out, or one named after the data and the model."""
+    model = options.model or options.init_weights or RECIPES[default_recipe(options.data)].values["model"]
+    return options.out or f"runs/{Path(options.data).resolve().name}-{Path(model).stem}"
+
+
+def resolve(options: Options, world: int = 1, images: int | None = None, say=lambda text: None) -> Options:
     """Fill options that were left out from the recipe that fits the data, the model and the initial weights.
 
-    images: number of training images of a folder, for the choice of its recipe. former: the record of a run
-    to be continued; when a version without named recipes wrote it, its values replace the recipe's. say:
-    called with a line for each choice that a user should know of. Raises UsageError for impossible or
-    contradictory values.
+    images: number of training images of a folder, for the choice of its recipe. say: called with a line for
+    each choice that a user should know of. Raises UsageError for impossible or contradictory values.
     """
-    say = say or (lambda text: None)
     given = {k: v for k, v in asdict(options).items() if v is not None}
-    small_set = options.data in SMALL_SETS
+    name, why = default_recipe(options.data), "--data"
     if options.recipe is not None:
         name, why = options.recipe, "--recipe"
-        if name not in RECIPES:
-            raise UsageError(f"--recipe {name}: must be one of {', '.join(RECIPES)}")
     elif options.init_weights:
         name, why = "fine-tune", "--init-weights"
-    elif small_set:
-        name, why = small_set_recipe(options.data), "--data"
-    elif images is not None and images < SMALL_FOLDER:
+    elif name == "paper" and images is not None and images < SMALL_FOLDER:
         name, why = "small-folder", f"its {images:,} training images (--recipe paper: ImageNet's)"
-    else:
-        name, why = "paper", "--data"
     config = model_config(options, RECIPES[name].values["model"])
     shape = ("layout", "stem_width", "widths", "depths", "exit_widths")  # a search changes the rest
     if name == "paper" and all(getattr(config, f) == getattr(MODELS["nexception_s"], f) for f in shape):
         name, why = "paper-s", f"{why} and the shape of nexception_s"
-    recipe = {**RECIPES[name].values, "recipe": name}
+    augment = default_augmentation(options.data)
+    recipe = {
+        "size": 32 if options.data in SMALL_SETS else config.input_size, "drop_path": config.drop_path,
+        "flip": augment.flip, "rand_augment": augment.magnitude if augment.layers else 0.0,
+        "repeats": augment.repeats, "min_scale": augment.scale[0],
+    } | RECIPES[name].values | {"recipe": name}  # fmt: skip
     if options.init_weights:
         del recipe["model"]  # the checkpoint's own
     if name == "small-folder":
         recipe["epochs"] = min(300, max(60, 1_000_000 // images)) if images else 60
     micro_batches = recipe.pop("micro_batches")
-    augment = default_augmentation(options.data)
-    defaults = {
-        "size": 32 if small_set else config.input_size, "drop_path": config.drop_path, "flip": augment.flip,
-        "rand_augment": augment.magnitude if augment.layers else 0.0, "repeats": augment.repeats,
-        "min_scale": augment.scale[0],
-    }  # fmt: skip
-    recipe = defaults | recipe
-    earlier_version = former is not None and former["options"].get("recipe") is None
-    if earlier_version:
-        recipe |= {"recipe": None, "optimizer": "lamb"}  # None: known as such the next time, too
-        known = {entry.name for entry in fields(Options)} - FREE
-        recipe |= {k: v for k, v in former["options"].items() if k in known and v is not None}
-        micro_batches = former["micro-batches a step"]
     if options.accumulate is None and micro_batches > 1 and micro_batches % world:
         batch = given.get("batch", recipe["batch"])
         closest = max(2, round(micro_batches * batch / world))
@@ -533,39 +513,20 @@ def resolve(
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}
     resolved.amp = names[amp_dtype(resolved.amp, device)]
     resolved.out = default_out(options)
-    if resolved.warmup_epochs >= resolved.epochs and not earlier_version:
+    if resolved.warmup_epochs >= resolved.epochs:
         shorter = resolved.epochs // 4
         say(f"warm-up shortened from {resolved.warmup_epochs} to {shorter} of {resolved.epochs} epochs")
         resolved.warmup_epochs = shorter
-    if resolved.min_lr > resolved.lr:
-        if "min_lr" in given:
-            raise UsageError(f"--min-lr {resolved.min_lr} is above --lr {resolved.lr}")
-        resolved.min_lr = resolved.lr
     if resolved.batch == 1 and not resolved.freeze:
         raise UsageError("--batch 1: batch norm needs at least 2 images")
-    if resolved.compile and resolved.grad_checkpointing:
-        raise UsageError("--grad-checkpointing does not work with --compile: leave out one of them")
     if resolved.freeze and not resolved.init_weights:
         raise UsageError("--freeze trains the classifier of a trained network: give --init-weights")
-    if earlier_version:
-        say(f"the options of {resolved.out}, which an earlier version began")
-    else:
-        say(f"recipe {name}, chosen by {why}; {RECIPES[name].expect}")
-        if name == "small-folder":
-            say("note: trained weights (--init-weights) usually help more than epochs on so few images")
+    if resolved.wandb and importlib.util.find_spec("wandb") is None:
+        raise UsageError("--wandb needs a package: pip install wandb")
+    say(f"recipe {name}, chosen by {why}; {RECIPES[name].expect}")
+    if name == "small-folder":
+        say("note: trained weights (--init-weights) usually help more than epochs on so few images")
     return resolved
-
-
-def small_set_recipe(data: str) -> str:
-    """Return the name of a small set's recipe: its own, or that of the digits for a set without one."""
-    return data if data in RECIPES else "digits"
-
-
-def default_out(options: Options) -> str:
-    """Return the folder of a run: --out, or one named after the data and the model."""
-    name = small_set_recipe(options.data) if options.data in SMALL_SETS else "paper"
-    model = options.model or options.init_weights or RECIPES[name].values["model"]
-    return options.out or f"runs/{Path(options.data).resolve().name}-{Path(model).stem}"
 
 
 def model_config(options: Options, default: str) -> ModelConfig:
@@ -599,7 +560,6 @@ def augmentation(options: Options) -> Augmentation:
 
 # --------------------------------------------------------------------------------------------------
 # One process and its training
-# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -621,22 +581,24 @@ class Process:
             values /= self.world
         return values
 
+    def of_first(self, values: Tensor) -> Tensor:
+        """Overwrite a tensor with the first process's."""
+        if self.world > 1:
+            dist.broadcast(values, 0)
+        return values
+
     def from_first(self, function: typing.Callable):
-        """Call `function` in the first process and return its result in all; its errors reach all, too."""
-        if self.world == 1:
-            return function()
-        outcome, error = [None, None, ""], None
+        """Return in all processes what `function` returns in the first; its UsageError or RunError, too."""
+        outcome = [None]
         if self.first:
             try:
-                outcome[0] = function()
-            except Exception as raised:
-                error = raised
-                outcome[1:] = ("usage" if isinstance(raised, UsageError) else "run"), str(raised)
-        dist.broadcast_object_list(outcome, src=0)
-        if error is not None:
-            raise error
-        if outcome[1] is not None:
-            raise (UsageError if outcome[1] == "usage" else RunError)(outcome[2])
+                outcome = [function()]
+            except (UsageError, RunError) as error:
+                outcome = [error]
+        if self.world > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
         return outcome[0]
 
 
@@ -649,26 +611,21 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: no such device; try auto, cpu or cuda") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UsageError(f"--device {name}: this machine has {count} usable GPUs")
-    elif device.type != "cpu":
-        try:
-            torch.ones(1, device=device).item()
-        except Exception:  # each backend raises its own errors
-            raise UsageError(f"--device {name}: not usable on this machine") from None
+        if device.type == "cuda":  # only counted: the first tensor on a GPU takes hundreds of megabytes
+            usable = (device.index or 0) < torch.cuda.device_count()
+        else:
+            usable = torch.ones(1, device=device).item() == 1
+    except Exception:  # each backend raises its own errors
+        usable = False
+    if not usable:
+        gpus = torch.cuda.device_count()
+        raise UsageError(f"--device {name}: no such device here; try auto, cpu or cuda ({gpus} usable GPUs)")
     return device
 
 
 def start_process(device: str) -> Process:
     """Join the processes that torchrun started, if any. Raises UsageError like `pick_device`."""
-    try:
-        rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    except ValueError as error:
-        raise UsageError(f"RANK, WORLD_SIZE and LOCAL_RANK must be integers: {error}") from None
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     chosen = pick_device(device)
     if chosen.type == "cuda":
         chosen = pick_device(f"cuda:{local if chosen.index is None else chosen.index}")
@@ -694,57 +651,19 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """Return the running means and variances of all batch norms."""
-    names = ("running_mean", "running_var")
-    return [buffer for name, buffer in model.named_buffers() if name.endswith(names)]
+class RunningStatistics:
+    """The running means and variances of all batch norms of a network as one vector."""
 
+    def __init__(self, model: nn.Module):
+        names = ("running_mean", "running_var")
+        self.buffers = [buffer for name, buffer in model.named_buffers() if name.endswith(names)]
+        self.buffers = self.buffers or [next(model.parameters()).new_zeros(1)]  # there are no batch norms
 
-class VirtualStatistics:
-    """Running statistics as if every micro-batch had a process of its own.
+    def read(self) -> Tensor:
+        return torch.cat(self.buffers)
 
-    Under DDP each step starts from rank 0's statistics, and every rank updates its copy once. Here the
-    statistics of micro-batch 0 carry over to the next step; `model` holds the mean over this process's
-    micro-batches only between `after_micro_batch` of the last and `end_step`, where averaged weights read it.
-    """
-
-    def __init__(self, model: nn.Module, process: Process, accumulate: int):
-        self.buffers, self.process, self.accumulate = running_statistics(model), process, accumulate
-
-    def start_step(self) -> None:
-        if self.accumulate == 1 or not self.buffers:
-            return  # DDP broadcasts them
-        if self.process.world > 1:
-            flat = torch.cat(self.buffers)
-            dist.broadcast(flat, 0)
-            torch._foreach_copy_(self.buffers, list(flat.split([len(b) for b in self.buffers])))
-        self.start = [b.clone() for b in self.buffers]
-
-    def after_micro_batch(self, micro: int) -> None:
-        if self.accumulate == 1 or not self.buffers:
-            return
-        if micro == 0:
-            self.carried = [b.clone() for b in self.buffers]
-            self.total = [b.clone() for b in self.buffers]
-        else:
-            torch._foreach_add_(self.total, self.buffers)
-        last = micro == self.accumulate - 1
-        if last:
-            torch._foreach_div_(self.total, self.accumulate)
-        torch._foreach_copy_(self.buffers, self.total if last else self.start)
-
-    def end_step(self, epoch_ends: bool) -> None:
-        if epoch_ends:
-            average_statistics(self.buffers, self.process)
-        elif self.accumulate > 1 and self.buffers:
-            torch._foreach_copy_(self.buffers, self.carried)
-
-
-def average_statistics(buffers: list[Tensor], process: Process) -> None:
-    """Average running statistics over all processes, in place."""
-    if process.world > 1 and buffers:
-        flat = process.mean(torch.cat(buffers))
-        torch._foreach_copy_(buffers, list(flat.split([len(b) for b in buffers])))
+    def write(self, values: Tensor) -> None:
+        torch._foreach_copy_(self.buffers, list(values.split([len(buffer) for buffer in self.buffers])))
 
 
 class Training:
@@ -760,7 +679,6 @@ class Training:
         self.options, self.process = options, process or Process()
         device = self.process.device
         self.model = model.to(device, memory_format=torch.channels_last)
-        self.model.set_grad_checkpointing(options.grad_checkpointing)
         if options.freeze:
             self.model.requires_grad_(False)
             self.model.head.requires_grad_(True)
@@ -773,6 +691,7 @@ class Training:
             self.forward = nn.parallel.DistributedDataParallel(
                 self.forward,
                 device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # `fit` does that
                 gradient_as_bucket_view=True,
             )
         self.epoch, self.losses, self.metrics, self.best = 0, None, [], -1.0
@@ -816,8 +735,7 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Stopping, showing, the run folder
-# --------------------------------------------------------------------------------------------------
+# Stopping, the run folder
 
 
 class Stopped(Exception):
@@ -831,12 +749,9 @@ class StopSignal:
     """
 
     def __init__(self, process: Process):
-        self.signal = 0
+        self.signal, self.asked = 0, None
         self.group = dist.new_group(backend="gloo") if process.world > 1 else None
-        self.asked = None
-        in_main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
-        numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
-        self.handlers = {number: signal.signal(number, self.receive) for number in numbers}
+        self.handlers = {n: signal.signal(n, self.receive) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def receive(self, number, _frame) -> None:
         if self.signal and self.group is None and number == signal.SIGINT:
@@ -860,55 +775,6 @@ class StopSignal:
         return bool(before[1].item())
 
 
-class Meter:
-    """Speed and data waiting time of an epoch, printed every ten seconds."""
-
-    SECONDS_BETWEEN_LINES = 10
-
-    def __init__(self, data: Data, epochs: int, images_per_step: int, say: typing.Callable | None):
-        self.data, self.epochs, self.images_per_step = data, epochs, images_per_step
-        self.say = say or (lambda text: None)
-        self.started, self.warned = None, False
-
-    def start(self, epoch: int, step: int) -> None:
-        self.epoch, self.first, self.step = epoch, step, step
-        self.begun = self.said = time.monotonic()
-        self.waited = self.data.wait_seconds
-        self.started = self.started or (self.begun, epoch * self.data.steps + step)
-
-    def speed(self) -> tuple[float, float]:
-        """Return images per second of this epoch over all processes, and the share of time spent waiting."""
-        seconds = max(time.monotonic() - self.begun, 1e-9)
-        images = (self.step - self.first) * self.images_per_step
-        return images / seconds, (self.data.wait_seconds - self.waited) / seconds
-
-    def time_left(self) -> str:
-        """Estimate the rest of the run at this process's pace so far, evaluation included."""
-        (started, first), place = self.started, self.epoch * self.data.steps + self.step
-        pace = (time.monotonic() - started) / max(place - first, 1)
-        seconds = int(pace * (self.epochs * self.data.steps - place))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-
-    def show(self, loss: float, lr: float) -> None:
-        if time.monotonic() - self.said > self.SECONDS_BETWEEN_LINES:
-            self.said, (images, wait) = time.monotonic(), self.speed()
-            self.say(
-                f"epoch {self.epoch + 1}/{self.epochs}  step {self.step}/{self.data.steps}  loss {loss:.4f}  "
-                f"lr {lr:.2e}  {images:.0f} images/s  data wait {wait:.0%}  {self.time_left()}"
-            )
-
-    def end(self) -> tuple[float, float]:
-        """Return `speed` at the end of an epoch's steps; say once what helps when data held them back."""
-        images, wait = self.speed()
-        if wait > 0.1 and not self.warned and self.data.name not in SMALL_SETS:
-            self.warned = True
-            self.say(
-                f"note: {wait:.0%} of this epoch was spent waiting for data: raise --workers, free CPU cores "
-                "or store smaller images (`python bench.py data` measures this machine's loader)"
-            )
-        return images, wait
-
-
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
     """`torch.save`, whole or not at all (see `data.write_whole`)."""
     buffer = io.BytesIO()
@@ -926,40 +792,13 @@ def read_checkpoint(path: Path) -> dict | None:
         return None
 
 
-def draw_curves(training: Training, path: Path) -> None:
-    """Draw training loss and learning rate, validation top-1 and top-5, by epoch; path: a PNG file."""
-    from matplotlib.figure import Figure
-
-    lines = [line for line in training.metrics if "epoch" in line]
-    column = {name: [line[name] for line in lines] for name in lines[0]}
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    options = training.options
-    title = f"{Path(options.model or options.init_weights).stem} on {Path(options.data).name}"
-    figure.suptitle(title, fontsize=10)
-    left, right = figure.subplots(1, 2)
-    rates = left.twinx()
-    curves = left.plot(column["epoch"], column["train_loss"], label="training loss")
-    curves += rates.plot(column["epoch"], column["lr"], color="0.6", label="learning rate")
-    left.legend(handles=curves, frameon=False)
-    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    rates.set(ylabel="learning rate")
-    rates.ticklabel_format(style="sci", axis="y", scilimits=(0, 0))
-    for name, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
-        right.plot(column["epoch"], column[name], label=f"{label}, best {max(column[name]):.2f}%")
-    right.set(xlabel="epoch", ylabel="validation accuracy, %")
-    right.legend(frameon=False, loc="lower right")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    write_whole(path, picture.getbuffer())
-
-
 class Folder:
     """The folder of a run. Only the first process writes there; `record` identifies the run."""
 
     def __init__(self, path: str, record: dict, process: Process | None = None):
         self.path, self.record, self.process = Path(path), record, process or Process()
         self.last, self.previous, self.best = (self.path / f"{n}.pt" for n in ("last", "previous", "best"))
-        self.lock, self.made = None, []
+        self.lock, self.drawn = None, time.monotonic()
 
     def open(self) -> Path | None:
         """Make and lock the folder; return the checkpoint to continue from, if any.
@@ -967,16 +806,14 @@ class Folder:
         Raises UsageError when it is in use, cannot be made, or holds a run with another record.
         """
         try:
-            missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            self.made = missing
-            self.lock = open(self.path / ".lock", "w")  # noqa: SIM115, held until the process ends
-            if not lock_file(self.lock):
-                raise UsageError(f"{self.path} is in use by another run: give another --out")
-            for leftover in self.path.glob(".*.tmp"):
-                leftover.unlink()
+            self.lock = open(self.path / ".lock", "w")  # noqa: SIM115, held until `close`
         except OSError as error:
             raise UsageError(f"--out {self.path}: {error.strerror}") from None
+        if not lock_file(self.lock):
+            raise UsageError(f"{self.path} is in use by another run: give another --out")
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink()
         there = [path for path in (self.last, self.previous) if path.exists()]
         for path in there:
             content = read_checkpoint(path)
@@ -989,37 +826,32 @@ class Folder:
 
     def compare(self, content: dict) -> None:
         """Raise UsageError naming each difference between a checkpoint's run and this one."""
-        parts = {"options", "model", "ema", "optimizer", "scaler", "epoch", "losses", "best", "metrics"}
-        ours = isinstance(content, dict) and parts <= content.keys() and isinstance(content["options"], dict)
-        if not ours or not isinstance(content["epoch"], int) or content["epoch"] < 0:
-            raise UsageError(f"{self.path} holds no checkpoint of train.py: give another --out")
-        # An option that the checkpoint lacks is newer: take what versions without it did.
-        theirs = {entry.name: entry.default for entry in fields(Options)} | {"optimizer": "lamb"}
-        theirs |= content["options"]
-        ours = dict(self.record["options"])
-        # Options of earlier versions, with what this one always does.
-        ours |= {"warmup_lr": WARMUP_LR, "padding": default_augmentation(ours["data"]).padding}
-        if theirs["amp"] == "auto":
-            theirs["amp"] = ours["amp"]
-        pairs = {name: (theirs[name], ours[name]) for name in ours if name in theirs and name not in FREE}
-        for name in ("micro-batches a step", "config", "classes", "images"):
-            if name in content:
-                pairs[name] = content[name], self.record[name]
-        if "classes" in pairs:
-            theirs, ours = pairs.pop("classes")
-            renamed = [(a, b) for a, b in itertools.zip_longest(theirs, ours) if a != b]
-            pairs |= {f"class {number}": names for number, names in enumerate(renamed[:5], 1)}
+        parts = {*self.record, "model", "ema", "optimizer", "scaler", "epoch", "losses", "best", "metrics"}
+        if not isinstance(content, dict) or not parts <= content.keys():
+            raise UsageError(f"{self.path} holds no checkpoint of this train.py: give another --out")
+        theirs = asdict(Options()) | content["options"]  # an option that it lacks is newer than the run
+        ours = self.record["options"]
+        # Runs begun before these were constants have them as options.
+        ours = ours | {"min_lr": min(MIN_LR, ours["lr"]), "max_grad_norm": MAX_GRAD_NORM}
+        pairs = {name: (theirs.get(name, value), value) for name, value in ours.items() if name not in FREE}
+        for name in ("micro-batches a step", "config", "images"):
+            pairs[name] = content[name], self.record[name]
+        classes = itertools.zip_longest(content["classes"], self.record["classes"])
+        renamed = [(a, b) for a, b in classes if a != b]
+        pairs |= {f"class {number}": names for number, names in enumerate(renamed[:5], 1)}
         differ = "; ".join(f"{name} {a} there, {b} now" for name, (a, b) in pairs.items() if a != b)
         if differ:
             reason = f"{self.path} holds a run with other options or data ({differ})"
             raise UsageError(f"{reason}: give the same to continue, or another --out")
 
     def save(self, training: Training) -> None:
-        """Write `last.pt` (plain types and tensors) and `metrics.jsonl`."""
+        """Write `last.pt` (plain types and tensors), `metrics.jsonl`, and every minute `curves.png`."""
         if self.process.first:
             save_checkpoint(self.last, self.record | training.state(), self.previous)
             lines = "".join(json.dumps(line) + "\n" for line in training.metrics)
             write_whole(self.path / "metrics.jsonl", lines)
+            if time.monotonic() - self.drawn > 60:
+                self.draw(training)
 
     def save_best(self, training: Training, result: dict) -> None:
         """Write `best.pt`: the weights that evaluation scored."""
@@ -1028,58 +860,41 @@ class Folder:
             save_checkpoint(self.best, self.record | content | {"val": result})
 
     def draw(self, training: Training) -> None:
-        """Write `curves.png`; a note takes its place where matplotlib is missing."""
-        if self.process.first:
-            try:
-                draw_curves(training, self.path / "curves.png")
-            except ImportError as error:
-                print(f"note: no curves.png ({error})", file=sys.stderr)
+        """Draw training loss and learning rate, validation top-1 and top-5 by epoch: `curves.png`."""
+        lines = [line for line in training.metrics if "epoch" in line]
+        if not (self.process.first and lines):
+            return
+        from matplotlib.figure import Figure
+
+        column = {name: [line[name] for line in lines] for name in lines[0]}
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        options = training.options
+        title = f"{Path(options.model or options.init_weights).stem} on {Path(options.data).name}"
+        figure.suptitle(title, fontsize=10)
+        left, right = figure.subplots(1, 2)
+        rates = left.twinx()
+        curves = left.plot(column["epoch"], column["train_loss"], label="training loss")
+        curves += rates.plot(column["epoch"], column["lr"], color="0.6", label="learning rate")
+        left.legend(handles=curves, frameon=False)
+        left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+        rates.set(ylabel="learning rate")
+        rates.ticklabel_format(style="sci", axis="y", scilimits=(0, 0))
+        for name, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
+            right.plot(column["epoch"], column[name], label=f"{label}, best {max(column[name]):.2f}%")
+        right.set(xlabel="epoch", ylabel="validation accuracy, %")
+        right.legend(frameon=False, loc="lower right")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=110)
+        write_whole(self.path / "curves.png", picture.getbuffer())
+        self.drawn = time.monotonic()
 
     def close(self) -> None:
-        """Unlock the folder; remove it if this call of train.py made it and no checkpoint is in it."""
         if self.lock is not None:
-            if self.made and not self.last.exists():
-                for name in ("config.json", ".lock"):
-                    (self.path / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # not empty
-                    for path in self.made:
-                        path.rmdir()
             self.lock.close()
-
-
-def open_loggers(options: Options, start: bool) -> list[typing.Callable[[dict, int], None]]:
-    """Return functions of (values, epoch) for --tensorboard and --wandb; without `start`, only look for them.
-
-    Raises UsageError when a package is not installed or refuses.
-    """
-    name, loggers = "tensorboard", []
-    try:
-        if options.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-        name = "wandb"
-        if options.wandb:
-            import wandb
-    except ImportError:
-        raise UsageError(f"--{name} needs a package: pip install {name}") from None
-    if start and options.tensorboard:
-        writer = SummaryWriter(Path(options.out) / "tensorboard")
-        loggers.append(lambda values, epoch: [writer.add_scalar(k, v, epoch) for k, v in values.items()])
-        loggers.append(lambda values, epoch: writer.flush())
-    if start and options.wandb:
-        settings = {"dir": options.out, "id": "-".join(Path(options.out).parts[-2:]), "resume": "allow"}
-        try:
-            wandb.init(project="nexception", config=asdict(options), **settings)
-        except wandb.Error as error:
-            raise UsageError(
-                f"--wandb: {error} (`wandb login`, or WANDB_MODE=offline)".replace("\n", " ")
-            ) from None
-        loggers.append(lambda values, epoch: wandb.log(values, step=epoch))
-    return loggers
 
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation and the loop
-# --------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -1137,38 +952,41 @@ def check_finite(values: list[float], name: str, epoch: int, first: int, tolerat
 
 
 def fit(
-    training: Training, data: Data, folder: Folder | None = None, stop: StopSignal | None = None, say=None,
-    loggers=(),
+    training: Training, data: Data, folder: Folder | None = None, stop: StopSignal | None = None,
+    say=lambda text: None, log=None,
 ) -> list[dict]:  # fmt: skip
     """Train from where `training` stands to the end; return its metrics, one dictionary per epoch.
 
-    Without `folder` nothing is saved, without `say` nothing is printed. Apart from looking at the loss every
-    LOG_EVERY steps and at the end of an epoch, the loop never synchronizes with the GPU (float16's loss
-    scaling alone checks the gradients of each step). Raises Stopped when `stop` received a signal, and
-    RunError when the loss or the weights are no longer finite.
+    Without `folder` nothing is saved. say: called with each line to print; log: with the values of an epoch
+    and, as `step`, its number. Apart from looking at the loss every LOG_EVERY steps and at the end of an
+    epoch, the loop never synchronizes with the GPU (float16's loss scaling alone checks the gradients of each
+    step). Raises Stopped when `stop` received a signal, and RunError when the loss or the weights are no
+    longer finite.
     """
-    options, process, model = training.options, training.process, training.model
+    options, process, model, ema = training.options, training.process, training.model, training.ema
     optimizer, scaler, forward = training.optimizer, training.scaler, training.forward
     loss_function, mixup = LOSSES[options.loss], Mixup(options.mixup, options.cutmix)
-    statistics = VirtualStatistics(model, process, options.accumulate)
+    statistics, ema_statistics = RunningStatistics(model), RunningStatistics(training.scored)
     epochs, classes = options.epochs + options.cooldown_epochs, len(data.classes)
-    meter = Meter(data, epochs, process.world * options.accumulate * options.batch, say)
+    step_images = process.world * options.accumulate * options.batch
     tolerated = MAX_SKIPPED if scaler.is_enabled() else 0
-    drawn = time.monotonic()
+    started, taken = time.monotonic(), 0  # taken: steps since then
 
     for epoch in range(training.epoch, epochs):
+        begun = said = time.monotonic()
+        waited = data.wait_seconds  # until now
         lr = lr_at(epoch, options)
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = torch.zeros(data.steps, device=process.device)  # mean over this process's micro-batches
-        first = checked = 0 if training.losses is None else len(training.losses)
+        first = done = checked = 0 if training.losses is None else len(training.losses)
         if first:
             losses[:first] = training.losses
         model.train(not options.freeze)  # with --freeze, batch norms rest
-        meter.start(epoch, first)
-        batches, stopping, done = data.train_batches(epoch, first), False, first
+        batches = data.train_batches(epoch, first)
         for step in range(first, data.steps):
-            statistics.start_step()
+            # Every micro-batch starts from the statistics that virtual rank 0 left in the step before.
+            start, after = process.of_first(statistics.read()), []
             for micro in range(options.accumulate):
                 images, labels = next(batches)
                 # The last number keeps these draws apart from those of data.py's augmentation.
@@ -1179,65 +997,73 @@ def fit(
                 images, targets = mixup(data.transform.normalize(images), labels, classes, rng)
                 # Gradients are exchanged with the last micro-batch alone; `no_sync` without its context.
                 forward.require_backward_grad_sync = micro == options.accumulate - 1
+                statistics.write(start)
                 with torch.autocast(images.device.type, training.amp, enabled=training.amp is not None):
                     logits = forward(images)
                 loss = loss_function(logits, targets, options) / options.accumulate
                 scaler.scale(loss).backward()
-                statistics.after_micro_batch(micro)
+                after.append(statistics.read())
                 losses[step] += loss.detach()
             if "max_grad_norm" not in optimizer.defaults:
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+                nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            if training.ema is not None:
-                update_ema(training.ema, model, ema_decay(epoch * data.steps + step + 1, options.ema))
-            statistics.end_step(epoch_ends=step == data.steps - 1)
+            statistics.write(mean := sum(after) / options.accumulate)
+            if ema is not None:
+                update_ema(ema, model, ema_decay(epoch * data.steps + step + 1, options.ema))
+            done = step + 1
+            statistics.write(process.mean(mean) if done == data.steps else after[0])
 
-            done = meter.step = step + 1
             stopping = stop is not None and stop.agreed()
             if stopping or done % LOG_EVERY == 0:
                 window = process.mean(losses[checked:done].clone()).tolist()
                 check_finite(window, "the loss", epoch, checked, tolerated)
-                meter.show(sum(window) / len(window), lr)
                 checked = done
+                if (now := time.monotonic()) > said + 10:
+                    said, rate = now, (done - first) * step_images / (now - begun)
+                    say(
+                        f"epoch {epoch + 1}/{epochs}  step {done}/{data.steps}  "
+                        f"loss {sum(window) / len(window):.4f}  {rate:.0f} images/s"
+                    )
             if stopping:
                 break
 
-        if training.ema is not None:
-            average_statistics(running_statistics(training.ema), process)
+        if ema is not None:
+            ema_statistics.write(process.mean(ema_statistics.read()))
         training.losses = process.mean(losses[:done].clone())
         values = training.losses.tolist()  # waits for the device, so before the clock is read
         check_finite(values, "the loss", epoch, 0, tolerated)
         weights = torch.stack(torch._foreach_norm(list(model.parameters()))).norm().item()
         check_finite([weights], "the weights' norm", epoch, done - 1)
-        images_per_second, data_wait = meter.end()
+        seconds = time.monotonic() - begun
+        taken += done - first
         if done < data.steps:
             raise Stopped
         result = evaluate(training.scored, data, "val", training.amp, stop=stop)
 
         finite = [value for value in values if math.isfinite(value)]
-        row = {"lr": lr, "train_loss": sum(finite) / max(len(finite), 1)}
+        row = {"epoch": epoch + 1, "lr": lr, "train_loss": sum(finite) / max(len(finite), 1)}
         row |= {f"val_{name}": result[name] for name in ("loss", "top1", "top5")}
-        row |= {"images_per_second": round(images_per_second, 1), "data_wait": round(data_wait, 4)}
-        row["seconds"] = round(time.monotonic() - meter.begun, 2)
+        row["images_per_second"] = round((done - first) * step_images / seconds, 1)
+        row["data_wait"] = round((data.wait_seconds - waited) / seconds, 4)  # share of the time
+        row["seconds"] = round(time.monotonic() - begun, 2)
         if folder is not None and result["top1"] > training.best:
             folder.save_best(training, result)  # before last.pt: killed in between, the epoch is repeated
-        training.metrics.append({"epoch": epoch + 1} | row)
+        training.metrics.append(row)
         training.best = max(training.best, result["top1"])
         training.epoch, training.losses = epoch + 1, None
         if folder is not None:
             folder.save(training)
-            if time.monotonic() - drawn > 60 and epoch + 1 < epochs:
-                folder.draw(training)
-                drawn = time.monotonic()
-        for log in loggers:
-            log(row, epoch + 1)
-        meter.say(
+        if log is not None:
+            log(row, step=epoch + 1)
+        left = (time.monotonic() - started) / max(taken, 1) * data.steps * (epochs - epoch - 1)
+        say(
             f"epoch {epoch + 1}/{epochs}  loss {row['train_loss']:.4f}  lr {lr:.2e}  "
             f"val top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  best {training.best:.2f}%  "
-            f"{images_per_second:.0f} images/s  data wait {data_wait:.0%}  {meter.time_left()}"
+            f"{row['images_per_second']:.0f} images/s  data wait {row['data_wait']:.0%}  "
+            f"{datetime.timedelta(seconds=int(left))} left"
         )
     return training.metrics
 
@@ -1245,12 +1071,9 @@ def fit(
 def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say) -> None:
     """Score the best weights on the test split, once in a run's life, and draw the curves."""
     if "epoch" in training.metrics[-1] and "test" in data.splits:
-        # The first process answers once it has saved.
-        best = read_checkpoint(folder.best) if training.process.from_first(folder.best.exists) else None
-        if best is None:
-            raise RunError(f"{folder.best} is missing or broken: training is finished, its test is left out")
+        training.process.from_first(folder.best.exists)  # which answers once it has saved
         model = copy.deepcopy(training.model)
-        model.load_state_dict(best["model"])
+        model.load_state_dict(read_checkpoint(folder.best)["model"])
         result = evaluate(model, data, "test", training.amp, stop=stop)
         training.metrics.append({f"test_{name}": result[name] for name in ("top1", "top5", "loss", "count")})
         folder.save(training)
@@ -1266,26 +1089,25 @@ def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say
 
 # --------------------------------------------------------------------------------------------------
 # Main
-# --------------------------------------------------------------------------------------------------
 
 
 def evaluate_checkpoint(options: Options, process: Process) -> None:
     """Print a checkpoint's top-1 and top-5 (`--eval`) on the test part of a small set, or a folder's val/."""
-    used = ("data", "eval", "exif", "batch", "workers", "device", "amp", "root", "max_bad_files")
+    used = ("data", "eval", "exif", "batch", "workers", "device", "amp", "root")
     for entry in fields(options):
         if entry.name not in used and getattr(options, entry.name) != entry.default:
             raise UsageError(f"--{entry.name.replace('_', '-')} has no effect with --eval: leave it out")
     model = load_checkpoint(options.eval).to(process.device, memory_format=torch.channels_last)
     check_channels(model.config, options.eval)
-    plan = Plan(batch=options.batch or 64, rank=process.rank, world=process.world)
-    settings = {"workers": options.workers, "device": process.device, "max_bad_files": options.max_bad_files}
+    settings = {"workers": options.workers, "device": process.device, "train": False}
     if options.data in SMALL_SETS:
         settings |= {"size": model.transform.size, "root": options.root}
         split = place = "test"
     else:
         files = process.from_first(lambda: list_images(options.data, train=False))
-        settings |= {"files": files, "transform": model.transform, "train": False, "exif": options.exif}
+        settings |= {"files": files, "transform": model.transform, "exif": options.exif}
         split, place = "val", os.fsdecode(files["val"].folder)
+    plan = Plan(batch=options.batch or 64, rank=process.rank, world=process.world)
     data = open_data(options.data, plan, **settings)
     if len(data.classes) != model.config.num_classes or tuple(model.classes or data.classes) != data.classes:
         raise UsageError(
@@ -1300,15 +1122,6 @@ def evaluate_checkpoint(options: Options, process: Process) -> None:
         print(f"top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  loss {result['loss']:.4f}")
 
 
-def read_record(path: Path) -> dict | None:
-    """Return the record of a run from its `config.json`, None where there is none."""
-    try:
-        record = json.loads(path.read_text())
-        return record if {"options", "micro-batches a step"} <= record.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def run(options: Options, process: Process) -> int:
     """Open the data, the model and the folder, train, and return the exit status."""
 
@@ -1316,79 +1129,86 @@ def run(options: Options, process: Process) -> int:
         if process.first:
             print(text, flush=True)
 
-    open_loggers(options, start=False)
-    files, images = None, None
+    files, images = {}, None
     if options.data not in SMALL_SETS:
-        files = process.from_first(lambda: list_images(options.data))
+        files = process.from_first(lambda: list_images(options.data, saved=Path(default_out(options))))
         images = len(files["train"])
-    former = read_record(Path(default_out(options), "config.json"))
-    options = resolve(options, process.world, images, former, say)
+    options = resolve(options, process.world, images, say)
     plan = Plan(options.batch, options.accumulate, seed=options.seed, rank=process.rank, world=process.world)
-    settings = {"files": files, "augment": augmentation(options), "exif": options.exif, "size": options.size}
-    settings |= {name: getattr(options, name) for name in ("workers", "root", "max_bad_files")}
-    with contextlib.ExitStack() as cleanup:
-        data = open_data(options.data, plan, device=process.device, **settings)
-        cleanup.callback(data.close)
-        torch.manual_seed(options.seed)
-        config = model_config(options, options.model)
-        overrides = {"drop_path": options.drop_path, "input_size": options.size}
-        model = create_model(config, num_classes=len(data.classes), **overrides)
-        record = {
-            "options": asdict(options), "micro-batches a step": process.world * options.accumulate,
-            "classes": list(data.classes), "images": {split: data.count(split) for split in data.splits},
-            "config": model.config.to_dict(), "transform": data.transform.to_dict(),
-        }  # fmt: skip
-        folder = Folder(options.out, record, process)
-        if options.init_weights and not (folder.last.exists() or folder.previous.exists()):
-            with contextlib.redirect_stdout(sys.stdout if process.first else io.StringIO()):
-                load_weights(model, options.init_weights)
-        cleanup.callback(folder.close)
-        checkpoint = process.from_first(folder.open)
-        training = Training(model, options, process)
-        loggers = open_loggers(options, start=True) if process.first else []
-        shown = "  ".join(f"{name}={value}" for name, value in asdict(options).items() if value is not None)
-        say(textwrap.fill(shown, 110, break_on_hyphens=False))
-        epochs = options.epochs + options.cooldown_epochs
-        decayed, rest = (sum(p.numel() for p in g["params"]) for g in training.optimizer.param_groups)
-        say(
-            f"{decayed:,} parameters with weight decay, {rest:,} without; {epochs} epochs of {data.steps} "
-            f"steps of {process.world} x {options.accumulate} x {options.batch} images"
-        )
-        if process.first:
-            machine = {"torch": torch.__version__, "processes": process.world, "device": str(process.device)}
-            if process.device.type == "cuda":
-                machine["device"] += f", {torch.cuda.get_device_name(process.device)}"
-            write_whole(folder.path / "config.json", json.dumps(record | machine, indent=1) + "\n")
-        if checkpoint is not None:
-            content = read_checkpoint(checkpoint)  # each process by itself: nothing is pickled and broadcast
-            if content is None:
-                raise RunError(f"process {process.rank} cannot read {checkpoint}: is it on a shared disk?")
-            training.load_state(content)
-            step = 0 if training.losses is None else len(training.losses)
-            where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {step + 1}"
-            say(f"{folder.path}: {'finished' if training.epoch == epochs else where}")
-        stop = StopSignal(process)
-        cleanup.callback(stop.close)
-        try:
-            fit(training, data, folder, stop, say if process.first else None, loggers)
-            finish(training, data, folder, stop, say)
-            return 0
-        except Stopped:
-            where = f"at the end of epoch {training.epoch}"
-            if training.losses is not None:
-                folder.save(training)
-                where = f"in epoch {training.epoch + 1} after step {len(training.losses)}"
-            number = stop.signal or signal.SIGTERM
-            say(f"{signal.Signals(number).name}: saved {where}; the same command continues from there")
-            return 128 + number
-        except (UsageError, RunError) as error:
-            kept = f"; the same command continues from {folder.last}" if folder.last.exists() else ""
-            raise RunError(f"{error}{kept}") from None
+    data = open_data(
+        options.data, plan, files=files, size=options.size, augment=augmentation(options), exif=options.exif,
+        device=process.device, workers=options.workers, root=options.root,
+    )  # fmt: skip
+    torch.manual_seed(options.seed)
+    config = model_config(options, options.model)
+    overrides = {"drop_path": options.drop_path, "input_size": options.size}
+    model = create_model(config, num_classes=len(data.classes), **overrides)
+    record = {
+        "options": asdict(options), "micro-batches a step": process.world * options.accumulate,
+        "classes": list(data.classes), "images": {split: data.count(split) for split in data.splits},
+        "config": model.config.to_dict(), "transform": data.transform.to_dict(),
+    }  # fmt: skip
+    folder = Folder(options.out, record, process)
+    if options.init_weights and not (folder.last.exists() or folder.previous.exists()):
+        with contextlib.redirect_stdout(sys.stdout if process.first else io.StringIO()):
+            load_weights(model, options.init_weights)
+    training = Training(model, options, process)
+    # Nothing is written before this line, where everything that the user has given is checked.
+    checkpoint = process.from_first(folder.open)
+    if process.first:
+        machine = {"torch": torch.__version__, "processes": process.world, "device": str(process.device)}
+        if process.device.type == "cuda":
+            machine["device"] += f", {torch.cuda.get_device_name(process.device)}"
+        write_whole(folder.path / "config.json", json.dumps(record | machine, indent=1) + "\n")
+        for split, listed in files.items():  # a later start need not walk the image folder
+            listed.save(folder.path / f"files-{split}.npz")
+    shown = "  ".join(f"{name}={value}" for name, value in asdict(options).items() if value is not None)
+    say(textwrap.fill(shown, 110, break_on_hyphens=False))
+    epochs = options.epochs + options.cooldown_epochs
+    decayed, rest = (sum(p.numel() for p in g["params"]) for g in training.optimizer.param_groups)
+    say(
+        f"{decayed:,} parameters with weight decay, {rest:,} without; {epochs} epochs of {data.steps} "
+        f"steps of {process.world} x {options.accumulate} x {options.batch} images"
+    )
+    if checkpoint is not None:
+        content = read_checkpoint(checkpoint)  # each process by itself: nothing is pickled and broadcast
+        if content is None:
+            raise RunError(f"process {process.rank} cannot read {checkpoint}: is it on a shared disk?")
+        training.load_state(content)
+        step = 0 if training.losses is None else len(training.losses)
+        where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {step + 1}"
+        say(f"{folder.path}: {'finished' if training.epoch == epochs else where}")
+    log = None
+    if options.wandb and process.first:
+        import wandb
+
+        settings = {"dir": options.out, "id": "-".join(folder.path.parts[-2:]), "resume": "allow"}
+        log = wandb.init(project="nexception", config=asdict(options), **settings).log
+    stop = StopSignal(process)
+    try:
+        fit(training, data, folder, stop, say, log)
+        finish(training, data, folder, stop, say)
+        return 0
+    except Stopped:
+        where = f"at the end of epoch {training.epoch}"
+        if training.losses is not None:
+            folder.save(training)
+            where = f"in epoch {training.epoch + 1} after step {len(training.losses)}"
+        number = stop.signal or signal.SIGTERM
+        say(f"{signal.Signals(number).name}: saved {where}; the same command continues from there")
+        return 128 + number
+    except (UsageError, RunError) as error:
+        kept = f"; the same command continues from {folder.last}" if folder.last.exists() else ""
+        raise RunError(f"{error}{kept}") from None
+    finally:
+        stop.close()
+        data.close()
+        folder.close()
 
 
 def main(argv: list[str]) -> int:
     """Train or evaluate as the command line says; print errors for users as one sentence, once."""
-    process, status, message = Process(), 0, None
+    rank, status = os.environ.get("RANK", "0"), 0
     try:
         options = parse(Options, argv, "train.py", recipes_help())
         process = start_process(options.device)
@@ -1398,21 +1218,10 @@ def main(argv: list[str]) -> int:
             evaluate_checkpoint(options, process)
         else:
             status = run(options, process)
-    except UsageError as error:
-        status, message = 2, error
-    except RunError as error:
-        status, message = 1, error
-    except KeyboardInterrupt:
-        status, message = 130, "stopped at once; the same command continues from the last checkpoint"
-    except RuntimeError as error:
-        if process.world == 1 or "by peer" not in str(error):
-            raise
-        status, message = 1, "another process is gone; the same command continues from the last checkpoint"
-    if message is not None:
-        rank = os.environ.get("RANK", "0")
+    except (UsageError, RunError) as error:
+        status = 2 if isinstance(error, UsageError) else 1
         if rank == "0" or status == 1:  # in mid-run, another process alone may know why
-            prefix = "train.py" if rank == "0" else f"train.py, process {rank}"
-            print(f"{prefix}: {message}", file=sys.stderr, flush=True)
+            print(f"train.py{'' if rank == '0' else f', process {rank}'}: {error}", file=sys.stderr)
         return status
     if process.world > 1:
         # DDP goes first: as the last to hold the process group it would, keeping the interpreter's lock, wait

@@ -7,15 +7,12 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import re
 import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
-import types
 from pathlib import Path
 
 import data
@@ -73,14 +70,15 @@ def tiny(tmp_path_factory) -> str:
 
 
 def arguments(tiny: str, out: Path, *more: str) -> list[str]:
-    return ["--model", tiny, "--out", str(out), "--size", "16", "--epochs", "3", "--device", "cpu", *more]
+    given = ["--model", tiny, "--out", str(out), "--size", "16", "--epochs", "3", "--device", "cpu"]
+    return [*given, "--ema", "0.9", *more]
 
 
 @pytest.fixture(scope="module")
 def reference(tiny, tmp_path_factory) -> Path:
     """The folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "reference"
-    assert train.main(arguments(tiny, out, "--ema", "0.9")) == 0
+    assert train.main(arguments(tiny, out)) == 0
     return out
 
 
@@ -141,12 +139,11 @@ def lamb_groups(parameters: list[nn.Parameter], decay: float) -> list[dict]:
     return train.parameter_groups(model, decay)
 
 
-# Gradients below, about and above the clipping norm. float16 and bfloat16 round: one unit in the last place.
 @pytest.mark.parametrize(
     ("decay", "scale", "dtype", "tolerance"),
     [
         (0.0, 1.0, torch.float32, 1e-6),
-        (0.02, 0.01, torch.float32, 1e-6),
+        (0.02, 0.01, torch.float32, 1e-6),  # gradients below, about and above the clipping norm
         (0.02, 1.0, torch.float32, 1e-6),
         (0.02, 100.0, torch.float32, 1e-6),
         (0.02, 1.0, torch.float64, 1e-12),
@@ -174,22 +171,10 @@ def test_lamb_follows_timm_for_50_steps(decay, scale, dtype, tolerance):
     assert not torch.equal(ours[0], lamb_problem(dtype)[0])
 
 
-def test_lamb_first_step_by_hand():
-    # Bias-corrected first moments make Adam's first update g / (|g| + eps), here 1 per value.
-    weight, bias = nn.Parameter(torch.full((2, 2), 3.0)), nn.Parameter(torch.zeros(1))
-    optimizer = Lamb(
-        [{"params": [weight], "weight_decay": 0.1}, {"params": [bias], "weight_decay": 0.0}], lr=0.5
-    )
-    weight.grad, bias.grad = torch.full((2, 2), 0.1), torch.full((1,), 0.1)
-    optimizer.step()
-    # Update 1 + 0.1 * 3 = 1.3 per value, norm 2.6; the weight's norm is 6: values move by lr * 1.3 * 6 / 2.6.
-    torch.testing.assert_close(weight.data, torch.full((2, 2), 3.0 - 0.5 * 3.0), rtol=0, atol=2e-5)
-    torch.testing.assert_close(bias.data, torch.full((1,), -0.5), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lamb_takes_half_precision(dtype):
-    # 1 - 0.1 * trust ratio 1 (norms 4 and 4 * 1.02) * 1.02 = 0.9; a group without decay steps by lr.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_lamb_s_first_step_by_hand(dtype):
+    # Adam's first update is 1 per value. With decay it is 1.02; 1 - 0.1 * 1.02 * trust ratio 4 / (4 * 1.02)
+    # = 0.9. A group without decay steps by lr.
     p, q = nn.Parameter(torch.ones(4, 4, dtype=dtype)), nn.Parameter(torch.ones(4, dtype=dtype))
     groups = [{"params": [p], "weight_decay": 0.02}, {"params": [q], "weight_decay": 0.0}]
     p.grad, q.grad = torch.full_like(p, 100.0), torch.full_like(q, 100.0)  # norms beyond float16 if squared
@@ -200,51 +185,33 @@ def test_lamb_takes_half_precision(dtype):
 
 @pytest.mark.parametrize("decay", [0.02, 0.0])
 def test_lamb_goes_by_values_whatever_their_order_in_memory(decay):
-    def run(change) -> torch.Tensor:
+    """Also when it continues from moments in another order, as from a run in the other layout."""
+
+    def run(change, moments=torch.clone) -> torch.Tensor:
         torch.manual_seed(0)
         weight = torch.randn(8, 4, 3, 3)
         p = nn.Parameter(change(weight))
         optimizer = Lamb([p], lr=1e-2, weight_decay=decay)
-        for _ in range(3):
+        for _ in range(4):
+            state = optimizer.state_dict()
+            for values in state["state"].values():
+                values |= {name: moments(value) for name, value in values.items()}
+            optimizer = Lamb([p], lr=0.5, weight_decay=decay)
+            optimizer.load_state_dict(state)
             p.grad = torch.randn(8, 4, 3, 3)
             optimizer.step()
         return p.detach().contiguous()
 
+    def channels_last(tensor):
+        return tensor.to(memory_format=torch.channels_last)
+
     expected = run(torch.clone)
-    channels_last = run(lambda w: w.to(memory_format=torch.channels_last))
-    with_gaps = run(lambda w: torch.cat([w, w], 1)[:, :4])
-    torch.testing.assert_close(channels_last, expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(with_gaps, expected, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
-def test_lamb_continues_from_a_copy(how):
-    def run(stop_at: int | None) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, bias=False))
-        model.to(memory_format=torch.channels_last)
-        optimizer = Lamb(train.parameter_groups(model, 0.02), lr=0.01, max_grad_norm=0.5)
-        for step in range(10):
-            if step == stop_at and how == "state_dict":
-                # As from a run in the other layout: the values must count, not their order in memory.
-                state = optimizer.state_dict()
-                for values in state["state"].values():
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        values[name] = values[name].clone(memory_format=torch.contiguous_format)
-                optimizer = Lamb(train.parameter_groups(model, 0.02), lr=0.5, max_grad_norm=0.5)
-                optimizer.load_state_dict(state)
-            elif step == stop_at:
-                both = (model, optimizer)
-                model, optimizer = (
-                    copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
-                )
-            model.zero_grad()
-            images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))
-            model(images).square().sum().backward()
-            optimizer.step()
-        return [p.detach() for p in model.parameters()]
-
-    assert_same(run(None), run(4))
+    for found in (
+        run(channels_last),
+        run(channels_last, torch.Tensor.contiguous),
+        run(lambda w: torch.cat([w, w], 1)[:, :4]),  # with gaps
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_decay_goes_by_dimensions():
@@ -257,32 +224,23 @@ def test_decay_goes_by_dimensions():
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
-def test_schedule_has_the_recipe_s_values():
+def test_schedule_is_timm_s():
     options = resolve(Options(data="/somewhere", model="nexception_t"))
     values = [lr_at(epoch, options) for epoch in range(310)]
     assert values[:5] == pytest.approx([1e-4, 4.8e-4, 8.6e-4, 1.24e-3, 1.62e-3], rel=1e-12)
-    assert values[5] == pytest.approx(1.99863e-3, abs=5e-9)
-    assert values[150] == pytest.approx((2e-3 + 1e-6) / 2)
     assert values[300:] == [1e-6] * 10
     parameter = nn.Parameter(torch.zeros(1))
     schedule = timm.scheduler.CosineLRScheduler(
         torch.optim.SGD([parameter], lr=2e-3), t_initial=300, lr_min=1e-6, warmup_t=5, warmup_lr_init=1e-4
     )
     assert values == pytest.approx([schedule._get_lr(epoch)[0] for epoch in range(310)], rel=1e-12)
-
-
-def test_no_epoch_has_a_rate_above_lr_and_short_schedules_shorten_their_warm_up():
-    said = []
-    options = resolve(Options(data="/photos", model="nexception_t", lr=1e-5, epochs=6), say=said.append)
-    assert [lr_at(epoch, options) for epoch in range(5)] == pytest.approx([1e-5] * 5)
-    assert not any("warm-up" in line for line in said)
     lowest = resolve(Options(data="/photos", model="nexception_t", lr=1e-7, epochs=6))
-    assert max(lr_at(epoch, lowest) for epoch in range(16)) <= 1e-7
-    options = resolve(Options(data="/photos", model="nexception_t", epochs=4), say=said.append)
+    assert max(lr_at(epoch, lowest) for epoch in range(16)) <= 1e-7  # no epoch has a rate above --lr
+    said = []
+    short = resolve(Options(data="/photos", model="nexception_t", epochs=4), say=said.append)
     assert "warm-up shortened from 5 to 1 of 4 epochs" in said
-    rates = [lr_at(epoch, options) for epoch in range(4)]
     cosine = [1e-6 + (2e-3 - 1e-6) / 2 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
-    assert rates == pytest.approx([1e-4, *cosine[1:]])
+    assert [lr_at(epoch, short) for epoch in range(4)] == pytest.approx([1e-4, *cosine[1:]])
 
 
 @pytest.mark.parametrize("alphas", [(0.1, 1.0), (0.4, 0.0), (0.0, 1.0)])
@@ -304,9 +262,8 @@ def test_mixup_is_timm_s_with_the_same_draws(alphas, monkeypatch):
         mixed = ours(images.clone(), labels, 10, rng)
         torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-6)
     assert {(0.1, 1.0): 10 < boxes < 50, (0.4, 0.0): boxes == 0, (0.0, 1.0): boxes == 60}[alphas]
-    images = torch.randn(4, 3, 8, 8)
-    mixed, targets = Mixup(0.0, 0.0)(images.clone(), torch.tensor([2, 0, 1, 1]), 3, rng)
-    assert torch.equal(mixed, images) and torch.equal(targets, torch.eye(3)[[2, 0, 1, 1]])
+    mixed, targets = Mixup(0.0, 0.0)(images.clone(), torch.arange(8) % 3, 3, rng)
+    assert torch.equal(mixed, images) and torch.equal(targets, torch.eye(3)[torch.arange(8) % 3])
 
 
 def test_losses_are_timm_s():
@@ -318,8 +275,6 @@ def test_losses_are_timm_s():
     torch.testing.assert_close(train.LOSSES["bce"](logits, targets, options), theirs)
     theirs = timm.loss.SoftTargetCrossEntropy()(logits, targets)
     torch.testing.assert_close(train.LOSSES["soft_ce"](logits, targets, options), theirs)
-    one = train.bce_loss(torch.zeros(1, 4), torch.tensor([[0.9, 0.1, 0.0, 0.0]]), 0.2)
-    assert one.item() == pytest.approx(math.log(2))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -342,8 +297,8 @@ def test_parser_reads_every_kind():
     given = ["there", "--count", "9", "--names", "a,b", "--rates", "1e-3,2", "--fast"]
     assert parse(Sample, given, "x") == Sample("there", 9, ("a", "b"), (1e-3, 2.0), True)
     for bad, said in (
-        ("--count 10", "--count 10: must be at least 1 and at most 9"),
-        ("--rates 1,0", "above 0"),
+        ("--count 10", "argument --count: must be at least 1 and at most 9, not 10"),
+        ("--rates 1,0", "must be finite and above 0, not 0"),
     ):
         with pytest.raises(UsageError, match=said):
             parse(Sample, bad.split(), "x")
@@ -361,12 +316,11 @@ def test_paper_recipe_is_the_default_of_the_paper_s_models(tmp_path):
             assert (options.batch, options.lr, options.seed) == (batch, lr, seed)
             assert options.accumulate * world == 4
         expected = {
-            "epochs": 300, "cooldown_epochs": 10, "warmup_epochs": 5, "min_lr": 1e-6, "weight_decay": 0.02,
-            "mixup": 0.1, "cutmix": 1.0, "loss_threshold": 0.2, "rand_augment": 7.0, "repeats": 3,
-            "flip": 0.5, "min_scale": 0.08, "drop_path": 0.05, "size": 224, "ema": 0.0, "max_grad_norm": 1.0,
+            "epochs": 300, "cooldown_epochs": 10, "warmup_epochs": 5, "weight_decay": 0.02, "mixup": 0.1,
+            "cutmix": 1.0, "loss": "bce", "loss_threshold": 0.2, "rand_augment": 7.0, "repeats": 3,
+            "flip": 0.5, "min_scale": 0.08, "drop_path": 0.05, "size": 224, "ema": 0.0,
         }  # fmt: skip
-        for name, value in expected.items():
-            assert getattr(options, name) == value, name
+        assert expected.items() <= dataclasses.asdict(options).items()
     assert resolve(Options(data="/imagenet", model="xception")).size == 299
 
 
@@ -383,18 +337,6 @@ def test_recipes_are_chosen_by_data_and_initial_weights(reference):
     assert (tuned.epochs, tuned.repeats, tuned.size, tuned.model) == (30, 1, 16, None)
     assert tuned.lr <= 2e-4 and tuned.optimizer == "adamw" and tuned.out == "runs/photos-best"
     assert "recipe fine-tune, chosen by --init-weights" in said[-1]
-    for name in train.RECIPES:
-        assert f"{name}: " in train.recipes_help()
-    with pytest.raises(UsageError, match="--recipe soup: must be one of paper"):
-        resolve(Options(recipe="soup"))
-
-
-def test_a_run_of_an_earlier_version_keeps_its_recipe():
-    options = {"epochs": 300, "repeats": 3, "lr": 2e-3, "cooldown_epochs": 10, "amp": "auto", "batch": 64}
-    former = {"options": options, "micro-batches a step": 4}
-    resolved = resolve(Options(data="/photos", epochs=300), world=2, images=3800, former=former)
-    assert (resolved.repeats, resolved.cooldown_epochs, resolved.accumulate) == (3, 10, 2)
-    assert resolved.recipe is None  # or the next start would take the new recipe
 
 
 def test_command_line_overrides_the_recipe():
@@ -403,10 +345,8 @@ def test_command_line_overrides_the_recipe():
     assert (options.lr, options.batch, options.compile, options.seed) == (0.001, 32, False, 1)
     assert train.augmentation(options).layers == 0
     assert options.out == "runs/imagenet-nexception_t"
-    assert (options.amp, options.device) == (
-        ("off", "cpu") if not torch.cuda.is_available() else ("bf16", "cuda")
-    )
-    assert len(train.fields(Options)) <= 40
+    on_gpu = torch.cuda.is_available()
+    assert (options.amp, options.device) == (("bf16", "cuda") if on_gpu else ("off", "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -414,78 +354,48 @@ def test_command_line_overrides_the_recipe():
     [
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),
-        ("--lr -1", "--lr -1: must be above 0"),
-        ("--lr inf", "--lr inf: must be a finite number"),
-        ("--ema 1", "--ema 1: must be at least 0 and below 1"),
-        ("--batch 0", "--batch 0: must be at least 1"),
+        ("--lr inf", "argument --lr: must be finite and above 0, not inf"),
+        ("--ema 1", "must be finite and at least 0 and below 1, not 1"),
+        ("--recipe soup", "invalid choice: 'soup'"),
         ("--batch 1", "--batch 1: batch norm needs at least 2 images"),
-        ("--size 1", "--size 1: must be at least 8"),
-        ("--seed 99999999999", "--seed 1e+11: must be at least 0 and at most 4294967295"),
-        ("--min-lr 1", "--min-lr 1.0 is above --lr"),
-        ("--compile --grad-checkpointing", "leave out one of them"),
         ("--freeze", "give --init-weights"),
-        ("--amp int8", "invalid choice: 'int8'"),
+        ("--wandb", "--wandb needs a package: pip install wandb"),
         ("--model resnet50", "'resnet50'"),
         ("--data /nowhere", "/nowhere"),
         ("--batch 5000", "too few for one step"),
         ("--device abacus", "--device abacus: no such device"),
-        ("--device meta", "--device meta: not usable on this machine"),
+        ("--device meta", "--device meta: no such device"),
         ("--eval /nowhere.pt", "/nowhere.pt: no such file"),
         ("--eval /nowhere.pt --lr 1", "--lr has no effect with --eval"),
-        ("--init-weights /nowhere.pt", "/nowhere.pt: no such file"),
+        ("--eval {weights}", "takes in_channels 1, and images have 3"),
+        ("--init-weights {weights}", "takes in_channels 1, and images have 3"),
         ("--init-weights /nowhere.pt --model nexception_nano", "/nowhere.pt: no such file"),
     ],
 )
-def test_user_errors_are_one_sentence_and_leave_no_folder(given, said, tmp_path, capsys):
+def test_user_errors_are_one_sentence_and_leave_no_folder(given, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    if "{weights}" in given:
+        config, path = dataclasses.replace(TINY, in_channels=1), tmp_path / "grey.pt"
+        torch.save({"config": config.to_dict(), "model": create_model(config).state_dict()}, path)
+        given = given.format(weights=path)
     out = [] if "--eval" in given else ["--out", str(tmp_path / "runs" / "run")]
     assert train.main([*given.split(), *out]) == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("train.py: ") and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_folders_that_cannot_be_made_are_named(tiny, tmp_path, capsys):
     (tmp_path / "file").touch()
-    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+    for out in (tmp_path / "file", tmp_path / ("x" * 300)):
         assert train.main(arguments(tiny, out)) == 2
         error = capsys.readouterr().err
         assert f"--out {out}: " in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("flag", "module"), [("--tensorboard", "torch.utils.tensorboard"), ("--wandb", "wandb")]
-)
-def test_missing_loggers_are_named(flag, module, tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, module, None)
-    assert train.main(arguments(tiny, tmp_path / "run", flag)) == 2
-    assert f"{flag} needs a package: pip install {flag[2:]}" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_refusal_of_wandb_is_one_sentence(tiny, tmp_path, monkeypatch, capsys):
-    class Refusing(types.ModuleType):
-        Error = type("Error", (Exception,), {})
-
-        def init(self, **_):
-            raise self.Error("api_key not configured\n(no-tty)")
-
-    monkeypatch.setitem(sys.modules, "wandb", Refusing("wandb"))
-    assert train.main(arguments(tiny, tmp_path / "run", "--wandb")) == 2
-    error = capsys.readouterr().err
-    assert "--wandb: api_key not configured" in error and error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_wrong_environment_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "x")
-    assert train.main([]) == 2
-    assert "WORLD_SIZE" in (error := capsys.readouterr().err) and error.count("\n") == 1
-
-
 def test_micro_batches_that_cannot_be_shared():
-    with pytest.raises(
-        UsageError, match=r"8 processes .* 4 micro-batches of 64: --accumulate 1 --batch 32 comes"
-    ):
+    refused = r"8 processes .* 4 micro-batches of 64: --accumulate 1 --batch 32 comes"
+    with pytest.raises(UsageError, match=refused):
         resolve(Options(data="/imagenet", model="nexception_t"), world=8)
     assert resolve(Options(data="/imagenet", model="nexception_t", accumulate=1), world=3).accumulate == 1
     assert resolve(Options(), world=3).accumulate == 1
@@ -518,13 +428,14 @@ class StopAfter:
 
 
 def test_an_epoch_interrupted_anywhere_continues_bit_for_bit():
-    whole, data = make_training(ema=0.9, lr=0.02, accumulate=2, batch=32)
+    settings = {"ema": 0.9, "lr": 0.02, "accumulate": 2, "batch": 32}
+    whole, data = make_training(**settings)
     metrics = fit(whole, data)
-    parts, data = make_training(ema=0.9, lr=0.02, accumulate=2, batch=32)
+    parts, data = make_training(**settings)
     with pytest.raises(Stopped):
         fit(parts, data, stop=StopAfter(7))
     assert len(parts.losses) == 7
-    resumed, data = make_training(ema=0.9, lr=0.02, accumulate=2, batch=32)
+    resumed, data = make_training(**settings)
     resumed.load_state(copy.deepcopy(parts.state()))
     assert without_clock(fit(resumed, data)) == without_clock(metrics)
     ours, theirs = resumed.state(), whole.state()
@@ -535,15 +446,12 @@ def test_an_epoch_interrupted_anywhere_continues_bit_for_bit():
 def test_accumulated_gradients_are_the_mean_over_micro_batches():
     plain = {"batch": 32, "accumulate": 3, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
     training, data = make_training(**plain)
-    batches, expected = data.train_batches(0), None
+    batches, total = data.train_batches(0), 0.0
     for _ in range(3):
         images, labels = next(batches)
         logits = training.model.train()(data.transform.normalize(images))
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, torch.eye(10)[labels])
-        gradients = torch.autograd.grad(loss / 3, list(training.model.parameters()))
-        expected = (
-            gradients if expected is None else [a + b for a, b in zip(expected, gradients, strict=True)]
-        )
+        total += nn.functional.binary_cross_entropy_with_logits(logits, torch.eye(10)[labels]) / 3
+    expected = torch.autograd.grad(total, list(training.model.parameters()))
     other, data = make_training(**plain)
     found = []
     other.optimizer.step = lambda: found.append([p.grad.clone() for p in other.model.parameters()])
@@ -554,7 +462,7 @@ def test_accumulated_gradients_are_the_mean_over_micro_batches():
 
 def test_running_statistics_are_those_of_a_process_per_micro_batch():
     """Four simulated processes: each step starts from rank 0's statistics, an epoch ends with their mean."""
-    plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": 1e-30, "min_lr": 0.0}  # weights stay
+    plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": 1e-30}  # weights stay
     training, data = make_training(batch=64, accumulate=4, **plain)
     ranks = [copy.deepcopy(training.model).train() for _ in range(4)]
     batches = data.train_batches(0)
@@ -564,17 +472,10 @@ def test_running_statistics_are_those_of_a_process_per_micro_batch():
         for rank in ranks:
             rank(data.transform.normalize(next(batches)[0]))
     fit(training, data)
-    expected = [
-        torch.stack(values).mean(0) for values in zip(*map(train.running_statistics, ranks), strict=True)
-    ]
+    expected = torch.stack([train.RunningStatistics(rank).read() for rank in ranks]).mean(0)
     assert data.steps > 2
-    torch.testing.assert_close(train.running_statistics(training.model), expected, rtol=1e-6, atol=1e-7)
-
-
-def test_checkpointed_gradients_are_the_same():
-    rows = [fit(*make_training(grad_checkpointing=checkpointing))[0] for checkpointing in (False, True)]
-    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-6)
-    assert rows[0]["val_loss"] == pytest.approx(rows[1]["val_loss"], rel=1e-6)
+    found = train.RunningStatistics(training.model).read()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_averaged_weights_are_timm_s():
@@ -590,12 +491,12 @@ def test_averaged_weights_are_timm_s():
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_every_optimizer_sees_clipped_gradients(name, monkeypatch):
     monkeypatch.setitem(train.OPTIMIZERS, "sgd", lambda groups, o: torch.optim.SGD(groups, lr=o.lr))
-    training, data = make_training(optimizer=name, max_grad_norm=1e-3)
+    monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e-3)
+    training, data = make_training(optimizer=name)
     step, seen = training.optimizer.step, []
 
     def noted():
-        gradients = [p.grad.flatten() for p in training.model.parameters()]
-        seen.append(torch.cat(gradients).norm().item())
+        seen.append(train.norms([p.grad for p in training.model.parameters()]).norm().item())
         step()
 
     training.optimizer.step = noted
@@ -607,9 +508,8 @@ def test_freezing_trains_the_classifier_alone():
     training, data = make_training(freeze=True, init_weights="given", model="nexception_nano")
     before = copy.deepcopy(training.model.state_dict())
     fit(training, data)
-    moved = {
-        name for name, value in training.model.state_dict().items() if not torch.equal(value, before[name])
-    }
+    after = training.model.state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved == {"head.fc.weight", "head.fc.bias"}
 
 
@@ -631,7 +531,6 @@ class Answers(nn.Module):
 
 class FewImages:
     transform, bad_files = EvalTransform(2, 1.0, "bilinear", (0.0,) * 3, (1 / 255,) * 3), ()
-    name, steps, wait_seconds = "/photos", 10, 0.0
 
     def __init__(self, labels, count=None):
         self.labels, self.said = labels, count or len(labels)
@@ -656,25 +555,11 @@ def test_evaluation_counts_by_hand():
     assert result["loss"] == pytest.approx(sum(rank + math.log(total) for rank in ranks) / 9)
     assert torch.equal(torch.cat([batch[0] for batch in seen]), labels)
     assert torch.cat([batch[1] for batch in seen]).shape == (9, 10)
-    # Among outputs 1 to 9 alone, ranks above a missing first answer fall by one at most.
-    columns = evaluate(model, FewImages(labels), columns=torch.arange(10))
-    assert columns == result
     few = evaluate(Answers(labels, [0] * 9), FewImages(labels - 1), columns=torch.arange(1, 10))
     assert few["top1"] == 100
     for said in (8, 10):
         with pytest.raises(RunError, match=f"counted 9 of the {said} images"):
             evaluate(model, FewImages(labels, said))
-
-
-def test_waiting_for_data_is_said_once():
-    said, data = [], FewImages(torch.zeros(1))
-    meter = train.Meter(data, 3, 4, said.append)
-    for epoch in range(3):
-        meter.start(epoch, 0)
-        time.sleep(0.02)
-        data.wait_seconds += 0.01 * epoch  # nothing in the first epoch
-        meter.end()
-    assert len(said) == 1 and "raise --workers" in said[0]
 
 
 def test_digits_are_learned_and_recorded(tmp_path, capsys):
@@ -696,12 +581,12 @@ def test_digits_are_learned_and_recorded(tmp_path, capsys):
 
 
 def test_fine_tuning_starts_from_the_weights(reference, tmp_path):
-    out = tmp_path / "run"
+    out, start = tmp_path / "run", load_checkpoint(reference / "best.pt")
     given = f"--init-weights {reference / 'best.pt'} --size 16 --epochs 1 --lr 1e-9 --device cpu --out {out}"
     assert train.main(given.split()) == 0
-    tuned, start = (torch.load(p / "best.pt", weights_only=True) for p in (out, reference))
-    torch.testing.assert_close(tuned["model"]["head.fc.weight"], start["model"]["head.fc.weight"])
-    assert tuned["config"] == start["config"]
+    tuned = load_checkpoint(out / "best.pt")
+    torch.testing.assert_close(tuned.head.fc.weight, start.head.fc.weight)
+    assert tuned.config == start.config
 
 
 def test_bfloat16_and_compile_train(tiny, tmp_path, monkeypatch):
@@ -718,48 +603,40 @@ def test_bfloat16_and_compile_train(tiny, tmp_path, monkeypatch):
 # Stopping and continuing
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("kind", "after", "place"),
+    [
+        (signal.SIGTERM, 25, 6),
+        (signal.SIGINT, 25, 6),
+        (signal.SIGTERM, 38, 19),  # steps: during the evaluation behind the second epoch
+    ],
+)
 def test_signals_save_in_mid_epoch_and_the_same_command_continues(
-    kind, tiny, reference, tmp_path, monkeypatch, capsys
+    kind, after, place, tiny, reference, tmp_path, monkeypatch, capsys
 ):
     out, taken = tmp_path / "run", []
     agreed, before = train.StopSignal.agreed, signal.getsignal(kind)
 
-    def signal_and_agree(self):
+    def signalled(self):
         taken.append(1)
-        if len(taken) == 25:
+        answer = agreed(self) if after == 38 else None
+        if len(taken) == after:
             os.kill(os.getpid(), kind)
-        return agreed(self)
+        return agreed(self) if answer is None else answer
 
-    monkeypatch.setattr(train.StopSignal, "agreed", signal_and_agree)
-    assert train.main(arguments(tiny, out, "--ema", "0.9")) == 128 + kind
-    assert f"{kind.name}: saved in epoch 2 after step 6; the same command" in capsys.readouterr().out
+    monkeypatch.setattr(train.StopSignal, "agreed", signalled)
+    assert train.main(arguments(tiny, out)) == 128 + kind
+    printed = capsys.readouterr().out
+    assert f"{kind.name}: saved in epoch 2 after step {place}; the same command" in printed
     assert signal.getsignal(kind) is before
-    assert train.main(arguments(tiny, out, "--ema", "0.9")) == 0
-    assert "continuing at epoch 2/3, step 7" in capsys.readouterr().out
-    assert_same(learned(out), learned(reference))
-
-
-def test_a_signal_during_evaluation_keeps_the_epoch(tiny, reference, tmp_path, monkeypatch, capsys):
-    out, taken, agreed = tmp_path / "run", [], train.StopSignal.agreed
-
-    def signal_after_the_last_step(self):
-        answer = agreed(self)
-        taken.append(1)
-        if len(taken) == 38:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return answer
-
-    monkeypatch.setattr(train.StopSignal, "agreed", signal_after_the_last_step)
-    assert train.main(arguments(tiny, out, "--ema", "0.9")) == 143
-    assert "saved in epoch 2 after step 19" in capsys.readouterr().out
-    assert train.main(arguments(tiny, out, "--ema", "0.9")) == 0
+    assert train.main(arguments(tiny, out)) == 0
+    assert f"continuing at epoch 2/3, step {place + 1}" in capsys.readouterr().out
     assert_same(learned(out), learned(reference))
 
 
 def test_killed_at_any_moment_it_ends_the_same(tiny, reference, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *arguments(tiny, out, "--ema", "0.9")]
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(tiny, out)]
     settings = {"cwd": tmp_path, "env": ONE_THREAD, "text": True}
     rng = np.random.default_rng(int(time.time()))
     for _ in range(2):
@@ -785,43 +662,21 @@ def test_a_broken_checkpoint_falls_back_to_the_previous(damage, tiny, reference,
         (finished / "last.pt").write_bytes(content[: len(content) // 2])
     else:
         (finished / "last.pt").unlink()
-    assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 0
-    captured = capsys.readouterr()
-    assert ("last.pt is broken" in captured.err) == (damage == "truncated")
+    assert train.main(arguments(tiny, finished)) == 0
+    assert ("last.pt is broken" in capsys.readouterr().err) == (damage == "truncated")
     assert_same(learned(finished), learned(reference))
+
+
+def test_folders_without_a_checkpoint_of_ours_are_refused(tiny, finished, capsys):
+    content = torch.load(finished / "last.pt", weights_only=True)
+    for foreign in ({k: v for k, v in content.items() if k != "metrics"}, [1, 2]):
+        torch.save(foreign, finished / "last.pt")
+        assert train.main(arguments(tiny, finished)) == 2
+        assert "holds no checkpoint of this train.py" in capsys.readouterr().err
     for name in ("last.pt", "previous.pt"):
         (finished / name).write_bytes(b"")
-    assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 2
+    assert train.main(arguments(tiny, finished)) == 2
     assert "can be read: move it away" in capsys.readouterr().err
-    for content in ({}, {"options": {}, "epoch": -1}):
-        torch.save(content, finished / "last.pt")
-        assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 2
-        assert "holds no checkpoint of train.py" in capsys.readouterr().err
-
-
-def test_a_foreign_checkpoint_in_the_folder_is_refused(tiny, finished, capsys):
-    content = torch.load(finished / "last.pt", weights_only=True)
-    without = [{k: v for k, v in content.items() if k != name} for name in ("options", "model", "metrics")]
-    for foreign in (*without, content | {"epoch": -1}, content | {"options": 3}, [1, 2]):
-        torch.save(foreign, finished / "last.pt")
-        before = (finished / "last.pt").read_bytes()
-        assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 2
-        error = capsys.readouterr().err
-        assert "holds no checkpoint of train.py" in error and error.count("\n") == 1
-        assert (finished / "last.pt").read_bytes() == before
-
-
-def test_networks_for_other_than_rgb_images_are_refused(tmp_path, capsys):
-    grey, weights = tmp_path / "grey.json", tmp_path / "grey.pt"
-    config = dataclasses.replace(TINY, in_channels=1)
-    config.to_json(grey)
-    torch.save({"config": config.to_dict(), "model": create_model(config).state_dict()}, weights)
-    for given in (["--model", str(grey)], ["--init-weights", str(weights)], ["--eval", str(weights)]):
-        out = [] if "--eval" in given else ["--out", str(tmp_path / "run")]
-        assert train.main([*given, *out]) == 2
-        error = capsys.readouterr().err
-        assert f"{given[1]} takes in_channels 1, and images have 3" in error and error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_tests_no_more(tiny, finished, monkeypatch, capsys):
@@ -830,94 +685,53 @@ def test_a_finished_run_tests_no_more(tiny, finished, monkeypatch, capsys):
 
     before = (finished / "last.pt").read_bytes()
     monkeypatch.setattr(train, "evaluate", no_evaluation)
-    assert train.main(arguments(tiny, finished, "--ema", "0.9", "--workers", "1", "--root", "elsewhere")) == 0
+    assert train.main(arguments(tiny, finished, "--workers", "1", "--root", "elsewhere")) == 0
     printed = capsys.readouterr().out
     assert "finished" in printed and "test top-1" in printed
     assert (finished / "last.pt").read_bytes() == before
 
 
-def test_a_trained_run_without_its_best_weights_is_kept(tiny, finished, capsys):
-    last = torch.load(finished / "last.pt", weights_only=True)
-    torch.save(last | {"metrics": last["metrics"][:3]}, finished / "last.pt")
-    before = (finished / "last.pt").read_bytes()
-    (finished / "best.pt").unlink()
-    assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 1
-    error = capsys.readouterr().err
-    assert "best.pt is missing or broken" in error and error.count("\n") == 1
-    assert (finished / "last.pt").read_bytes() == before
-
-
-def test_missing_matplotlib_costs_the_curves_alone(tiny, finished, monkeypatch, capsys):
-    (finished / "curves.png").unlink()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 0
-    printed = capsys.readouterr()
-    assert "no curves.png" in printed.err and "test top-1" in printed.out
-    assert not (finished / "curves.png").exists()
-
-
-def test_a_run_of_an_earlier_version_continues(tiny, reference, finished, capsys):
-    def aged(record: dict) -> dict:
-        options = {
-            k: v for k, v in record["options"].items() if k not in ("recipe", "freeze", "loss", "optimizer")
-        }
-        options |= {"warmup_lr": 1e-4, "padding": 3, "channels_last": True, "log_every": 50, "amp": "auto"}
-        return {k: v for k, v in record.items() if k != "images"} | {"options": options}
-
-    for name in ("previous.pt", "last.pt"):
-        content = aged(torch.load(finished / "previous.pt", weights_only=True))
-        for group in content["optimizer"]["param_groups"]:
-            group.pop("max_grad_norm", None)
-        torch.save(content, finished / name)
-    config = finished / "config.json"
-    config.write_text(json.dumps(aged(json.loads(config.read_text()))))
-    assert train.main(arguments(tiny, finished, "--ema", "0.9")) == 0
-    assert "which an earlier version began" in capsys.readouterr().out
-    ours, theirs = learned(finished), learned(reference)
-    assert_same(ours["model"], theirs["model"])
-
-
-def test_other_options_on_a_run_are_refused(tiny, reference, capsys):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--lr 0.5 --epochs 4", ("epochs 3 there, 4 now", "lr 0.01 there, 0.5 now", "another --out")),
+        ("--accumulate 2", ("micro-batches a step 1 there, 2 now",)),
+        ("--amp bf16", ("amp off there, bf16 now",)),
+        ("--optimizer adamw", ("optimizer lamb there, adamw now",)),
+    ],
+)
+def test_other_options_on_a_run_are_refused(given, said, tiny, reference, capsys):
     before = learned(reference)
-    for given, said in (
-        (
-            "--lr 0.5 --epochs 4 --ema 0.9",
-            ("epochs 3 there, 4 now", "lr 0.01 there, 0.5 now", "another --out"),
-        ),
-        ("--ema 0.9 --accumulate 2", ("micro-batches a step 1 there, 2 now",)),
-        ("--ema 0.9 --amp bf16", ("amp off there, bf16 now",)),
-        ("--ema 0.9 --optimizer adamw", ("optimizer lamb there, adamw now",)),
-    ):
-        assert train.main(arguments(tiny, reference, *given.split())) == 2
-        error = capsys.readouterr().err
-        assert all(words in error for words in said), error
+    assert train.main(arguments(tiny, reference, *given.split())) == 2
+    error = capsys.readouterr().err
+    assert all(words in error for words in said), error
     assert_same(learned(reference), before)
 
 
-def test_a_run_is_continued_on_its_own_data_alone(tiny, tmp_path, capsys):
-    def picture(path: Path, seed: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(seed).integers(0, 256, (18, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-
+def test_a_run_on_a_folder_keeps_its_list_and_is_continued_on_its_own_data_alone(
+    tiny, tmp_path, capsys, monkeypatch
+):
     photos, out = tmp_path / "photos", tmp_path / "run"
-    for seed in range(40):
-        part, name = ("train" if seed < 32 else "val"), ("cat", "dog")[seed % 2]
-        picture(photos / part / name / f"{seed}.png", seed)
-    given = (
-        f"--data {photos} --model {tiny} --out {out} --size 16 --epochs 1 --batch 8 --workers 0 --device cpu"
-    )
-    assert train.main(given.split()) == 0
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        path = photos / ("train" if number < 32 else "val") / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (18, 20, 3), dtype=np.uint8)).save(path)
+    given = f"--data {photos} --model {tiny} --out {out} --size 16 --epochs 1 --batch 8 --workers 0"
+    given = [*given.split(), "--device", "cpu"]
+    assert train.main(given) == 0
     assert "recipe small-folder" in capsys.readouterr().out
-    assert train.main(given.split()) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(data.FileList, "__init__", None)  # the folder is not walked again
+        assert train.main(given) == 0
     extra = photos / "train" / "cat" / "extra.png"
-    picture(extra, 99)
-    assert train.main(given.split()) == 2
+    extra.write_bytes(path.read_bytes())
+    assert train.main(given) == 2
     assert "'train': 32" in (error := capsys.readouterr().err) and "'train': 33" in error
     extra.unlink()
     for part in ("train", "val"):
         (photos / part / "cat").rename(photos / part / "zebra")
-    assert train.main(given.split()) == 2
+    assert train.main(given) == 2
     error = capsys.readouterr().err
     assert "cat there, dog now" in error and "dog there, zebra now" in error and error.count("\n") == 1
     assert train.main(["--eval", str(out / "best.pt"), "--data", str(photos), "--device", "cpu"]) == 2
@@ -929,7 +743,6 @@ def test_a_folder_in_use_is_refused(tiny, tmp_path, capsys):
     assert train.main(arguments(tiny, tmp_path / "run")) == 2
     assert "in use by another run" in capsys.readouterr().err
     folder.close()
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(tiny, tmp_path, monkeypatch, capsys):
@@ -993,16 +806,6 @@ def test_errors_of_pytorch_keep_their_traceback(tiny, tmp_path, monkeypatch):
         train.main(arguments(tiny, tmp_path / "run"))
 
 
-def test_training_runs_outside_the_main_thread(tiny, reference, tmp_path):
-    status = []
-    command = arguments(tiny, tmp_path / "run", "--ema", "0.9")
-    thread = threading.Thread(target=lambda: status.append(train.main(command)))
-    thread.start()
-    thread.join()
-    assert status == [0]
-    assert_same(learned(tmp_path / "run"), learned(reference))
-
-
 def test_help_into_a_closed_pipe_is_quiet():
     command = f"{sys.executable} {ROOT / 'train.py'} --help | head -1"
     done = subprocess.run(["bash", "-c", command], env=ONE_THREAD, capture_output=True, text=True)
@@ -1050,7 +853,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def test_two_processes_learn_what_one_does(tiny, tmp_path):
-    settings = ("--batch", "16", "--mixup", "0.2", "--cutmix", "1.0", "--epochs", "1", "--ema", "0.9")
+    settings = ("--batch", "16", "--mixup", "0.2", "--cutmix", "1.0", "--epochs", "1")
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
     two = arguments(tiny, tmp_path / "two", *settings, "--accumulate", "2")
