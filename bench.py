@@ -646,18 +646,17 @@ class AccuracyOptions:
     """
 
     checkpoint: str = option(
-        MISSING, "a file of train.py, the authors', timm's Xception, or of --model", positional=True
+        MISSING, "file of train.py, of the authors, of timm's Xception or of --model", positional=True
     )
     folders: tuple[str, ...] = option(
         MISSING,
-        "folders of class folders, PATH or NAME=PATH; the paper has figures for the names imagenet, "
+        "folders of class folders, PATH or NAME=PATH; NAME finds the paper's figures for imagenet, "
         "imagenet-a, imagenet-r and imagenet-sketch",
         positional=True,
     )
     model: str = option(
         "",
-        "the file's model, if it is torchvision's or timm's (timm.models:NAME where torchvision has that "
-        "name, too)",
+        "the file's model if it is torchvision's or timm's (timm.models:NAME if both have that name)",
     )
     classes: str = option(
         "", "class names in the order of the outputs: a folder of class folders or a text file"
@@ -786,9 +785,7 @@ def accuracy(options: AccuracyOptions) -> None:
         found = evaluate(model, folder, "val", amp, columns=columns)
         folder.close()
         paper = published.get(name.lower())
-        rows.append({"set": name, "folder": path, "images": found["count"], "classes": len(columns)})
-        rows[-1] |= {"top1": found["top1"], "top5": found["top5"], "paper_top1": paper}
-        rows[-1]["unreadable"] = found["unreadable"]
+        rows.append({"set": name, "folder": path, "classes": len(columns), **found, "paper_top1": paper})
         top1, top5 = f"{found['top1']:.2f}", f"{found['top5']:.2f}"
         cells.append([name, f"{found['count']:,}", str(len(columns)), top1, str(paper or ""), top5])
         table = markdown_table(["set", "images", "classes", "top-1, %", "paper's", "top-5, %"], cells)
@@ -903,7 +900,9 @@ def draw(values: dict[str, float], title: str, stem: Path) -> list:
 class ExportOptions:
     """Write a checkpoint as a torch.export program and as ONNX, and check both against eager outputs."""
 
-    checkpoint: str = option(MISSING, "a file of train.py, the authors' or timm's Xception", positional=True)
+    checkpoint: str = option(
+        MISSING, "file of train.py, of the authors or of timm's Xception", positional=True
+    )
     size: int = option(0, "input pixels per side (default: the checkpoint's own)", least=0)
     out: str = option("", "folder of the files (default: the checkpoint's)")
 

@@ -41,16 +41,12 @@ def short_turns(monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A small network with four classes, in train.py's format, with weights and statistics as if trained."""
+    """A small network with four classes, in train.py's format, with running statistics as if trained."""
+    torch.manual_seed(0)
     network = models.create_model("nexception_nano", num_classes=4)
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in network.state_dict().items():
-        if name.endswith("running_var") or (tensor.dim() == 1 and name.endswith("weight")):
-            tensor.uniform_(0.5, 1.5, generator=generator)
-        elif tensor.dim() == 1:
-            tensor.normal_(0, 0.1, generator=generator)
-        elif tensor.dim() > 1:
-            tensor.normal_(0, (0.8 / tensor[0].numel()) ** 0.5, generator=generator)
+    for name, tensor in network.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            tensor.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
     content = {"model": network.state_dict(), "config": network.config.to_dict()}
     content |= {"classes": ["ant", "bee", "cat", "dog"]}
     content |= {"transform": EvalTransform(32, 0.875, "bilinear").to_dict()}
@@ -200,15 +196,10 @@ def test_ctrl_c_keeps_whole_repetitions(capsys):
 
 
 def test_ratios_by_hand():
-    rows = [
-        bench.Row("A", samples=[10.0, 20.0], base="B"),
-        bench.Row("B", samples=[20.0, 20.0], base="B"),
-        bench.Row("C", samples=[5.0], base="absent"),
-    ]
+    rows = [bench.Row("A", samples=[10.0, 20.0], base="B"), bench.Row("B", samples=[20.0, 20.0])]
     bench.compare(rows)
     assert rows[0].ratio == {"mean": 0.75, "deviation": pytest.approx(0.125**0.5), "median": 0.75}
-    assert rows[1].ratio == {"mean": 1.0, "deviation": 0.0, "median": 1.0}
-    assert rows[2].ratio is None
+    assert rows[1].ratio is None
     bench.compare(rows, rate=False)  # of seconds: A takes half the time, then the same
     assert rows[0].ratio["mean"] == 1.5
 
@@ -253,26 +244,22 @@ def test_speed_in_training_updates_the_weights():
     assert all(not torch.equal(before[name], value) for name, value in network.named_parameters())
 
 
-# Models whose passes run out of memory in several ways, and one that cannot be built.
+# Models whose passes fail in several ways, and one that cannot be built.
 SCARCE = """
 import torch
-class Scarce(torch.nn.Linear):
-    passes = 0
-    def __init__(self, most, error=lambda: torch.empty(2**60), passes=1e9):
-        super().__init__(32, 1)
-        self.most, self.error, self.last = most, error, passes
-    def forward(self, x):
-        if not x.is_meta:
-            self.passes += 1
-            if len(x) > self.most or self.passes > self.last:
-                self.error()
-        return super().forward(x)
-def out_of_memory(): raise torch.OutOfMemoryError("no room\\nfor this one")
-def two(): return Scarce(2, out_of_memory)
-def two_on_cpu(): return Scarce(2)  # the CPU allocator raises a plain RuntimeError
-def none(): return Scarce(0)
-def later(): return Scarce(8, out_of_memory, 5)
-def broken(): raise OSError("no weights here")
+def checked(check):
+    network = torch.nn.Flatten()
+    def hook(_, images):
+        if not images[0].is_meta:
+            check(len(images[0]))
+    network.register_forward_pre_hook(hook)
+    return network
+def out_of_memory(count): raise torch.OutOfMemoryError()
+def two(): return checked(lambda count: count > 2 and out_of_memory(count))
+def two_on_cpu(): return checked(lambda count: count > 2 and torch.empty(2**60))  # a plain RuntimeError
+def none(): return checked(out_of_memory)
+def later(passes=iter(range(5))): return checked(lambda count: next(passes))
+def broken(): raise OSError("no weights\\nhere")
 """
 
 
@@ -282,15 +269,14 @@ def test_a_model_that_fails_costs_only_its_row(tmp_path, monkeypatch, capsys):
     names = ["two", "two_on_cpu", "none", "later", "broken"]
     specs = ",".join(f"scarce:{name}@32" for name in names)
     assert run(*SPEED, "--models", f"nexception_nano,{specs}", "--out", tmp_path) == 0
-    reasons = ["out of memory at batch 1", "fails, OutOfMemoryError: no room for this one"]
-    reasons.append("fails, OSError: no weights here")
+    reasons = ["out of memory at batch 1", "fails, StopIteration: ", "fails, OSError: no weights here"]
     rows = read_json(tmp_path / "speed-cpu-float32.json")["rows"]
     assert [row.get("missing") for row in rows] == [None, None, None, *reasons]
     assert [len(row.get("samples", [])) for row in rows] == [2, 2, 2, 0, 0, 0]
     assert [row["batch"] for row in rows[:3]] == [8, 2, 2]
     out, err = capsys.readouterr()
     assert "scarce:two@32: out of memory at batch 8, measured at 2" in out
-    assert 'scarce.py", line 19, in broken' in err  # who wrote it sees where it fails
+    assert 'scarce.py", line 15, in broken' in err  # who wrote it sees where it fails
     (line,) = (line for line in out.splitlines() if line.startswith("| scarce:two@32 "))
     assert line.split("|")[5].strip() == "2"  # the batch, after input, parameters and MACs
 
@@ -378,7 +364,7 @@ def test_accuracy_masks_classes_without_a_folder(checkpoint, folder, tmp_path, c
     hits = (logits[:, 3] > logits[:, 1]) == (labels == 3)
     assert 0 < hits.mean() < 1
     for row in (first, second):
-        assert (row["images"], row["classes"], row["top5"]) == (7, 2, 100)
+        assert (row["count"], row["classes"], row["top5"]) == (7, 2, 100)
         assert row["top1"] == pytest.approx(100 * hits.mean())
     assert f"{first['top1']:.2f}" in capsys.readouterr().out
 
@@ -406,7 +392,7 @@ def test_accuracy_of_a_torchvision_file(folder, tmp_path, capsys):
     names = ["--model", "resnet18", "--classes", tmp_path / "names.txt"]
     assert run(*arguments, *names, "--size", 64, "--dtype", "bfloat16") == 0
     record = read_json(tmp_path / "accuracy-resnet18-f37072fd.json")
-    assert record["rows"][0]["images"] == 7
+    assert record["rows"][0]["count"] == 7
     assert record["transform"]["size"] == 64
     _, transform = bench.open_peer(bench.AccuracyOptions(str(file), (), model="resnet18"))
     preset = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
@@ -495,8 +481,6 @@ def test_figures_of_the_paper_and_of_results(tmp_path, monkeypatch):
         frame = texts[0].axes.get_window_extent().padded(0.5)  # pixels: labels may touch it
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
         assert all(frame.contains(*box.p0) and frame.contains(*box.p1) for box in boxes)
-        bold = {text.get_text() for text in texts if text.get_weight() == "bold"}
-        assert bold == {"NEXcepTion-T", "NEXcepTion-S", "NEXcepTion-TP"}
     speeds, _ = bench.measured(str(file))
     assert list(speeds.values()) == [i + 2.0 for i in range(len(bench.TABLE_1))]
     damaged = [[], record | {"options": {}}]
@@ -526,16 +510,14 @@ def test_data_times_the_input_pipeline(tmp_path, capsys, monkeypatch, timm):
     (path,) = tmp_path.glob("data-*.json")
     rows = {row["label"]: row for row in read_json(path)["rows"]}
     assert all(row["samples"] and min(row["samples"]) > 0 for row in rows.values())
-    compared = {"training", "evaluation", "training, 1 worker"}
-    compared |= {"training, 2 workers"} if timm else set()
-    alone = {"training without RandAugment", "decoding alone"}
-    assert set(rows) == compared | alone | ({f"{label}, timm" for label in compared} if timm else set())
-    for label in compared if timm else ():
-        pairs = zip(rows[label]["samples"], rows[f"{label}, timm"]["samples"], strict=True)
-        assert rows[label]["ratio"]["mean"] == pytest.approx(np.mean([ours / base for ours, base in pairs]))
+    wanted = {"training", "evaluation", "training, 1 worker"} | ({"training, 2 workers"} if timm else set())
+    for label in wanted if timm else ():
+        ratios = np.divide(rows[label]["samples"], rows.pop(f"{label}, timm")["samples"])
+        assert rows[label]["ratio"]["mean"] == pytest.approx(ratios.mean())
+    assert rows.keys() == wanted | {"training without RandAugment", "decoding alone"}
     table = path.with_suffix(".md").read_text()
-    wanted = "trains at 1,000,000 images/s needs --workers" if timm else "needs --workers 1, as measured."
-    assert wanted in table
+    advice = "trains at 1,000,000 images/s needs --workers" if timm else "needs --workers 1, as measured."
+    assert advice in table
     assert table.partition("\n\n")[2] in capsys.readouterr().out
 
 
