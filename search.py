@@ -71,6 +71,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from pebble import ProcessExpired, ProcessPool
+from scipy.stats import spearmanr, ttest_ind
 from sklearn.ensemble import RandomForestRegressor
 from smac import HyperbandFacade, MultiFidelityFacade, Scenario
 from smac.acquisition.function import EI
@@ -90,6 +91,7 @@ SCHEDULER_PATIENCE = 30  # seconds to wait for an answer of a Dask scheduler
 RANDOM_START = 16  # random configurations before the forest has anything to learn from
 TREES, FEW_TREES = 100, 10  # in the forest behind the importances, and in those behind their intervals
 RESAMPLES, SHUFFLES = 100, 10  # of the trials, for the intervals; per choice, for what noise gives
+REPEATS = 3  # trainings of each network in the final comparison
 START_LIMIT = 300  # seconds for the imports of a trial process
 OUT_OF_MEMORY = 251  # exit status of a trial process above its memory limit
 
@@ -329,7 +331,8 @@ def train(config: dict, seed: int, budget: float, settings: dict | None = None):
     network = model_config(config, s["model"])
     network = create_model(network, num_classes=len(data.classes), input_size=data.transform.size)
     training = Training(network, options, Process(device=device))
-    curve = fit(training, data)
+    scored = {epochs // ETA**k for k in range(epochs) if epochs % ETA**k == 0}  # the budgets up to it
+    curve = fit(training, data, score_after=scored)
     scores, split = {"top1": curve[-1]["val_top1"], "loss": curve[-1]["val_loss"]}, "val"
     if s["split"] != "val" and s["split"] in data.splits:
         split = s["split"]
@@ -343,8 +346,11 @@ def train(config: dict, seed: int, budget: float, settings: dict | None = None):
         "training_images_per_second": float(np.median([epoch["images_per_second"] for epoch in curve])),
         "inference_images_per_second": inference_speed(network, data, training.amp, s["objectives"]),
         "seconds": time.perf_counter() - begun,
-        # Of each epoch: mean training loss, validation top-1 in percent
-        "curve": [[round(epoch["train_loss"], 5), round(epoch["val_top1"], 3)] for epoch in curve],
+        # Of each epoch: mean training loss, validation top-1 in percent (None: not evaluated)
+        "curve": [
+            [round(epoch["train_loss"], 5), round(epoch["val_top1"], 3) if i in scored else None]
+            for i, epoch in enumerate(curve, 1)
+        ],
         "precision": options.amp,
         "device": f"cpu, {torch.get_num_threads()} threads",
     }
@@ -1142,7 +1148,7 @@ class Search:
                 return
             config, seed = {name: str(value) for name, value in trial.config.items()}, trial.seed
             if self.settings["trial_seeds"] == "from the configuration":
-                seed = zlib.crc32(json.dumps([self.settings["seed"], sorted(config.items())]).encode())
+                seed = trial_seed(self.settings, config)
             limit = min(self.time_limit, self.seconds - self.elapsed)
             self.submit(config, seed, trial.budget, "val", trial, limit)
             self.save()
@@ -1264,33 +1270,59 @@ class Search:
             print(f"train it in full: python train.py --data {o.data} --model {network}")
 
     def compare(self, best: dict) -> None:
-        """Train the incumbent and the two known points alike; score each once, on the test split if any."""
-        path, budget = self.folder / "final.json", self.settings["budgets"][-1]
-        scored, networks = read_json(path), {"incumbent": best["config"], **points()}
-        names = {name: short(config) for name, config in networks.items()}
-        waiting = {short(config): config for config in networks.values()}
-        waiting = [(name, config) for name, config in waiting.items() if name not in scored]
+        """Train the incumbent and the two known points alike, several times each; score the test split."""
+        path, budget, waiting = self.folder / "final.json", self.settings["budgets"][-1], {}
+        scored = read_json(path)
+        for repeat in range(1, REPEATS + 1):
+            for config in (best["config"], *points().values()):
+                waiting[repeat_name(config, repeat)] = config, trial_seed(self.settings, config, repeat)
+        waiting = {name: job for name, job in waiting.items() if name not in scored}
         if waiting:
-            print(f"training the incumbent and the known points for {budget} epochs each ...", flush=True)
+            print(f"training incumbent and known points, {REPEATS} times {budget} epochs each", flush=True)
         while (waiting or self.running) and not self.signal:
             while waiting and self.devices:
-                name, config = waiting.pop(0)
-                self.submit(config, best["seed"], budget, "test", name, self.time_limit)
-            for name, _, outcome, _ in self.finished():
-                if self.signal:
-                    continue
-                scored[name] = {"status": outcome["status"], **outcome["info"]}
-                write_whole(path, json.dumps(scored, indent=1))
-        found = {name: scored[key] for name, key in names.items() if key in scored}
-        # The first version scored small sets on their test split, and folders on val/, without a word.
-        before = "test" if self.options.data in SMALL_SETS else "val"
-        splits = {score.get("split", before) for score in found.values() if score["status"] == "success"}
-        if splits:
-            validation = "validation split, which the search has seen: the data have no test split"
-            print(f"accuracy on the {'test split' if splits == {'test'} else validation}:")
-        for name, score in found.items():
-            result = f"{score['top1']:.2f}%" if score["status"] == "success" else score["error"]
-            print(f"  {name:10} {names[name]:58} {result}")
+                name = next(iter(waiting))
+                self.submit(*waiting.pop(name), budget, "test", name, self.time_limit)
+            for name, seed, outcome, _ in self.finished():
+                if outcome["status"] == "success" or not self.signal:
+                    scored[name] = {"status": outcome["status"], "seed": seed, **outcome["info"]}
+                    write_whole(path, json.dumps(scored, indent=1))
+        print(comparison(self.folder, best["config"]))
+
+
+def trial_seed(settings: dict, config: dict, *repeat: int) -> int:
+    """Return the seed of a trial, and those of the final comparison's repetitions."""
+    return zlib.crc32(json.dumps([settings["seed"], *repeat, sorted(config.items())]).encode())
+
+
+def repeat_name(config: dict, repeat: int) -> str:
+    """Return the name of one of a network's final trainings (earlier versions had one of each)."""
+    return short(config) + (f" #{repeat}" if repeat > 1 else "")
+
+
+def comparison(folder: Path, incumbent: dict) -> str:
+    """Return mean and deviation of the final trainings, and whether differences exceed their noise."""
+    scored, splits, lines, accuracies = read_json(folder / "final.json"), set(), [], {}
+    for name, config in {"incumbent": incumbent, **points()}.items():
+        found = [scored.get(repeat_name(config, repeat)) for repeat in range(1, REPEATS + 1)]
+        done = [score for score in found if score and score["status"] == "success"]
+        splits |= {score.get("split", "test") for score in done}
+        top1 = accuracies[name] = [score["top1"] for score in done]
+        result = f"{np.mean(top1):.2f}%" if top1 else "no result"
+        result += f" ± {np.std(top1, ddof=1):.2f}" if len(top1) > 1 else ""
+        result += "".join(f"  {score['error']}" for score in found if score and score not in done)
+        lines.append(f"  {name:10} {short(config):58} {result} ({len(top1)})")
+    for name in points():
+        ours, theirs = accuracies["incumbent"], accuracies[name]
+        if incumbent == points()[name] or min(len(ours), len(theirs)) < 2:
+            continue
+        gap, p = np.mean(ours) - np.mean(theirs), ttest_ind(ours, theirs, equal_var=False).pvalue
+        verdict = "exceeds" if p < 0.05 else "does not exceed"
+        test = f"Welch's t-test, p = {p:.2g}"
+        lines.append(f"incumbent - {name}: {gap:+.2f} points {verdict} the noise between seeds ({test})")
+    validation = "validation split, which the search has seen: the data have no test split"
+    split = "test split" if splits <= {"test"} else validation
+    return "\n".join([f"accuracy on the {split}; mean ± deviation (trainings):", *lines])
 
 
 def status_text(folder: Path) -> str:
@@ -1482,10 +1514,10 @@ def importance_text(found: dict) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def subplots(columns: int, width: float, height: float, **kwargs) -> tuple[Figure, np.ndarray]:
-    """Return a figure with a row of plain axes (columns,)."""
+def subplots(columns: int, width: float, height: float, rows: int = 1, **kwargs) -> tuple[Figure, np.ndarray]:
+    """Return a figure with plain axes (rows x columns,)."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **kwargs)[0]
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -1507,7 +1539,7 @@ def draw_importance(found: dict, path: Path) -> None:
     names = sorted(local, key=lambda name: local[name][0])
     kinds = [kind for kind in IMPORTANCES if kind != "pairs"]
     figure, axes = subplots(len(kinds), 12, 0.55 * len(names) + 1.5, sharey=True)
-    thickness, colours = 0.8 / len(found), colormaps["viridis"](np.linspace(0.85, 0.35, len(found)))
+    thickness, colours = 0.8 / len(found), colormaps["viridis"](np.linspace(0.35, 0.85, len(found))[::-1])
     for axis, kind in zip(axes, kinds, strict=True):
         for i, result in enumerate(found.values()):
             cells = [result[kind][name] for name in names]
@@ -1520,7 +1552,8 @@ def draw_importance(found: dict, path: Path) -> None:
             axis.plot(noise, places, "|", color="crimson", markersize=24 * thickness)
         axis.set_title(IMPORTANCES[kind], fontsize=10)
         axis.set_xlim(0, 1.02)
-    axes[-1].set_xlim(-0.5, 1.5)  # of a ratio, which has no bounds
+    largest = max(cell[0] for result in found.values() for cell in result["improvement"].values())
+    axes[-1].set_xlim(-0.5, np.clip(1.1 * largest, 1.1, 3.0))  # a ratio has no bounds
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     labels = [f"{epochs_text(budget)}, {result['trials']} trials" for budget, result in found.items()]
     handles = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
@@ -1572,6 +1605,57 @@ def draw_front(rows: list[dict], front: list[dict], settings: dict, path: Path) 
     save_figure(figure, path)
 
 
+def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
+    """Draw the mean accuracy of each value of each choice, its 90% interval, and the paper's two points."""
+    rng, columns = np.random.default_rng(0), 3
+    rows = -(-len(space) // columns)
+    figure, axes = subplots(columns, 10, 2.5 * rows, rows, sharey=True)
+    accuracy = [(row["config"], 100 - 100 * row["cost"][0]) for row in done]
+    for axis, (name, values) in zip(axes, space.items(), strict=False):
+        for place, value in enumerate(values):
+            group = np.array([top1 for config, top1 in accuracy if config[name] == value])
+            if len(group):
+                means = rng.choice(group, (1000, len(group))).mean(1)
+                axis.vlines(place, *np.quantile(means, [0.05, 0.95]), color="0.5")
+                axis.plot(place, group.mean(), "_", color="black", markersize=12)
+        for (point, choices), colour in zip(points().items(), ("crimson", "royalblue"), strict=True):
+            tops = [top1 for config, top1 in accuracy if config == choices]
+            if tops:
+                label = f"{point}'s choices" if axis is axes[0] else None
+                axis.plot(values.index(choices[name]), tops[0], "o", color=colour, label=label)
+        axis.set_xticks(range(len(values)), values)
+        axis.set_xlim(-0.5, len(values) - 0.5)
+        axis.set_title(name.replace("_", " "), fontsize=10)
+    for axis in axes[::columns]:
+        axis.set_ylabel(OBJECTIVES["accuracy"][3])
+    if axes[0].get_legend_handles_labels()[0]:
+        figure.legend(frameon=False, loc="outside lower center", ncols=2)
+    save_figure(figure, path)
+
+
+def space_text(done: list[dict], highest: int) -> str:
+    """Describe the space by random trials: spread, what early epochs tell, the place of the known points."""
+    drawn = [row for row in done if row["origin"] != "prior"]
+    accuracies = np.array([100 - 100 * row["cost"][0] for row in drawn])
+    batch = np.array([row["config"].get("norm") == "batch" for row in drawn])
+    lines = ["| random configurations | | p10 | median | p90 |", "|---|---:|---:|---:|---:|"]
+    for name, group in {"all": accuracies, "batch norm alone": accuracies[batch]}.items():
+        if len(group):
+            marks = " | ".join(f"{mark:.2f}%" for mark in np.quantile(group, [0.1, 0.5, 0.9]))
+            lines.append(f"| {name} | {len(group)} | {marks} |")
+    lines.append("")
+    curves = [row["info"].get("curve", ()) for row in drawn]
+    for epoch in (highest // ETA**k for k in (2, 1) if highest % ETA**k == 0):
+        if all(len(curve) == highest for curve in curves):
+            rank = spearmanr([curve[epoch - 1][1] for curve in curves], accuracies).statistic
+            lines.append(f"- Spearman correlation of accuracy after epochs {epoch} and {highest}: {rank:.2f}")
+    for name, point in points().items():
+        for top1 in [100 - 100 * row["cost"][0] for row in done if row["config"] == point][:1]:
+            place = 100 * (accuracies < top1).mean()
+            lines.append(f"- {name}'s choices reach {top1:.2f}%, more than {place:.0f}% of configurations.")
+    return "\n".join(lines)
+
+
 def report(folder: Path) -> Path:
     """Write report.md and its figures: progress, importance, Pareto front, the ten best."""
     settings, rows = settings_of(folder), rows_of(folder)
@@ -1591,6 +1675,15 @@ def report(folder: Path) -> Path:
         pictures["Which choices matter"] = f"![Importance](importance.png)\n\n```text\n{table}\n```"
     except UsageError as error:
         pictures["Which choices matter"] = f"No importance: {error}."
+    done = successes(rows, budgets[-1])
+    if len(done) >= 2 * len(settings["space"]):
+        draw_marginals(done, settings["space"], folder / "marginals.png")
+        title = f"Mean accuracy of each value after {epochs_text(budgets[-1])}, with 90% intervals"
+        pictures[title] = "![Mean accuracy of each value of each choice](marginals.png)"
+        if settings["sampler"] == "random":
+            pictures["The space"] = space_text(done, round(budgets[-1]))
+        else:
+            pictures[title] += "\n\nThe sampler preferred good configurations: no fair sample of the space."
     states = [row["status"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     space = settings["space"]
@@ -1609,6 +1702,8 @@ def report(folder: Path) -> Path:
         cells += ["" if size is None else f"{size / 1e6:.3g} M" for size in sizes]
         cells.append(", ".join(f"{name}'s" for name, point in points().items() if point == row["config"]))
         page.append(f"| {' | '.join(cells)} |")
+    if (folder / "final.json").exists():
+        pictures["Final comparison"] = f"```text\n{comparison(folder, front[0]['config'])}\n```"
     page += [f"\n## {title}\n\n{picture}" for title, picture in pictures.items()]
     write_whole(folder / "report.md", "\n".join(page) + "\n")
     return folder / "report.md"

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -498,15 +499,39 @@ def test_one_precision_for_all_trials(tmp_path, capsys):
         assert search.trial_options(settings, 9, 1, device).amp == precision
 
 
-def test_the_comparison_names_the_split_that_scored_it(tmp_path, capsys):
-    opened = start(tmp_path / "run", 1)
-    best = {"config": search.points()["Xception"], "seed": 1}
-    for split, words in (("val", "accuracy on the validation split"), ("test", "accuracy on the test split")):
-        score = {"status": "success", "top1": 50.0, "split": split}
-        scored = {search.short(config): score for config in search.points().values()}
-        (tmp_path / "run/final.json").write_text(json.dumps(scored))
-        opened.compare(best)
-        assert words in capsys.readouterr().out
+def test_the_comparison_trains_each_network_three_times_and_resumes(tmp_path, capsys):
+    """Interrupted, it repeats nothing; each training has its seed; those of earlier versions count."""
+    opened, path, jobs = start(tmp_path / "run", 1, workers=2), tmp_path / "run/final.json", []
+    best = {**search.points()["NEXcepTion"], "kernel": "9"}
+    tops = {"9": [71.0, 71.5, 72.0], "5": [70.5, 72.0, 71.0], "3": [60.0, 61.0, 60.5]}
+
+    def submit(function, job):
+        jobs.append((job["config"]["kernel"], job["seed"]))
+        top1 = tops[job["config"]["kernel"]][
+            [kernel for kernel, _ in jobs].count(job["config"]["kernel"]) - 1
+        ]
+        info = {"top1": top1, "split": split}
+        future = Future()
+        future.set_result({"status": "success", "cost": [1 - top1 / 100], "info": info})
+        opened.signal = signal.SIGINT if len(jobs) == interrupt else 0
+        return future
+
+    opened.executor, split, interrupt = SimpleNamespace(submit=submit), "test", 4
+    opened.compare({"config": best})
+    assert len(json.loads(path.read_text())) == len(jobs) == 4
+    opened.signal, interrupt = 0, None
+    opened.compare({"config": best})
+    assert len(set(jobs)) == len(jobs) == len(json.loads(path.read_text())) == 9
+    assert search.trial_seed(opened.settings, best) not in [seed for _, seed in jobs]
+    said = capsys.readouterr().out
+    assert "accuracy on the test split" in said and "71.50% ± 0.50 (3)" in said
+    assert re.search(r"incumbent - NEXcepTion: \+0.33 points does not exceed", said)
+    assert re.search(r"incumbent - Xception: \+11.00 points exceeds .*p = ", said)
+    old = {search.short(config): {"status": "success", "top1": 50.0} for config in search.points().values()}
+    path.write_text(json.dumps(old))
+    split, jobs[:] = "val", []
+    opened.compare({"config": search.points()["Xception"]})
+    assert len(jobs) == 4 and "accuracy on the validation split" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_one_sentence_also_in_smacs_files(tmp_path, monkeypatch):
@@ -724,6 +749,28 @@ def test_the_report_and_the_table_say_what_was_found(finished, capsys):
     assert [float(row["budget"]) for row in table] == [row["budget"] for row in rows]
 
 
+def test_the_report_of_a_random_search_maps_the_space(tmp_path):
+    """A made-up map: accuracy follows the kernel; the third epoch tells it, the first the opposite."""
+    rng, rows = np.random.default_rng(0), []
+    settings = start(tmp_path, 1, sampler="random").settings
+    drawn = search.configspace(seed=8).sample_configuration(60)
+    for config in (*search.points().values(), *drawn):
+        config = {name: str(value) for name, value in config.items()}
+        top1 = 50 + 10 * settings["space"]["kernel"].index(config["kernel"]) + rng.uniform()
+        curve = [[1.0, -top1], [1.0, 0.0], [1.0, top1 / 2], *[[1.0, top1]] * 6]
+        row = {"config": config, "budget": 9.0, "status": "success", "cost": [1 - top1 / 100], "seed": 1}
+        row |= {"origin": "random" if len(rows) > 1 else "prior", "start": 0, "end": 1, "elapsed": len(rows)}
+        rows.append(row | {"info": {"curve": curve}})
+    (tmp_path / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = search.report(tmp_path).read_text()
+    tops = [100 - 100 * row["cost"][0] for row in rows[2:]]
+    assert f"| all | 60 | {np.quantile(tops, 0.1):.2f}% | {np.median(tops):.2f}% |" in page
+    assert re.findall(r"epochs (\d) and 9: (\S+)", page) == [("1", "-1.00"), ("3", "1.00")]
+    place = 100 * np.mean(np.array(tops) < 100 - 100 * rows[0]["cost"][0])
+    assert f"more than {place:.0f}% of" in page
+    assert (tmp_path / "marginals.png").read_bytes().startswith(b"\x89PNG") and "](marginals.png)" in page
+
+
 # The real thing
 
 
@@ -736,7 +783,7 @@ def test_folders_of_the_first_version_go_on(tmp_path, capsys):
     rows = search.rows_of(out)
     assert search.main(["report", str(out)]) == 0
     assert search.importance(out)[9]["trials"] == sum(row["budget"] == 9 for row in rows)
-    opened = Search(Options(out=str(out), trials=len(rows) + 1))
+    opened = Search(Options(out=str(out), data="digits", trials=len(rows) + 1))
     assert opened.settings["trial_seeds"] == "one for all" and opened.settings["sampler"] == "smac"
     jobs = []
     opened.executor = SimpleNamespace(submit=lambda function, job: jobs.append(job))
@@ -763,7 +810,8 @@ def test_the_target_works_for_smac_and_for_an_activation_added_at_run_time(monke
 def test_a_real_search_of_digits(tmp_path, monkeypatch, capsys):
     """One trial of an epoch; incumbent and both known points on the test split; the network for train.py."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["--trials", "1", "--max-epochs", "1", "--workers", "2", "--out", "run", "--grow", "tp"]
+    arguments = ["--data", "digits", "--trials", "1", "--max-epochs", "1", "--workers", "2", "--out", "run"]
+    arguments += ["--grow", "tp"]
     assert search.main(arguments) == 0
     said = capsys.readouterr().out
     (row,) = search.rows_of(Path("run"))
