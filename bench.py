@@ -455,8 +455,8 @@ class SpeedOptions:
 
     models: tuple[str, ...] = option(
         (),
-        "Table 1's keys, our models, torchvision's, timm's, JSON configs, your own MODULE:CALLABLE; each of "
-        "them as NAME or NAME@SIZE (default: all of Table 1)",
+        "NAME or NAME@SIZE,...: keys of Table 1, our models, torchvision's, timm's, JSON configs, your own "
+        "MODULE:CALLABLE (default: all of Table 1)",
     )
     baseline: str = option("convnext_tiny", "model that ratios refer to; the first one if it is not measured")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -646,7 +646,7 @@ class AccuracyOptions:
     """
 
     checkpoint: str = option(
-        MISSING, "file of train.py, of the authors, of timm's Xception or of --model", positional=True
+        MISSING, "written by train.py or the authors, timm's Xception, or weights of --model", positional=True
     )
     folders: tuple[str, ...] = option(
         MISSING,
@@ -901,7 +901,7 @@ class ExportOptions:
     """Write a checkpoint as a torch.export program and as ONNX, and check both against eager outputs."""
 
     checkpoint: str = option(
-        MISSING, "file of train.py, of the authors or of timm's Xception", positional=True
+        MISSING, "written by train.py or the authors, or timm's Xception", positional=True
     )
     size: int = option(0, "input pixels per side (default: the checkpoint's own)", least=0)
     out: str = option("", "folder of the files (default: the checkpoint's)")
@@ -959,13 +959,15 @@ class DataOptions:
     """Measure images/s of the input pipeline, on one core and by number of workers, beside timm's."""
 
     path: str = option(
-        "", "folder of class folders, or one with train/ (default: made photographs)", positional=True
+        "",
+        "folder of class folders, or one with train/ (default: made photographs, with scikit-image)",
+        positional=True,
     )
     repetitions: int = option(20, "timed turns of each, on one core; five with workers", least=1)
     workers: tuple[int, ...] = option(
         (), "numbers of workers to time (default: 1, 2, 4, ... all cores)", least=1
     )
-    rate: float = option(1000.0, "images/s at which a GPU trains, for the advice on workers", least=0)
+    rate: float = option(1000.0, "images/s at which your GPU trains: how many workers does it need?", least=0)
     out: str = option("results", "folder of the results")
 
 
