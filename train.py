@@ -33,7 +33,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import signal
 import sys
@@ -75,23 +74,23 @@ MAX_SKIPPED = 20  # consecutive float16 steps whose loss may overflow while the 
 # --------------------------------------------------------------------------------------------------
 # Command line: a dataclass field is an option
 
-BOUNDS = {
-    "least": ("at least", operator.ge),
-    "above": ("above", operator.gt),
-    "most": ("at most", operator.le),
-    "below": ("below", operator.lt),
-}
 
-
-def option(default, help: str, least=None, most=None, *, above=None, below=None, **argparse_arguments):
+def option(
+    default, help: str, least=-math.inf, most=math.inf, *, above=-math.inf, below=math.inf, **settings
+):  # fmt: skip
     """Declare a dataclass field that becomes `--name`, with its bounds (inclusive `least` and `most`).
 
-    `positional=True` makes it an argument without dashes, required when `default` is MISSING; the rest, such
-    as choices and metavar, goes to argparse.
+    `positional=True` makes it an argument without dashes, required when `default` is MISSING; other settings,
+    such as choices and metavar, go to argparse.
     """
-    bounds = {"least": least, "above": above, "most": most, "below": below}
-    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
-    return field(default=default, metadata={"help": help, "bounds": bounds, **argparse_arguments})
+
+    def check(value: float) -> None:
+        if not (least <= value <= most and above < value < below):  # infinities and NaN fail, too
+            bounds = {"at least": least, "above": above, "at most": most, "below": below}
+            wanted = [f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound)]
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(wanted) or 'finite'}, not {value}")
+
+    return field(default=default, metadata={"help": help, "check": check, **settings})
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,20 +104,19 @@ def parse(options: type, argv: list[str], prog: str, epilog: str = ""):
     bool becomes --name and --no-name, tuple[str, ...] is comma separated. Raises UsageError for anything that
     is not understood, for numbers that are not finite and for those out of bounds.
     """
-    shown = {"description": (options.__doc__ or "").strip(), "epilog": epilog}
-    shown["formatter_class"] = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=prog, allow_abbrev=False, **shown)
+    parser = Parser(prog=prog, description=options.__doc__, epilog=epilog, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     hints = typing.get_type_hints(options)
     for entry in fields(options):
         settings = dict(entry.metadata)
-        bounds, positional = settings.pop("bounds"), settings.pop("positional", False)
+        check, positional = settings.pop("check"), settings.pop("positional", False)
         hint, required = hints[entry.name], entry.default is MISSING
         many = typing.get_origin(hint) is tuple
         kind = (typing.get_args(hint) or (hint,))[0]  # of `kind | None` and `tuple[kind, ...]` too
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings["type"] = converter(kind, many and not positional, bounds)
+            settings["type"] = converter(kind, many and not positional, check)
         if positional:
             settings.setdefault("nargs", ("+" if required else "*") if many else (None if required else "?"))
         elif kind is not bool and "choices" not in settings:
@@ -132,21 +130,15 @@ def parse(options: type, argv: list[str], prog: str, epilog: str = ""):
     return options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def converter(kind: type, many: bool, bounds: dict) -> typing.Callable[[str], typing.Any]:
-    """Return a function from text to a finite `kind` within bounds, or to a tuple of them."""
-
-    def one(text: str):
-        value = kind(text.strip())
-        if kind is not str:
-            wanted = ["finite"] if kind is float else []
-            wanted += [f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items()]
-            inside = all(BOUNDS[name][1](value, bound) for name, bound in bounds.items())
-            if not (inside and math.isfinite(value)):
-                raise argparse.ArgumentTypeError(f"must be {' and '.join(wanted)}, not {text}")
-        return value
+def converter(kind: type, many: bool, check: typing.Callable) -> typing.Callable[[str], typing.Any]:
+    """Return a function from text to a `kind` that passes `check`, or to a tuple of them."""
 
     def convert(text: str):
-        return tuple(one(part) for part in text.split(",") if part.strip()) if many else one(text)
+        values = tuple(kind(part.strip()) for part in text.split(",") if part.strip()) if many else kind(text)
+        for value in values if many else [values]:
+            if kind is not str:
+                check(value)
+        return values
 
     convert.__name__ = kind.__name__  # argparse's errors show it
     return convert
@@ -259,12 +251,6 @@ class Lamb(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, max_grad_norm=1.0):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
         super().__init__(params, defaults | {"max_grad_norm": max_grad_norm})
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        for parameter, state in self.state.items():
-            for name, value in state.items():  # the fused kernel needs the parameter's own memory layout
-                state[name] = torch.empty_like(parameter).copy_(value)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -390,7 +376,7 @@ RECIPES = {
     ),
     "numbers": Recipe(
         "nexception_nano: not measured yet",
-        ONE | {"model": "nexception_nano", "epochs": 30, "batch": 32, "lr": 1e-2, "warmup_epochs": 0,
+        ONE | {"model": "nexception_nano", "epochs": 30, "batch": 32, "lr": 1e-2, "warmup_epochs": 2,
                "loss": "soft_ce", "mixup": 0.0, "cutmix": 0.0},
     ),
     "cifar10": Recipe("the paper's search network (not run in full here)", CIFAR),
@@ -582,7 +568,7 @@ class Process:
         return values
 
     def of_first(self, values: Tensor) -> Tensor:
-        """Overwrite a tensor with the first process's."""
+        """Overwrite a tensor with that of the first process."""
         if self.world > 1:
             dist.broadcast(values, 0)
         return values
@@ -657,7 +643,7 @@ class RunningStatistics:
     def __init__(self, model: nn.Module):
         names = ("running_mean", "running_var")
         self.buffers = [buffer for name, buffer in model.named_buffers() if name.endswith(names)]
-        self.buffers = self.buffers or [next(model.parameters()).new_zeros(1)]  # there are no batch norms
+        self.buffers = self.buffers or [next(model.parameters()).new_zeros(1)]  # without batch norms
 
     def read(self) -> Tensor:
         return torch.cat(self.buffers)
@@ -798,7 +784,7 @@ class Folder:
     def __init__(self, path: str, record: dict, process: Process | None = None):
         self.path, self.record, self.process = Path(path), record, process or Process()
         self.last, self.previous, self.best = (self.path / f"{n}.pt" for n in ("last", "previous", "best"))
-        self.lock, self.drawn = None, time.monotonic()
+        self.lock, self.drawn = None, time.monotonic()  # drawn: when `curves.png` was written last
 
     def open(self) -> Path | None:
         """Make and lock the folder; return the checkpoint to continue from, if any.
@@ -831,7 +817,7 @@ class Folder:
             raise UsageError(f"{self.path} holds no checkpoint of this train.py: give another --out")
         theirs = asdict(Options()) | content["options"]  # an option that it lacks is newer than the run
         ours = self.record["options"]
-        # Runs begun before these were constants have them as options.
+        # Once options, constants today:
         ours = ours | {"min_lr": min(MIN_LR, ours["lr"]), "max_grad_norm": MAX_GRAD_NORM}
         pairs = {name: (theirs.get(name, value), value) for name, value in ours.items() if name not in FREE}
         for name in ("micro-batches a step", "config", "images"):
@@ -860,7 +846,7 @@ class Folder:
             save_checkpoint(self.best, self.record | content | {"val": result})
 
     def draw(self, training: Training) -> None:
-        """Draw training loss and learning rate, validation top-1 and top-5 by epoch: `curves.png`."""
+        """Draw `curves.png`: training loss, validation top-1 and top-5 by epoch."""
         lines = [line for line in training.metrics if "epoch" in line]
         if not (self.process.first and lines):
             return
@@ -872,13 +858,8 @@ class Folder:
         title = f"{Path(options.model or options.init_weights).stem} on {Path(options.data).name}"
         figure.suptitle(title, fontsize=10)
         left, right = figure.subplots(1, 2)
-        rates = left.twinx()
-        curves = left.plot(column["epoch"], column["train_loss"], label="training loss")
-        curves += rates.plot(column["epoch"], column["lr"], color="0.6", label="learning rate")
-        left.legend(handles=curves, frameon=False)
+        left.plot(column["epoch"], column["train_loss"])
         left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-        rates.set(ylabel="learning rate")
-        rates.ticklabel_format(style="sci", axis="y", scilimits=(0, 0))
         for name, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
             right.plot(column["epoch"], column[name], label=f"{label}, best {max(column[name]):.2f}%")
         right.set(xlabel="epoch", ylabel="validation accuracy, %")
@@ -928,7 +909,7 @@ def evaluate(
         if collect is not None:
             collect(labels, logits)
     totals[5] += len(data.bad_files)
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.all_reduce(totals)
     model.train(was_training)
     top1, top5, loss, count, stops, bad = totals.tolist()
@@ -953,15 +934,16 @@ def check_finite(values: list[float], name: str, epoch: int, first: int, tolerat
 
 def fit(
     training: Training, data: Data, folder: Folder | None = None, stop: StopSignal | None = None,
-    say=lambda text: None, log=None,
+    say=lambda text: None, log=None, score_after=None,
 ) -> list[dict]:  # fmt: skip
     """Train from where `training` stands to the end; return its metrics, one dictionary per epoch.
 
-    Without `folder` nothing is saved. say: called with each line to print; log: with the values of an epoch
-    and, as `step`, its number. Apart from looking at the loss every LOG_EVERY steps and at the end of an
-    epoch, the loop never synchronizes with the GPU (float16's loss scaling alone checks the gradients of each
-    step). Raises Stopped when `stop` received a signal, and RunError when the loss or the weights are no
-    longer finite.
+    Without `folder` nothing is saved. score_after: the epochs, counted from 1, after which to evaluate
+    (default: all; the others' values are NaN). say: called with each line to print; log: with the values of
+    an epoch and, as `step`, its number. Apart from looking at the loss every LOG_EVERY steps and at the end
+    of an epoch, the loop never synchronizes with the GPU (float16's loss scaling alone checks the gradients
+    of each step). Raises Stopped when `stop` received a signal, and RunError when the loss or the weights are
+    no longer finite.
     """
     options, process, model, ema = training.options, training.process, training.model, training.ema
     optimizer, scaler, forward = training.optimizer, training.scaler, training.forward
@@ -985,7 +967,7 @@ def fit(
         model.train(not options.freeze)  # with --freeze, batch norms rest
         batches = data.train_batches(epoch, first)
         for step in range(first, data.steps):
-            # Every micro-batch starts from the statistics that virtual rank 0 left in the step before.
+            # Every micro-batch starts from the statistics that virtual rank 0 left in the previous step.
             start, after = process.of_first(statistics.read()), []
             for micro in range(options.accumulate):
                 images, labels = next(batches)
@@ -997,7 +979,8 @@ def fit(
                 images, targets = mixup(data.transform.normalize(images), labels, classes, rng)
                 # Gradients are exchanged with the last micro-batch alone; `no_sync` without its context.
                 forward.require_backward_grad_sync = micro == options.accumulate - 1
-                statistics.write(start)
+                if micro or process.world > 1:
+                    statistics.write(start)
                 with torch.autocast(images.device.type, training.amp, enabled=training.amp is not None):
                     logits = forward(images)
                 loss = loss_function(logits, targets, options) / options.accumulate
@@ -1010,8 +993,9 @@ def fit(
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            statistics.write(mean := sum(after) / options.accumulate)
+            mean = sum(after) / options.accumulate
             if ema is not None:
+                statistics.write(mean)
                 update_ema(ema, model, ema_decay(epoch * data.steps + step + 1, options.ema))
             done = step + 1
             statistics.write(process.mean(mean) if done == data.steps else after[0])
@@ -1041,7 +1025,9 @@ def fit(
         taken += done - first
         if done < data.steps:
             raise Stopped
-        result = evaluate(training.scored, data, "val", training.amp, stop=stop)
+        result = dict.fromkeys(("loss", "top1", "top5"), math.nan)
+        if score_after is None or epoch + 1 in score_after:
+            result = evaluate(training.scored, data, "val", training.amp, stop=stop)
 
         finite = [value for value in values if math.isfinite(value)]
         row = {"epoch": epoch + 1, "lr": lr, "train_loss": sum(finite) / max(len(finite), 1)}
@@ -1153,7 +1139,7 @@ def run(options: Options, process: Process) -> int:
         with contextlib.redirect_stdout(sys.stdout if process.first else io.StringIO()):
             load_weights(model, options.init_weights)
     training = Training(model, options, process)
-    # Nothing is written before this line, where everything that the user has given is checked.
+    # Nothing is written before this line, so that a refused command leaves no folder behind.
     checkpoint = process.from_first(folder.open)
     if process.first:
         machine = {"torch": torch.__version__, "processes": process.world, "device": str(process.device)}

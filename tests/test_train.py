@@ -44,6 +44,7 @@ import timm.utils
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 ROOT = Path(__file__).parent.parent
 TINY = ModelConfig(
@@ -92,21 +93,12 @@ def finished(reference, tmp_path) -> Path:
     return out
 
 
-def assert_same(a, b, where: str = "") -> None:
+def assert_same(a, b) -> None:
     """Equal to the last bit, however deeply nested."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
+    (ours, structure), (theirs, other) = tree_flatten(a), tree_flatten(b)
+    assert structure == other
+    for x, y in zip(ours, theirs, strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 def without_clock(metrics: list[dict]) -> list[dict]:
@@ -298,7 +290,7 @@ def test_parser_reads_every_kind():
     assert parse(Sample, given, "x") == Sample("there", 9, ("a", "b"), (1e-3, 2.0), True)
     for bad, said in (
         ("--count 10", "argument --count: must be at least 1 and at most 9, not 10"),
-        ("--rates 1,0", "must be finite and above 0, not 0"),
+        ("--rates 1,0", "must be above 0, not 0.0"),
     ):
         with pytest.raises(UsageError, match=said):
             parse(Sample, bad.split(), "x")
@@ -354,14 +346,15 @@ def test_command_line_overrides_the_recipe():
     [
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),
-        ("--lr inf", "argument --lr: must be finite and above 0, not inf"),
-        ("--ema 1", "must be finite and at least 0 and below 1, not 1"),
+        ("--lr inf", "argument --lr: must be above 0, not inf"),
+        ("--ema 1", "must be at least 0 and below 1, not 1.0"),
         ("--recipe soup", "invalid choice: 'soup'"),
         ("--batch 1", "--batch 1: batch norm needs at least 2 images"),
         ("--freeze", "give --init-weights"),
         ("--wandb", "--wandb needs a package: pip install wandb"),
         ("--model resnet50", "'resnet50'"),
         ("--data /nowhere", "/nowhere"),
+        ("--out {weights}", "grey.pt: File exists"),
         ("--batch 5000", "too few for one step"),
         ("--device abacus", "--device abacus: no such device"),
         ("--device meta", "--device meta: no such device"),
@@ -379,18 +372,10 @@ def test_user_errors_are_one_sentence_and_leave_no_folder(given, said, tmp_path,
         torch.save({"config": config.to_dict(), "model": create_model(config).state_dict()}, path)
         given = given.format(weights=path)
     out = [] if "--eval" in given else ["--out", str(tmp_path / "runs" / "run")]
-    assert train.main([*given.split(), *out]) == 2
+    assert train.main([*out, *given.split()]) == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("train.py: ") and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_folders_that_cannot_be_made_are_named(tiny, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    for out in (tmp_path / "file", tmp_path / ("x" * 300)):
-        assert train.main(arguments(tiny, out)) == 2
-        error = capsys.readouterr().err
-        assert f"--out {out}: " in error and error.count("\n") == 1
 
 
 def test_micro_batches_that_cannot_be_shared():
@@ -488,11 +473,9 @@ def test_averaged_weights_are_timm_s():
     assert train.ema_decay(1, 0.9) == 0 and train.ema_decay(2, 0.9) == pytest.approx(1 - 2 ** (-2 / 3))
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_every_optimizer_sees_clipped_gradients(name, monkeypatch):
-    monkeypatch.setitem(train.OPTIMIZERS, "sgd", lambda groups, o: torch.optim.SGD(groups, lr=o.lr))
+def test_other_optimizers_see_clipped_gradients(monkeypatch):
     monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e-3)
-    training, data = make_training(optimizer=name)
+    training, data = make_training(optimizer="adamw")
     step, seen = training.optimizer.step, []
 
     def noted():
@@ -513,20 +496,15 @@ def test_freezing_trains_the_classifier_alone():
     assert moved == {"head.fc.weight", "head.fc.bias"}
 
 
-class Answers(nn.Module):
-    """Puts image i's class in place `ranks[i]` of its answer; the first pixel tells which image it is."""
+class Table(nn.Module):
+    """Answers image n, whose pixels are n, with row n of a table of logits."""
 
-    def __init__(self, labels, ranks):
+    def __init__(self, rows):
         super().__init__()
-        self.labels, self.ranks, self.one = labels, ranks, nn.Parameter(torch.ones(1))
+        self.rows = nn.Parameter(rows)
 
     def forward(self, images):
-        number = (images[:, 0, 0, 0]).round().long()
-        logits = -torch.arange(10.0).repeat(len(images), 1)
-        for row, n in enumerate(number):
-            rank, label = self.ranks[n], self.labels[n]
-            logits[row, [rank, label]] = logits[row, [label, rank]]
-        return logits
+        return self.rows[images[:, 0, 0, 0].round().long()]
 
 
 class FewImages:
@@ -545,8 +523,11 @@ class FewImages:
 
 def test_evaluation_counts_by_hand():
     labels = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5])
-    ranks = [0, 0, 1, 4, 5, 9, 0, 2, 3]
-    model, seen = Answers(labels, ranks), []
+    ranks = [0, 0, 1, 4, 5, 9, 0, 2, 3]  # of the right answer
+    rows, seen = -torch.arange(10.0).repeat(9, 1), []
+    for n, (rank, label) in enumerate(zip(ranks, labels, strict=True)):
+        rows[n, [rank, label]] = rows[n, [label, rank]]
+    model = Table(rows)
     result = evaluate(model, FewImages(labels), collect=lambda *batch: seen.append(batch))
     assert result["count"] == 9
     assert result["top1"] == pytest.approx(100 * 3 / 9)
@@ -555,7 +536,7 @@ def test_evaluation_counts_by_hand():
     assert result["loss"] == pytest.approx(sum(rank + math.log(total) for rank in ranks) / 9)
     assert torch.equal(torch.cat([batch[0] for batch in seen]), labels)
     assert torch.cat([batch[1] for batch in seen]).shape == (9, 10)
-    few = evaluate(Answers(labels, [0] * 9), FewImages(labels - 1), columns=torch.arange(1, 10))
+    few = evaluate(Table(torch.eye(10)[labels]), FewImages(labels - 1), columns=torch.arange(1, 10))
     assert few["top1"] == 100
     for said in (8, 10):
         with pytest.raises(RunError, match=f"counted 9 of the {said} images"):
@@ -816,19 +797,12 @@ def test_help_into_a_closed_pipe_is_quiet():
 # Several processes
 
 
-def torchrun(folder: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *more]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=ONE_THREAD, **pipes)
-
-
-TWO_PROCESSES = f"""  # train.py, and two checks of its parts
+SCRIPT = f"""  # train.py, with a check at its end
 import gc, sys
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, {str(ROOT)!r})
-import data
 import train
 
 def destroy(destroy=dist.destroy_process_group):
@@ -837,14 +811,6 @@ def destroy(destroy=dist.destroy_process_group):
 
 def fit(training, *rest, fit=train.fit):
     training.cycle = training  # torch.compile makes such cycles too
-    def fail():
-        raise train.RunError("of the first alone")
-    try:
-        training.process.from_first(fail)
-    except train.RunError as error:
-        assert str(error) == "of the first alone"
-    else:
-        raise AssertionError("an error in the first process did not reach all")
     return fit(training, *rest)
 
 dist.destroy_process_group, train.fit = destroy, fit
@@ -852,42 +818,32 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_two_processes_learn_what_one_does(tiny, tmp_path):
-    settings = ("--batch", "16", "--mixup", "0.2", "--cutmix", "1.0", "--epochs", "1")
-    script = tmp_path / "script.py"
-    script.write_text(TWO_PROCESSES)
-    two = arguments(tiny, tmp_path / "two", *settings, "--accumulate", "2")
-    process = torchrun(tmp_path, str(script), *two)
-    output, error = process.communicate(timeout=300)
+def test_two_processes_learn_what_one_does_although_one_is_killed(tiny, tmp_path):
+    settings = ("--batch", "16", "--mixup", "0.2", "--cutmix", "1.0", "--lr", "1e-3")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--max-restarts=1", "script.py"]
+    command += arguments(tiny, tmp_path / "two", *settings, "--accumulate", "2")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process, output = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, **pipes), ""
+    for line in process.stdout:
+        output += line
+        if line.startswith("epoch 1/3"):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            break
+    rest, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
-    assert output.count("epoch 1/1") == 1 and "on 266 images" in output
+    assert re.search(r"continuing at epoch [23]/3", rest), rest
+    assert rest.count("epoch 3/3  loss") == 1 and "on 266 images" in rest
     assert train.main(arguments(tiny, tmp_path / "one", *settings, "--accumulate", "4")) == 0
     two, one = (learned(tmp_path / name) for name in ("two", "one"))
     for part in ("model", "ema"):  # running statistics too
         for name, value in one[part].items():
             if "num_batches" not in name:
                 torch.testing.assert_close(two[part][name], value, rtol=1e-3, atol=1e-4)
-    assert two["metrics"][0]["train_loss"] == pytest.approx(one["metrics"][0]["train_loss"], rel=1e-5)
-
-
-def test_torchrun_restarts_after_a_killed_rank(tiny, tmp_path):
-    out = tmp_path / "run"
-    process = torchrun(
-        tmp_path, "--max-restarts=1", str(ROOT / "train.py"), *arguments(tiny, out, "--epochs", "20")
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("epoch 2/20"):
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-            break
-    output, error = process.communicate(timeout=300)
-    output = "".join(lines) + output
-    assert process.returncode == 0, error
-    assert re.search(r"continuing at epoch \d+/20", output), output
-    assert learned(out)["epoch"] == 20
-    assert "test top-1" in output
+    losses = [[line["train_loss"] for line in run["metrics"][:3]] for run in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.gpu
