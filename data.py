@@ -67,10 +67,6 @@ class UsageError(ValueError):
     """A mistake that the user can correct, described in one sentence. Scripts exit with status 2."""
 
 
-class DataError(UsageError):
-    """A mistake in the data or its options, described in one sentence."""
-
-
 class RunError(Exception):
     """A failure in the middle of a run, described in one sentence. Scripts exit with status 1."""
 
@@ -133,7 +129,7 @@ def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a PIL image to 8-bit RGB, 16-bit pixels by their upper byte: PIL itself clips them at 255."""
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise DataError("32-bit pixels, whose range is unknown: convert the file to 8 or 16 bits")
+        raise UsageError("32-bit pixels, whose range is unknown: convert the file to 8 or 16 bits")
     if image.mode[0] != "I":
         return image.convert("RGB")
     tags = getattr(image, "tag_v2", {})  # of TIFF files: 258 BitsPerSample, 262 PhotometricInterpretation
@@ -226,23 +222,17 @@ def crop_box(height: int, width: int, augment: Augmentation, draws: list[float])
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def crop_and_flip(
-    padded: torch.Tensor, indices: np.ndarray, augment: Augmentation, rng: np.random.Generator
-) -> torch.Tensor:
-    """Return images `indices` (B,) of a padded set, randomly cropped and flipped, uint8 (B, 3, H, W).
-
-    padded: uint8 (N, 3, H + 2p, W + 2p) with a margin of p = augment.padding pixels.
-    """
-    device = padded.device
-    height, width = (side - 2 * augment.padding for side in padded.shape[2:])
-    corners = rng.integers(0, 2 * augment.padding + 1, (len(indices), 2))
-    flips = rng.random(len(indices)) < augment.flip
-    images = padded.index_select(0, on_device(torch.from_numpy(indices), device))
-    rows = (corners[:, :1] + np.arange(height)) * padded.shape[3]
+def crop_and_flip(images: torch.Tensor, augment: Augmentation, rng: np.random.Generator) -> torch.Tensor:
+    """Return a random crop of each image, uint8 (B, 3, H, W), padded for it, and flipped at random."""
+    (count, _, height, width), padding = images.shape, augment.padding
+    corners = rng.integers(0, 2 * padding + 1, (count, 2))
+    flips = rng.random(count) < augment.flip
+    rows = (corners[:, :1] + np.arange(height)) * (width + 2 * padding)
     columns = corners[:, 1:] + np.where(flips[:, None], np.arange(width)[::-1], np.arange(width))
-    rows, columns = (on_device(torch.from_numpy(i), device) for i in (rows, columns))
+    rows, columns = (on_device(torch.from_numpy(i), images.device) for i in (rows, columns))
     pixels = (rows[:, None, :, None] + columns[:, None, None, :]).flatten(2)  # (B, 1, H * W)
-    return images.flatten(2).gather(2, pixels.expand(-1, 3, -1)).unflatten(2, (height, width))
+    padded = F.pad(images, (padding,) * 4).flatten(2)
+    return padded.gather(2, pixels.expand(-1, 3, -1)).view_as(images)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -538,57 +528,34 @@ def train_stream(count: int, repeats: int, seed: int, epoch: int, rank: int, wor
 class SmallDataset:
     """Makes batches of a small set, kept as uint8 tensors on the device and augmented there.
 
-    splits: name -> (images, labels); in place of training images, `Numbers` composes new ones in each epoch.
+    splits: name -> (images, labels), or (Numbers,), which composes new images in each epoch.
     """
 
     def __init__(self, splits: dict, transform: EvalTransform, augment: Augmentation, device: torch.device):
-        self.composer = splits["train"].to(device) if isinstance(splits.get("train"), Numbers) else None
-        self.counts = {} if self.composer is None else {"train": self.composer.count}
-        stored = {split: tensors for split, tensors in splits.items() if split not in self.counts}
-        self.splits = {split: (x.to(device), y.to(device)) for split, (x, y) in stored.items()}
-        self.counts |= {split: len(y) for split, (_, y) in stored.items()}
+        if not 0 <= augment.padding < transform.size:
+            raise UsageError(f"a padding of {augment.padding}: must be less than {transform.size} pixels")
+        self.splits = {split: [part.to(device) for part in parts] for split, parts in splits.items()}
+        self.counts = {split: len(parts[-1]) for split, parts in splits.items()}
         self.transform, self.augment, self.device = transform, augment, device
         self.fill = fill_colour(transform.mean).to(device)
-        if "train" in stored:
-            images, labels = self.splits["train"]
-            margin, (height, width) = augment.padding, images.shape[2:]
-            if not 0 <= margin < height:
-                raise DataError(f"a padding of {margin}: must be at least 0 and less than {height} pixels")
-            check_memory(len(images), height + 2 * margin)
-            self.padded = F.pad(images, (margin,) * 4)  # with black, once for all epochs
-            images = self.padded[:, :, margin : margin + height, margin : margin + width]
-            self.splits["train"] = images, labels  # a view: the images are in memory once
 
     def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list]:
         """Return images uint8 (B, 3, S, S), labels int64 (B,) and the bad files, of which there are none."""
-        if job.key and self.composer:
-            images, labels = self.composer.compose(job.key[:2], job.indices)
-            padded, indices = F.pad(images, (self.augment.padding,) * 4), np.arange(len(images))
+        parts = self.splits[job.split]
+        if isinstance(parts[0], Numbers):
+            images, labels = parts[0].compose(job.key[:2], job.indices)
         else:
-            images, labels = self.splits[job.split]
-            places = on_device(torch.from_numpy(job.indices), self.device)
-            labels = labels.index_select(0, places)
-            if job.key is None:
-                return images.index_select(0, places), labels, []
-            padded, indices = self.padded, job.indices
+            indices = on_device(torch.from_numpy(job.indices), self.device)
+            images, labels = (part.index_select(0, indices) for part in parts)
+        if job.key is None:
+            return images, labels, []
         rng = np.random.default_rng((*job.key, AUGMENTATION))
-        images = crop_and_flip(padded, indices, self.augment, rng)
+        images = crop_and_flip(images, self.augment, rng)
         return rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill), labels, []
-
-
-def check_memory(images: int, size: int) -> None:
-    """Raise DataError if a set of uint8 (images, 3, size, size) and its copies exceed the memory."""
-    needed = 3 * images * 3 * size**2
-    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise DataError(
-            f"{images} images of {size} x {size} pixels need {needed / 2**30:.0f} GiB of memory, more than "
-            "there is: use a smaller --size or --padding"
-        )
 
 
 def resize_all(images: torch.Tensor, size: int) -> torch.Tensor:
     """Resize uint8 (N, 3, H, W) to (N, 3, size, size), bilinear and antialiased, in parts to save memory."""
-    check_memory(len(images), size)
     if images.shape[-1] == size:
         return images
     parts = images.split(4096)
@@ -600,7 +567,7 @@ def digits_by_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ImportError as error:
-        raise DataError("the digits come with scikit-learn: pip install scikit-learn") from error
+        raise UsageError("the digits come with scikit-learn: pip install scikit-learn") from error
     digits, rng = sklearn_digits(), np.random.default_rng(0)
     parts: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": []}
     for digit in range(10):
@@ -621,9 +588,9 @@ def load_digits(size: int, _root: str) -> tuple[dict, tuple[str, ...]]:
     return splits, tuple(str(d) for d in range(10))
 
 
-# Of the pictures of `numbers`: 0 leaves digits that differ in handwriting and colour alone. In the nine epochs
-# of a search's longest trial, nexception_nano with NEXcepTion's choices reaches 69 and 74% with two seeds at
-# 0.15, 31% at 0.3; random networks spread most widely where it stands.
+# Of the pictures of `numbers`: 0 leaves digits that differ in handwriting and colour alone. In the nine
+# epochs of a search's longest trial, nexception_nano with NEXcepTion's choices reaches 69 and 74% with two
+# seeds at 0.15, 31% at 0.3; random networks spread most widely where it stands.
 DIFFICULTY = 0.15
 NUMBERS_EPOCH = 1600  # training pictures of `numbers` that make an epoch
 NUMBERS_HELD_OUT = 2000  # pictures in val and in test
@@ -646,6 +613,9 @@ class Numbers:
         self.first = np.searchsorted(np.sort(labels), np.arange(11))  # of each digit
         noise = np.random.default_rng(0).normal(size=(3, 2 * size, 2 * size))
         self.noise = torch.from_numpy(noise).float()
+
+    def __len__(self) -> int:
+        return self.count
 
     def to(self, device: torch.device) -> Numbers:
         self.digits, self.noise = self.digits.to(device), self.noise.to(device)
@@ -699,7 +669,7 @@ class Numbers:
 def load_numbers(size: int, _root: str) -> tuple[dict, tuple[str, ...]]:
     """Return `Numbers` for training, fixed pictures of other digits for val and test, and classes."""
     splits = digits_by_split()
-    found: dict = {"train": Numbers(*splits.pop("train"), size, NUMBERS_EPOCH)}
+    found: dict = {"train": (Numbers(*splits.pop("train"), size, NUMBERS_EPOCH),)}
     for split, digits in splits.items():
         numbers = Numbers(*digits, size, NUMBERS_HELD_OUT)
         parts = [numbers.compose((0, 0), part) for part in np.arange(numbers.count).reshape(-1, 100)]
@@ -724,7 +694,7 @@ def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
                 lock_file(file, wait=True)
                 train, test = (dataset(root, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
-        raise DataError(
+        raise UsageError(
             f"{name.lower()} is not in {root!r} and cannot be downloaded ({error}): put torchvision's files "
             "there, or name the folder that has them with --root"
         ) from error
@@ -792,11 +762,11 @@ class FileList:
 
     def __init__(self, folder: Path):
         def refuse(error: OSError) -> None:
-            raise DataError(f"cannot list {error.filename!r}: {error.strerror}")
+            raise UsageError(f"cannot list {error.filename!r}: {error.strerror}")
 
         names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
         if not names:
-            raise DataError(f"{str(folder)!r} has no class folders: it needs a sub-folder for each class")
+            raise UsageError(f"{str(folder)!r} has no class folders: it needs a sub-folder for each class")
         self.classes = tuple(sorted(names, key=natural_key))
         root, encoded, lengths, counts, skipped = os.path.join(folder, ""), [], [], [], Counter()
         times = {".": os.stat(folder).st_mtime_ns}  # of all folders, for `load`
@@ -817,7 +787,7 @@ class FileList:
             lengths += map(len, files)
             counts.append(len(files))
         if 0 in counts:
-            raise DataError(
+            raise UsageError(
                 f"class folder {root + self.classes[counts.index(0)]!r} contains no image "
                 f"({', '.join(EXTENSIONS)}): fill or remove it"
             )
@@ -863,11 +833,11 @@ def list_images(path: str | Path, train: bool = True, saved: Path | None = None)
 
     "val" is the folder val/, validation/ or test/, whichever is found first. With train=False, only "val" is
     listed, and `path` may itself be a folder of class folders. A list that `FileList.save` has written to
-    `saved`/files-SPLIT.npz is used, unless the images have changed since. Raises DataError.
+    `saved`/files-SPLIT.npz is used, unless the images have changed since. Raises UsageError.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise DataError(f"there is no folder {str(folder)!r}, and it is none of {', '.join(SMALL_SETS)}")
+        raise UsageError(f"there is no folder {str(folder)!r}, and it is none of {', '.join(SMALL_SETS)}")
     held_out = [folder / name for name in ("val", "validation", "test") if (folder / name).is_dir()]
     places = {"val": held_out[0] if held_out else folder}
     if train:
@@ -875,7 +845,7 @@ def list_images(path: str | Path, train: bool = True, saved: Path | None = None)
         if len(held_out) > 1 and held_out[-1].name == "test":
             places["test"] = held_out[-1]
         if not held_out or not places["train"].is_dir():
-            raise DataError(
+            raise UsageError(
                 f"{str(folder)!r} needs train/ and one of val/, validation/ and test/, each with a "
                 "sub-folder for each class"
             )
@@ -884,7 +854,7 @@ def list_images(path: str | Path, train: bool = True, saved: Path | None = None)
         files[split] = (saved and FileList.load(saved / f"files-{split}.npz", place)) or FileList(place)
         unlike = sorted(set(files[split].classes) ^ set(next(iter(files.values())).classes))
         if unlike:
-            raise DataError(f"{str(place)!r} has other classes than train/: only one has {unlike[:5]}")
+            raise UsageError(f"{str(place)!r} has other classes than train/: only one has {unlike[:5]}")
     return files
 
 
@@ -990,10 +960,10 @@ def stop_workers(loader: DataLoader) -> None:
 
 
 def check_shared_memory(workers: int, batch: int, size: int) -> None:
-    """Raise DataError if the batches of all workers of a machine do not fit into its shared memory."""
+    """Raise UsageError if the batches of all workers of a machine do not fit into its shared memory."""
     needed = workers * (WORKERS_AHEAD + 1) * batch * 3 * size**2
     if workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
-        raise DataError(
+        raise UsageError(
             f"{workers} workers need {needed / 2**20:.0f} MiB in /dev/shm, more than is free: use fewer with "
             "--workers, or start the container with a larger --shm-size"
         )
@@ -1034,7 +1004,7 @@ class Data:
         if "train" in self.splits:
             self.steps = len(self._stream(0, plan.rank)) // plan.batch
             if not self.steps:
-                raise DataError(
+                raise UsageError(
                     f"{name} has {self.count('train')} training images, too few for one step of "
                     f"{plan.world} x {plan.batch} x {plan.accumulate} (processes x batch x accumulation): "
                     "lower the batch"
@@ -1107,7 +1077,7 @@ class Data:
                     self.bad_files.append((path, reason))
             if len(self.bad_files) > self.max_bad_files:
                 names = ", ".join(path for path, _ in self.bad_files)
-                raise DataError(f"more than {self.max_bad_files} files cannot be read: {names}")
+                raise UsageError(f"more than {self.max_bad_files} files cannot be read: {names}")
             images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
             self.wait_seconds += time.perf_counter() - started
             yield images, labels
@@ -1146,7 +1116,7 @@ def open_data(
         max_bad_files: unreadable files to tolerate.
         exif: turn photographs of a folder as their EXIF orientation says (timm and torchvision do not).
 
-    Raises DataError for mistakes of the user.
+    Raises UsageError for mistakes of the user.
     """
     source, device = str(source), torch.device(device)
     augment = augment or default_augmentation(source)
