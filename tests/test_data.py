@@ -393,6 +393,58 @@ def test_cifar_keeps_its_last_training_images_for_validation(monkeypatch, tmp_pa
         open_data("cifar100", root=str(tmp_path))
 
 
+def test_numbers_are_balanced_and_held_out_digits_are_others():
+    opened = open_data("numbers", Plan(batch=100), size=16)
+    assert opened.classes[7] == "07" and len(opened.classes) == 100
+    for split in ("val", "test"):
+        images, labels = opened.tensors(split)
+        assert images.shape == (2000, 3, 16, 16) and images.dtype == torch.uint8
+        assert labels.bincount().tolist() == [20] * 100
+        assert len({image.numpy().tobytes() for image in images}) == 2000
+    labels = torch.cat([labels for _, labels in opened.train_batches(0)])
+    assert labels.bincount().tolist() == [data.NUMBERS_EPOCH // 100] * 100
+    digits = {split: {x.tobytes() for x in images} for split, (images, _) in data.digits_by_split().items()}
+    assert not digits["train"] & digits["val"] and not (digits["train"] | digits["val"]) & digits["test"]
+    (numbers,) = opened.dataset.splits["train"]
+    assert {(16 * x.double().numpy()).tobytes() for x in numbers.digits[:, 0]} <= digits["train"]
+
+
+def test_pictures_of_numbers_depend_on_seed_epoch_and_index_alone(monkeypatch):
+    images, labels = data.digits_by_split()["train"]
+    numbers = data.Numbers(images, labels, 16, 200)
+    whole, _ = numbers.compose((0, 1), np.arange(200))
+    some = np.array([150, 7, 199])
+    pictures, found = numbers.compose((0, 1), some)
+    assert torch.equal(pictures, whole[some]) and found.tolist() == [50, 7, 99]
+    for seed_epoch in ((0, 2), (1, 1)):
+        others, _ = numbers.compose(seed_epoch, np.arange(200))
+        assert (others != whole).flatten(1).any(1).all()
+    monkeypatch.setattr(data, "NUMBERS_EPOCH", 200)
+    monkeypatch.setattr(data, "NUMBERS_HELD_OUT", 100)
+    halves = [epoch_of("numbers", plan={"batch": 50, "rank": rank, "world": 2}) for rank in (0, 1)]
+    alone = epoch_of("numbers", plan={"batch": 50, "accumulate": 2})
+    assert batches_equal([batch for pair in zip(*halves, strict=True) for batch in pair], alone)
+
+
+def test_numbers_of_a_clear_picture_are_its_two_digits(monkeypatch):
+    """Without clutter and shifts, each half of a picture correlates most with its own digit's mean."""
+    monkeypatch.setattr(data, "DIFFICULTY", 0.0)
+    images, labels = data.digits_by_split()["train"]
+    numbers = data.Numbers(images, labels, 32, 400)
+    pictures, found = numbers.compose((0, 0), np.arange(400))
+    shape = torch.stack(
+        [numbers.digits[labels[np.argsort(labels, kind="stable")] == d].mean(0) for d in range(10)]
+    )
+    shape = torch.nn.functional.interpolate(shape, (18, 18), mode="bilinear")[:, 0].flatten(1)
+    right = 0
+    for column, digit in ((1, found // 10), (13, found % 10)):
+        part = pictures[:, :, 7:25, column : column + 18].float()
+        ink = (part - part[:, :, :1, :1]).abs().sum(1).flatten(1)
+        score = torch.corrcoef(torch.cat([ink, shape]))[:400, 400:]
+        right += (score.argmax(1) == digit).sum().item()
+    assert right > 400  # of 800; chance is 80
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Image folders: decoding
 
@@ -688,63 +740,3 @@ def test_locks_hold_until_the_file_is_closed(monkeypatch, tmp_path, caplog):
             monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(code, os.strerror(code))))
             assert data.lock_file(second)
             assert os.strerror(code) in caplog.text
-
-
-# ----------------------------------------------------------------------------------------------------------
-# numbers
-
-
-def test_numbers_are_balanced_and_fixed_where_they_are_held_out():
-    opened, again = (open_data("numbers", Plan(batch=100, seed=seed), size=16) for seed in (0, 5))
-    assert opened.classes[7] == "07" and len(opened.classes) == 100
-    for split in ("val", "test"):
-        images, labels = opened.tensors(split)
-        assert images.shape == (2000, 3, 16, 16) and images.dtype == torch.uint8
-        assert labels.bincount().tolist() == [20] * 100
-        assert torch.equal(images, again.tensors(split)[0])
-        assert len({image.numpy().tobytes() for image in images}) == 2000
-    labels = torch.cat([labels for _, labels in opened.train_batches(0)])
-    assert labels.bincount().tolist() == [data.NUMBERS_EPOCH // 100] * 100
-
-
-def test_splits_of_numbers_show_different_handwritten_digits():
-    digits = {split: {x.tobytes() for x in images} for split, (images, _) in data.digits_by_split().items()}
-    assert not digits["train"] & digits["val"] and not (digits["train"] | digits["val"]) & digits["test"]
-    splits, _ = data.load_numbers(16, "")
-    held = {(16 * x.double().numpy()).tobytes() for x in splits["train"][0].digits[:, 0]}
-    assert held <= digits["train"]
-
-
-def test_numbers_of_a_clear_picture_are_its_two_digits(monkeypatch):
-    """Without clutter and shifts, each half of a picture correlates most with its own digit's mean."""
-    monkeypatch.setattr(data, "DIFFICULTY", 0.0)
-    images, labels = data.digits_by_split()["train"]
-    numbers = data.Numbers(images, labels, 32, 400)
-    pictures, found = numbers.compose((0, 0), np.arange(400))
-    shape = torch.stack(
-        [numbers.digits[labels[np.argsort(labels, kind="stable")] == d].mean(0) for d in range(10)]
-    )
-    shape = torch.nn.functional.interpolate(shape, (18, 18), mode="bilinear")[:, 0].flatten(1)
-    right = 0
-    for column, digit in ((1, found // 10), (13, found % 10)):
-        part = pictures[:, :, 7:25, column : column + 18].float()
-        ink = (part - part[:, :, :1, :1]).abs().sum(1).flatten(1)
-        score = torch.corrcoef(torch.cat([ink, shape]))[:400, 400:]
-        right += (score.argmax(1) == digit).sum().item()
-    assert right > 400  # of 800; chance is 80
-
-
-def test_training_pictures_of_numbers_depend_on_seed_epoch_and_index_alone():
-    def epoch(seed, number, first=0, batch=32, rank=0, world=1):
-        opened = open_data("numbers", Plan(batch, seed=seed, rank=rank, world=world), size=16)
-        return list(opened.train_batches(number, first))
-
-    whole = epoch(0, 1)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[10:], epoch(0, 1, first=10), strict=True))
-    pictures = {image.numpy().tobytes() for images, _ in whole for image in images}
-    assert len(pictures) == len(whole) * 32
-    assert pictures >= {i.numpy().tobytes() for images, _ in epoch(0, 1, batch=64) for i in images}
-    halves = [epoch(0, 1, batch=16, rank=rank, world=2) for rank in (0, 1)]
-    assert pictures == {i.numpy().tobytes() for half in halves for images, _ in half for i in images}
-    for other in (epoch(0, 2), epoch(1, 1)):
-        assert not pictures & {image.numpy().tobytes() for images, _ in other for image in images}
