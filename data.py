@@ -1,4 +1,4 @@
-"""Image batches for training and evaluation: `digits`, `cifar10`, `cifar100` or an ImageNet-style folder.
+"""Image batches for training and evaluation, of a small set (`SMALL_SETS`) or an ImageNet-style folder.
 
     data = open_data("digits", Plan(batch=64))              # or open_data("/data/imagenet", Plan(...))
     for images, labels in data.train_batches(epoch=0): ...  # uint8 (B, 3, H, W), int64 (B,)
@@ -499,8 +499,9 @@ class Job(NamedTuple):
     key: tuple[int, ...] | None  # (seed, epoch, virtual rank, step); None: evaluation
 
 
-# Fifth word of the key of a batch's random stream. NumPy pads keys with zeros, so that the permutation's key,
-# (seed, epoch), equals (seed, epoch, 0, 0, 0); train.py mixes images by (seed, epoch, step, rank, 1).
+# Fifth words of the keys of random streams: of a batch's augmentation, of an epoch's pictures of `numbers`.
+# NumPy pads keys with zeros, so that the permutation's key, (seed, epoch), equals (seed, epoch, 0, 0, 0);
+# train.py mixes images by (seed, epoch, step, rank, 1).
 AUGMENTATION, COMPOSITION = 2, 4
 
 
@@ -555,20 +556,17 @@ class SmallDataset:
 
 
 def resize_all(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize uint8 (N, 3, H, W) to (N, 3, size, size), bilinear and antialiased, in parts to save memory."""
+    """Resize uint8 (N, 3, H, W) to (N, 3, size, size), bilinear and antialiased."""
     if images.shape[-1] == size:
         return images
-    parts = images.split(4096)
-    return torch.cat([F.interpolate(part, (size, size), mode="bilinear", antialias=True) for part in parts])
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def digits_by_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return scikit-learn's digits, float64 (N, 8, 8) in 0..16, and labels, in fixed, stratified splits."""
-    try:
-        from sklearn.datasets import load_digits as sklearn_digits
-    except ImportError as error:
-        raise UsageError("the digits come with scikit-learn: pip install scikit-learn") from error
-    digits, rng = sklearn_digits(), np.random.default_rng(0)
+    from sklearn import datasets
+
+    digits, rng = datasets.load_digits(), np.random.default_rng(0)
     parts: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": []}
     for digit in range(10):
         members = rng.permutation(np.flatnonzero(digits.target == digit))
@@ -718,7 +716,7 @@ class SmallSet:
     flip: float
 
 
-CIFAR10, CIFAR100 = functools.partial(load_cifar, "CIFAR10"), functools.partial(load_cifar, "CIFAR100")
+CIFAR10, CIFAR100 = (functools.partial(load_cifar, name) for name in ("CIFAR10", "CIFAR100"))
 SMALL_SETS = {  # one line per data set
     "digits": SmallSet(load_digits, (0.306,) * 3, (0.324,) * 3, padding=3, flip=0.0),
     "numbers": SmallSet(load_numbers, (0.5,) * 3, (0.25,) * 3, padding=0, flip=0.0),
