@@ -223,7 +223,7 @@ def crop_box(height: int, width: int, augment: Augmentation, draws: list[float])
 
 
 def crop_and_flip(images: torch.Tensor, augment: Augmentation, rng: np.random.Generator) -> torch.Tensor:
-    """Return a random crop of each image, uint8 (B, 3, H, W), padded for it, and flipped at random."""
+    """Pad uint8 (B, 3, H, W) with black, crop each image at random to its former size, flip some of them."""
     (count, _, height, width), padding = images.shape, augment.padding
     corners = rng.integers(0, 2 * padding + 1, (count, 2))
     flips = rng.random(count) < augment.flip
