@@ -322,6 +322,7 @@ def train(config: dict, seed: int, budget: float, settings: dict | None = None):
         torch.set_num_threads(s["threads"] or torch.get_num_threads())
         keep_large_buffers()
     else:
+        torch.cuda.set_device(device.index or 0)  # starts CUDA, without which resetting its statistics fails
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats(device)
     options = trial_options(s, epochs, seed, device)
@@ -570,21 +571,17 @@ multiprocessing.util.Finalize(None, close_trial_processes, exitpriority=100)
 # --------------------------------------------------------------------------------------------------
 
 
-def unwritable(path: str | Path, error: OSError) -> RunError:
-    return RunError(f"cannot write {path}: {error.strerror}; make room and start the same command again")
-
-
-def parsed(line: bytes) -> dict | None:
-    """Return a JSON object, or None for what a fault of the disk left."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+def parse_rows(content: bytes) -> list[dict]:
+    """Return the rows of a journal; a last line that a kill cut short is no finished trial."""
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
 def read_json(path: Path) -> dict:
     """Return the JSON object of a file, an empty one if the file is missing or broken."""
-    return (parsed(path.read_bytes()) if path.exists() else None) or {}
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 class Journal:
@@ -602,33 +599,21 @@ class Journal:
         if not lock_file(self.file):
             raise UsageError(f"another search is running in {path.parent}: wait, or give another --out")
         content = self.file.read()
-        whole = content[: content.rfind(b"\n") + 1]  # a line that a kill cut short is no finished trial
-        self.rows = [row for row in map(parsed, whole.splitlines()) if row]
-        self.file.truncate(len(whole))
-        self.file.seek(len(whole))
+        self.rows = parse_rows(content)
+        self.file.seek(content.rfind(b"\n") + 1)
+        self.file.truncate()
 
     def append(self, row: dict) -> None:
-        try:
-            self.file.write(json.dumps(row).encode() + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise unwritable(self.file.name, error) from None
+        self.file.write(json.dumps(row).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self.rows.append(row)
-
-    def set_aside(self) -> None:
-        """Empty the journal and keep its rows in `failed.jsonl` beside it."""
-        path = Path(self.file.name)
-        write_whole(path.with_name("failed.jsonl"), path.read_bytes())
-        self.file.truncate(0)
-        self.file.seek(0)
-        self.rows.clear()
 
 
 def rows_of(folder: Path) -> list[dict]:
     """Return the finished trials of a run folder, also while its search is running."""
     path = folder / "trials.jsonl"
-    return [row for row in map(parsed, path.read_bytes().splitlines() if path.exists() else []) if row]
+    return parse_rows(path.read_bytes()) if path.exists() else []
 
 
 def settings_of(folder: Path) -> dict:
@@ -858,35 +843,32 @@ class Sampler:
         start += [(dict(config), "random") for config in drawn]
         start = [Configuration(self.space, point, origin=origin) for point, origin in start]
         logging.getLogger("smac").setLevel(logging.ERROR)
-        try:
-            scenario = Scenario(
-                self.space, name="smac", output_directory=folder, deterministic=True, seed=seed,
-                objectives=names if len(names) > 1 else names[0],
-                crash_cost=crash_cost if len(names) > 1 else crash_cost[0],
-                min_budget=settings["budgets"][0], max_budget=settings["budgets"][-1],
-                n_trials=10**9,  # the search's own loop counts
-            )  # fmt: skip
-            self.intensifier = ExactHyperband(scenario, eta=ETA, incumbent_selection="highest_budget")
-            facade, parts = HyperbandFacade, {}
-            if settings["sampler"] == "smac":
-                facade, maximizer = MultiFidelityFacade, BestOfAll(self.space, seed)
-                maximizer.proposed = self.intensifier.known
-                parts = {"model": OneHotForest(self.space, seed), "acquisition_function": EI()}
-                parts |= {"acquisition_maximizer": maximizer}
-                parts |= {"random_design": ProbabilityRandomDesign(0.2, seed=seed)}
-                parts |= {"runhistory_encoder": RunHistoryEncoder(scenario)}
-            # A budget's trials teach the forest once there are as many as choices.
-            selector = ConfigSelector(
-                scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(space)
-            )
-            self.smac = facade(
-                scenario, intensifier=self.intensifier, config_selector=selector,
-                initial_design=RandomInitialDesign(scenario, n_configs=0, additional_configs=start),
-                multi_objective_algorithm=ParEGO(scenario) if len(names) > 1 else None,
-                logging_level=False, overwrite=True, **parts,
-            )  # fmt: skip
-        except OSError as error:
-            raise unwritable(folder / "smac", error) from None
+        scenario = Scenario(
+            self.space, name="smac", output_directory=folder, deterministic=True, seed=seed,
+            objectives=names if len(names) > 1 else names[0],
+            crash_cost=crash_cost if len(names) > 1 else crash_cost[0],
+            min_budget=settings["budgets"][0], max_budget=settings["budgets"][-1],
+            n_trials=10**9,  # the search's own loop counts
+        )  # fmt: skip
+        self.intensifier = ExactHyperband(scenario, eta=ETA, incumbent_selection="highest_budget")
+        facade, parts = HyperbandFacade, {}
+        if settings["sampler"] == "smac":
+            facade, maximizer = MultiFidelityFacade, BestOfAll(self.space, seed)
+            maximizer.proposed = self.intensifier.known
+            parts = {"model": OneHotForest(self.space, seed), "acquisition_function": EI()}
+            parts |= {"acquisition_maximizer": maximizer}
+            parts |= {"random_design": ProbabilityRandomDesign(0.2, seed=seed)}
+            parts |= {"runhistory_encoder": RunHistoryEncoder(scenario)}
+        # A budget's trials teach the forest once there are as many as choices.
+        selector = ConfigSelector(
+            scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(space)
+        )
+        self.smac = facade(
+            scenario, intensifier=self.intensifier, config_selector=selector,
+            initial_design=RandomInitialDesign(scenario, n_configs=0, additional_configs=start),
+            multi_objective_algorithm=ParEGO(scenario) if len(names) > 1 else None,
+            logging_level=False, overwrite=True, **parts,
+        )  # fmt: skip
 
     def replay(self, rows: list[dict], state: dict, elapsed: float = 0.0) -> None:
         """Tell all finished trials, and return Hyperband's brackets to where they stood.
@@ -931,14 +913,8 @@ class Sampler:
         write_whole(folder / "optimization.json", json.dumps(used, indent=2))
         parts = {"runhistory.json": self.smac.runhistory, "intensifier.json": self.intensifier}
         for name, part in parts.items():
-            path = folder / f"next-{name}"
-            try:
-                part.save(path)
-                os.replace(path, folder / name)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-                raise unwritable(folder / name, error) from None
+            part.save(folder / f"next-{name}")
+            os.replace(folder / f"next-{name}", folder / name)
 
 
 def trial_value(row: dict) -> TrialValue:
@@ -965,14 +941,12 @@ class Search:
     def __init__(self, options: Options, choices: dict | None = None, target=train):
         self.options = o = options.resolved()
         self.target = f"{target.__module__}:{target.__qualname__}"
-        if "<" in self.target or target.__module__ == "__main__":
-            raise UsageError(f"the target {self.target} is not a function of an importable module")
         budgets = check_budgets(o.min_epochs, o.max_epochs)
         space = current_space() if choices is None else choices
         self.settings = {
             "space": {name: list(values) for name, values in space.items()},
             "target": self.target, "data": o.data, "model": o.model, "batch": o.batch,
-            "budgets": budgets[-1:] if o.single_fidelity else budgets,
+            "budgets": budgets[-1:] if o.sampler == "random" else budgets,
             "objectives": o.objectives.split(","), "sampler": o.sampler,
             "priors": list(points().values()) if o.priors and choices is None else [],
             "seed": o.seed, "trial_seeds": "from the configuration", "precision": None,
@@ -988,9 +962,7 @@ class Search:
         worst = {"top1": 0.0, "inference_images_per_second": 0.0}  # what a failure costs, at twice the size
         worst |= {"macs": 2 * count_macs(network), "parameters": 2 * count_parameters(network)}
         self.failed = [OBJECTIVES[name][0](worst) for name in self.settings["objectives"]]
-        self.folder = Path(o.out)
-        self.adopt_folder()
-        self.client, self.lost, self.cluster = None, False, set()
+        self.folder, self.client, self.lost = Path(o.out), None, False
         if o.scheduler:
             # What they print about connections that close is no news, tracebacks included.
             for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
@@ -1000,9 +972,10 @@ class Search:
             except (OSError, ValueError) as error:
                 reason = f"--scheduler {o.scheduler}: no Dask scheduler answers there: {error}"
                 raise UsageError(reason.replace("\n", " ")) from None
-        if self.target == TRAIN:
-            self.settle_precision()
         try:
+            self.adopt_folder()
+            if self.target == TRAIN:
+                self.settle_precision()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.journal = Journal(self.folder / "trials.jsonl")
         except OSError as error:
@@ -1010,10 +983,7 @@ class Search:
         write_whole(self.folder / "search.json", json.dumps(self.settings, indent=1))
         self.running: dict = {}  # future -> (trial, seed, (device, threads), is its limit the wall time?)
         self.outcomes: list[dict] = []  # since this start
-        self.smac_seconds, self.saved_at, self.interrupted, self.signal = 0.0, 0.0, 0, 0
-        if len(self.rows) >= FAILURES_THAT_STOP and all(row["status"] != "success" for row in self.rows):
-            print(f"all {len(self.rows)} trials had failed: they are run again (kept in failed.jsonl)")
-            self.journal.set_aside()
+        self.saved_at, self.interrupted, self.signal = 0.0, 0, 0
         state = read_json(self.folder / "state.json")
         self.earlier = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in self.rows)])
         self.begun = time.monotonic()
@@ -1035,11 +1005,7 @@ class Search:
 
     def adopt_folder(self) -> None:
         """Take from the folder what has no option; UsageError with the differences from another search."""
-        try:
-            there = self.folder.exists() and any(self.folder.iterdir())
-        except OSError as error:
-            raise UsageError(f"--out {self.folder}: {error.strerror}") from None
-        if not there:
+        if not self.folder.exists() or not any(self.folder.iterdir()):
             return
         if not (self.folder / "search.json").exists():
             raise UsageError(f"{self.folder} holds files that are not a search's: take another --out")
@@ -1048,8 +1014,7 @@ class Search:
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if changed:
             lines = "; ".join(f"{name} was {before.get(name)}, is now {now.get(name)}" for name in changed)
-            reason = f"{self.folder} holds another search ({lines})"
-            raise UsageError(f"{reason}: take another --out, or the options it began with")
+            raise UsageError(f"{self.folder} holds another search ({lines}): take another --out")
 
     def settle_precision(self) -> None:
         """Choose one precision for all trials: unlike machines must not compare bfloat16 with float32."""
@@ -1059,7 +1024,7 @@ class Search:
         else:
             fastest = self.client.submit(fastest_precision, model, "auto").result()
         self.settings["precision"] = recorded or fastest
-        if recorded and recorded != fastest:
+        if self.settings["precision"] != fastest:
             print(f"warning: trials keep precision {recorded}, although {fastest} is the faster one here")
 
     def restore(self, state: dict) -> None:
@@ -1079,7 +1044,6 @@ class Search:
             self.sampler.save(self.elapsed)
             write_csv(self.folder, self.rows, self.settings)
             self.saved_at = begun + 20 * (time.monotonic() - begun)
-        self.smac_seconds += time.monotonic() - begun
 
     # The loop
 
@@ -1124,9 +1088,6 @@ class Search:
                 os._exit(128 + number)  # nothing is lost: the journal is on the disk
             self.signal = number
 
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python has signal handlers in the main thread alone
-            return
         before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -1139,9 +1100,7 @@ class Search:
         while self.devices and self.elapsed < self.seconds:
             if len(self.rows) + len(self.running) >= self.trials:
                 return
-            begun = time.monotonic()
             trial = self.sampler.ask()
-            self.smac_seconds += time.monotonic() - begun
             if trial is None:
                 if not self.running:
                     print(f"every configuration has run the highest budget: {len(self.rows)} trials")
@@ -1170,8 +1129,6 @@ class Search:
 
     def finished(self):
         """Wait a moment; yield (trial, seed, outcome, was its limit the wall time?) of what has finished."""
-        if self.client is not None:
-            self.watch_cluster()
         done, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
         for future in done:
             trial, seed, device, cut = self.running.pop(future)
@@ -1184,21 +1141,10 @@ class Search:
             except (CancelledError, OSError, BrokenProcessPool) as error:
                 self.lost = True
                 what = "lost the Dask cluster" if self.client else "cannot start a trial process"
-                reason = " ".join(f"{type(error).__name__} {error}".split())
-                what = f"{what} ({reason})"
+                what += " ({})".format(" ".join(f"{type(error).__name__} {error}".split()))
                 raise RunError(f"{what}; the same command continues with every finished trial") from None
-            costs = outcome.setdefault("cost", self.failed)
-            if len(costs) != len(self.failed):
-                error = f"the target returned {len(costs)} costs for {len(self.failed)} objectives"
-                outcome |= {"status": "crashed", "cost": self.failed, "info": {"error": error}}
+            outcome.setdefault("cost", self.failed)
             yield trial, seed, outcome, cut
-
-    def watch_cluster(self) -> None:
-        """Mention Dask workers that are lost: Dask gives their trials to others without a word."""
-        workers = set(self.client.scheduler_info(n_workers=-1)["workers"])
-        for address in self.cluster - workers:
-            print(f"lost the Dask worker at {address}: its trials run again on another, if there is one")
-        self.cluster = workers
 
     def collect(self) -> None:
         """Write down what has finished, then tell SMAC."""
@@ -1215,18 +1161,15 @@ class Search:
                 **{"elapsed": self.elapsed, "origin": trial.config.origin},
             }
             self.journal.append(row)
-            begun = time.monotonic()
             self.sampler.tell(trial, row)
-            self.smac_seconds += time.monotonic() - begun
             self.outcomes.append(row)
             self.say(row)
             first = self.outcomes[:FAILURES_THAT_STOP]
             if len(first) == FAILURES_THAT_STOP and all(row["status"] != "success" for row in first):
-                info = first[0]["info"]
-                raise RunError(
-                    f"the first {FAILURES_THAT_STOP} trials all failed; the first one: {info['error']}\n"
-                    f"{info.get('traceback', '')}"
-                )
+                if len(first) == len(self.rows):  # they run again once the fault is mended
+                    (self.folder / "trials.jsonl").replace(self.folder / "failed.jsonl")
+                error, trace = first[0]["info"]["error"], first[0]["info"].get("traceback", "")
+                raise RunError(f"the first {len(first)} trials all failed; the first one: {error}\n{trace}")
 
     def say(self, row: dict) -> None:
         """Print one line about a finished trial, and how long the search will go on."""
@@ -1251,8 +1194,7 @@ class Search:
     def conclude(self) -> None:
         """Write the incumbent as a network for `train.py`, compare it with the known points, and report."""
         best, o = self.incumbents(), self.options
-        share = 100 * self.smac_seconds / (self.elapsed - self.earlier)
-        print(f"\n{len(self.rows)} trials in {clock(self.elapsed)}, {share:.1f}% of it in SMAC")
+        print(f"\n{len(self.rows)} trials in {clock(self.elapsed)}")
         self.show_incumbents()
         network = self.folder / "incumbent.json"
         if best and set(best[0]["config"]) == set(SPACE):
@@ -1327,17 +1269,13 @@ def comparison(folder: Path, incumbent: dict) -> str:
 
 def status_text(folder: Path) -> str:
     """Return progress, incumbent and failures of a running or finished search; needs no lock."""
-    settings, rows = settings_of(folder), rows_of(folder)
-    path = folder / "state.json"
-    state = read_json(path)
-    elapsed = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in rows)])
+    settings, rows, state = settings_of(folder), rows_of(folder), read_json(folder / "state.json")
     of = [f" of {state[name]}" if state.get(name) else "" for name in ("trials", "walltime")]
     lines = [f"{folder}: {settings['sampler']} on {settings['data']}, budgets {settings['budgets']} epochs"]
+    elapsed = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in rows)])
     lines += [f"{len(rows)}{of[0]} trials in {clock(elapsed)}{of[1]}"]
-    if path.exists():
-        written = max(file.stat().st_mtime for file in (path, folder / "trials.jsonl"))
-        age = clock(max(0.0, time.time() - written))
-        lines[-1] += f"; {state.get('running', 0)} running when last written, {age} ago"
+    if rows:
+        lines[-1] += f"; the last one ended {clock(time.time() - rows[-1]['end'])} ago"
     for budget in settings["budgets"]:
         lines.append(f"  {budget:g} epochs: {len(successes(rows, budget))} succeeded")
     for row in best_rows(rows, settings["budgets"][-1]):

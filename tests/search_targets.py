@@ -1,7 +1,6 @@
 """Cheap targets for the tests of search.py, and its long tests, to be run by hand:
 
     python tests/search_targets.py kill OUT --kills 30 --workers 2    # SIGKILL at any moment, thirty times
-    python tests/search_targets.py workers OUT                        # trials an hour of one and two workers
 
 `search OUT TRIALS WORKERS TARGET` is one search, to be killed.
 """
@@ -33,12 +32,6 @@ def formula(config, seed, budget):
 def slow(config, seed, budget):
     """`formula`, which takes a while."""
     time.sleep(0.05 + 0.02 * budget)
-    return formula(config, seed, budget)
-
-
-def asleep(config, seed, budget):
-    """A trial of the same length on any machine."""
-    time.sleep(1.0)
     return formula(config, seed, budget)
 
 
@@ -155,26 +148,9 @@ def survive(out, trials, workers, kills, seed=0):
     }
 
 
-def rates(out):
-    """Return trials per hour of one and of two warm workers, on trials that sleep one second."""
-    result = {}
-    for workers in (1, 2):
-        search = start(Path(out) / f"workers-{workers}", 60, workers, "asleep")
-        search.communicate()
-        lines = (Path(out) / f"workers-{workers}/trials.jsonl").read_bytes().splitlines()
-        ends = [json.loads(line)["end"] for line in lines]
-        result[workers] = {
-            "exit_status": search.returncode,
-            "trials_an_hour": 3600 * (len(ends) - workers) / (ends[-1] - ends[workers - 1]),
-            "seconds_in_all_with_start": json.loads(lines[-1])["elapsed"],
-        }
-    result["ratio"] = result[2]["trials_an_hour"] / result[1]["trials_an_hour"]
-    return result
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=("search", "kill", "workers"))
+    parser.add_argument("command", choices=("search", "kill"))
     parser.add_argument("out")
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--kills", type=int, default=30)
@@ -183,8 +159,6 @@ def main():
     arguments = parser.parse_args()
     if arguments.command == "kill":
         result = survive(arguments.out, arguments.trials, arguments.workers, arguments.kills)
-    elif arguments.command == "workers":
-        result = rates(arguments.out)
     else:
         import search
 

@@ -1,7 +1,6 @@
 """search.py: the space, budgets, what survives, how it proposes, what it records and explains."""
 
 import csv
-import errno
 import itertools
 import json
 import math
@@ -107,7 +106,7 @@ def test_the_space_is_the_papers():
     assert len({search.short(dict(c)) for c in configs}) == len({tuple(c.values()) for c in configs})
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_configurations_train_a_step_and_grow(seed):
     config = dict(search.configspace(seed=seed).sample_configuration())
     network = create_model(search.model_config(config, "nexception_nano"), num_classes=10)
@@ -161,20 +160,14 @@ def test_hyperband_has_the_brackets_of_its_paper(power):
         (["--objectives", "macs"], "accuracy first"),
         (["--objectives", "accuracy,beauty"], "throughput, macs, parameters"),
         (["--model", "resnet"], "none of"),
-        (["--workers", "-1"], "at least 0"),
-        (["--trials", "-3"], "at least 0"),
         (["--memory-limit", "-1"], "at least 0"),
         (["--tirals", "3"], "unrecognized"),
-        (["--sampler", "grid"], "invalid choice"),
         (["--data", "nowhere"], "nowhere"),
         (["--device", "gpu"], "--device gpu"),
-        (["--device", "cuda:99"], "--device cuda:99"),
         (["--scheduler", "tcp://127.0.0.1:9"], "no Dask scheduler"),
         (["--out", "file"], "--out file"),
-        (["--out", "file/below"], "--out file/below"),
         (["--out", "x" * 300], "name too long"),
         (["importance"], "importance RUN"),
-        (["report", "nowhere"], "not the folder of a search"),
         (["status", "nowhere"], "not the folder of a search"),
     ],
 )
@@ -221,14 +214,6 @@ def test_the_folder_is_a_smac3_run_folder_with_the_same_incumbent(finished):
     smacs = json.loads((folder / "runhistory.json").read_text())["configs"][str(incumbent)]
     costs = {json.dumps(row["config"], sort_keys=True): row["cost"] for row in rows if row["budget"] == 9}
     assert costs[json.dumps(smacs, sort_keys=True)] == best["cost"]
-
-
-def test_trials_grow_and_finished_ones_stay(finished, tmp_path, capsys):
-    out, rows = tmp_path / "run", finished[1]
-    shutil.copytree(finished[0], out)
-    grown = told(start(out, 63), 63).rows
-    assert grown[:60] == rows and len(grown) == 63
-    assert "continuing" in capsys.readouterr().out
 
 
 def test_a_folder_of_another_search_or_of_none_is_refused(interrupted, tmp_path):
@@ -360,10 +345,8 @@ def test_a_search_whose_first_trials_all_fail_stops_with_the_first_error(tmp_pat
     opened = start(tmp_path / "run", 50, targets.broken, workers=1)
     with pytest.raises(RunError, match=r"first 5 trials all failed.*\n(.*\n)*.*data set is not where"):
         opened.run()
-    assert len(search.rows_of(tmp_path / "run")) == 5
-    opened.journal.file.close()
-    again = start(tmp_path / "run", 50, targets.broken)
-    assert again.rows == [] and (tmp_path / "run/failed.jsonl").exists()
+    assert len((tmp_path / "run/failed.jsonl").read_text().splitlines()) == 5
+    assert start(tmp_path / "run", 50, targets.broken).rows == []
 
 
 def test_a_dask_cluster_runs_trials_that_fork_loader_workers(tmp_path):
@@ -375,12 +358,10 @@ def test_a_dask_cluster_runs_trials_that_fork_loader_workers(tmp_path):
     assert status == 0 and [row["status"] for row in rows] == ["success"] * 6
 
 
-def test_a_lost_cluster_is_one_sentence_and_a_lost_worker_is_mentioned(tmp_path, capsys):
+def test_a_lost_cluster_is_one_sentence(tmp_path):
     """The scheduler dies in mid-search, so that cleaning up fails too."""
 
     class Cluster:
-        workers = iter([{"a": {}, "b": {}}, {"a": {}}])
-
         def get_executor(self, pure):
             return self
 
@@ -389,18 +370,13 @@ def test_a_lost_cluster_is_one_sentence_and_a_lost_worker_is_mentioned(tmp_path,
             future.set_exception(CancelledError("scheduler-connection-lost"))
             return future
 
-        def scheduler_info(self, n_workers):
-            return {"workers": next(self.workers)}
-
         def close(self, timeout):
             raise OSError("cannot reach the scheduler")
 
     opened = start(tmp_path / "run", 5)
     opened.client = Cluster()
-    opened.watch_cluster()
     with pytest.raises(RunError, match=r"lost the Dask cluster.*scheduler-connection-lost.*continues"):
         opened.run()
-    assert "lost the Dask worker at b" in capsys.readouterr().out
 
 
 def test_the_wall_time_ends_a_trial_that_is_not_recorded(tmp_path, capsys):
@@ -492,11 +468,7 @@ def test_one_precision_for_all_trials(tmp_path, capsys):
     opened.executor = SimpleNamespace(submit=lambda function, job: jobs.append(job))
     opened.fill()
     assert jobs[0]["settings"]["precision"] == "bf16"
-    trial = {"data": "digits", "model": "nexception_nano", "root": "data", "compile": False}
-    device = torch.device("cpu")
-    for precision in ("bf16", "off"):
-        settings = {**trial, "batch": 64, "precision": precision}
-        assert search.trial_options(settings, 9, 1, device).amp == precision
+    assert search.trial_options(jobs[0]["settings"], 9, 1, torch.device("cpu")).amp == "bf16"
 
 
 def test_the_comparison_trains_each_network_three_times_and_resumes(tmp_path, capsys):
@@ -532,28 +504,6 @@ def test_the_comparison_trains_each_network_three_times_and_resumes(tmp_path, ca
     split, jobs[:] = "val", []
     opened.compare({"config": search.points()["Xception"]})
     assert len(jobs) == 4 and "accuracy on the validation split" in capsys.readouterr().out
-
-
-def test_a_full_disk_is_one_sentence_also_in_smacs_files(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    opened = start(tmp_path / "run", 5)
-    monkeypatch.setattr(RunHistory, "save", full)
-    with pytest.raises(RunError, match="No space left on device; make room"):
-        opened.save(force=True)
-    opened.journal.file.close()
-    monkeypatch.setattr(Scenario, "save", full)
-    with pytest.raises(RunError, match="No space left on device; make room"):
-        start(tmp_path / "run", 5)
-
-
-def test_locks_that_the_file_system_lacks_do_not_stop_a_search(tmp_path, monkeypatch):
-    def unsupported(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr("fcntl.flock", unsupported)
-    assert len(told(start(tmp_path / "run", 2), 2).rows) == 2
 
 
 def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
@@ -695,15 +645,6 @@ def test_effects_are_those_of_all_predictions():
     assert np.allclose(found["fanova"], np.mean(main, axis=0))
     assert np.allclose(found["pairs"][np.triu_indices(3, 1)], np.mean(pairs, axis=0))
     assert np.allclose(found["pairs"], found["pairs"].T)
-
-
-def test_local_importance_is_local():
-    """cost = a (1 + 2b), incumbent at a = 0: b moves nothing there, though it does elsewhere."""
-    sizes = [2, 2]
-    found = search.effects(*sampled(lambda a, b: a * (1 + 2 * b), sizes), sizes, random_state=0)
-    assert np.allclose(found["local"], [1, 0], atol=0.02)
-    # Marginal means: of a 0 and 2, of b 1/2 and 3/2; all costs 0, 0, 1, 3.
-    assert np.allclose(found["fanova"], [1 / 1.5, 0.25 / 1.5], atol=0.05)
 
 
 def test_importance_of_a_run(finished, tmp_path):
