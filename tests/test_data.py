@@ -278,6 +278,7 @@ def test_every_random_stream_is_used_once(monkeypatch, folder):
         keys += [(0, epoch, step, rank, 1) for epoch in (0, 1, 2) for step in (0, 1, 2)]  # train.py's mixing
         for epoch in (0, 1, 2):
             list(opened.train_batches(epoch))
+    keys += [(0, epoch, 0, 0, data.COMPOSITION) for epoch in (0, 1, 2)]
     assert (0, 1, 0, 1, data.AUGMENTATION) in keys
     states = {tuple(np.random.SeedSequence(key).generate_state(4)) for key in set(keys)}
     assert len(states) == len(set(keys))
