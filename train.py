@@ -952,7 +952,6 @@ def fit(
     epochs, classes = options.epochs + options.cooldown_epochs, len(data.classes)
     step_images = process.world * options.accumulate * options.batch
     tolerated = MAX_SKIPPED if scaler.is_enabled() else 0
-    started, taken = time.monotonic(), 0  # taken: steps since then
 
     for epoch in range(training.epoch, epochs):
         begun = said = time.monotonic()
@@ -1022,7 +1021,6 @@ def fit(
         weights = torch.stack(torch._foreach_norm(list(model.parameters()))).norm().item()
         check_finite([weights], "the weights' norm", epoch, done - 1)
         seconds = time.monotonic() - begun
-        taken += done - first
         if done < data.steps:
             raise Stopped
         result = dict.fromkeys(("loss", "top1", "top5"), math.nan)
@@ -1044,7 +1042,7 @@ def fit(
             folder.save(training)
         if log is not None:
             log(row, step=epoch + 1)
-        left = (time.monotonic() - started) / max(taken, 1) * data.steps * (epochs - epoch - 1)
+        left = row["seconds"] / max(done - first, 1) * data.steps * (epochs - epoch - 1)
         say(
             f"epoch {epoch + 1}/{epochs}  loss {row['train_loss']:.4f}  lr {lr:.2e}  "
             f"val top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  best {training.best:.2f}%  "
