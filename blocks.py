@@ -23,7 +23,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 KERNELS = (3, 5, 7, 9)  # odd
 MIXED_KERNELS = (3, 5, 7, 9)  # one per channel group of a "mixed" convolution
-POSITIONS = ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3))
+POSITIONS = ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3))  # subsets of a block's convolutions
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -142,7 +142,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class MixedDepthwise(nn.Module):
-    """Depthwise convolution with a kernel size per channel group, `MIXED_KERNELS` (MixConv, Tan and Le 2019).
+    """Depthwise convolution with one of `MIXED_KERNELS` per group of channels (MixConv, Tan and Le 2019).
 
     The groups are equal except for the first, which takes the remainder, as in `timm.layers.MixedConv2d`.
     """
