@@ -353,7 +353,7 @@ PAPER = {
     "loss_threshold": 0.2, "optimizer": "lamb", "lr": 2e-3, "warmup_epochs": 5, "cooldown_epochs": 10,
     "weight_decay": 0.02, "mixup": 0.1, "cutmix": 1.0,
 }  # fmt: skip
-ONE = PAPER | {"micro_batches": 1, "cooldown_epochs": 0}
+ONE = PAPER | {"micro_batches": 1, "cooldown_epochs": 0}  # one micro-batch a step
 CIFAR = ONE | {"model": "nexception_reduced", "epochs": 100, "batch": 128, "lr": 5e-3}
 RECIPES = {
     "paper": Recipe("published for ImageNet: nexception_t 81.5%, nexception_tp 81.8% (not rerun)", PAPER),
@@ -567,7 +567,7 @@ class Process:
             values /= self.world
         return values
 
-    def of_first(self, values: Tensor) -> Tensor:
+    def broadcast(self, values: Tensor) -> Tensor:
         """Overwrite a tensor with that of the first process."""
         if self.world > 1:
             dist.broadcast(values, 0)
@@ -954,20 +954,20 @@ def fit(
     tolerated = MAX_SKIPPED if scaler.is_enabled() else 0
 
     for epoch in range(training.epoch, epochs):
-        begun = said = time.monotonic()
-        waited = data.wait_seconds  # until now
+        begun = said = time.monotonic()  # said: when progress was last printed
+        waited = data.wait_seconds
         lr = lr_at(epoch, options)
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = torch.zeros(data.steps, device=process.device)  # mean over this process's micro-batches
         first = done = checked = 0 if training.losses is None else len(training.losses)
-        if first:
+        if first:  # steps of this epoch were taken before the run was stopped
             losses[:first] = training.losses
         model.train(not options.freeze)  # with --freeze, batch norms rest
         batches = data.train_batches(epoch, first)
         for step in range(first, data.steps):
             # Every micro-batch starts from the statistics that virtual rank 0 left in the previous step.
-            start, after = process.of_first(statistics.read()), []
+            start, after = process.broadcast(statistics.read()), []
             for micro in range(options.accumulate):
                 images, labels = next(batches)
                 # The last number keeps these draws apart from those of data.py's augmentation.
@@ -997,6 +997,7 @@ def fit(
                 statistics.write(mean)
                 update_ema(ema, model, ema_decay(epoch * data.steps + step + 1, options.ema))
             done = step + 1
+            # An epoch ends with the mean over all virtual ranks.
             statistics.write(process.mean(mean) if done == data.steps else after[0])
 
             stopping = stop is not None and stop.agreed()
