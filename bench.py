@@ -6,6 +6,7 @@
     python bench.py export CHECKPOINT
     python bench.py data [PATH]  # images/s of the input pipeline beside timm's; how many workers feed a GPU
     python bench.py trial      # seconds per trial of search.py, and of timm's loader in a plain loop
+    python bench.py samplers RUN # SMAC, Hyperband and random search, played on the trials of a random search
 
 `python bench.py COMMAND --help` lists the options of a command. Results go to `results/`: JSON with every
 sample, the versions, the hardware and the command line, and a Markdown table beside it. On two CPU cores,
@@ -41,6 +42,7 @@ from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
 
 from data import (
+    SMALL_SETS,
     Augmentation,
     EvalTransform,
     Plan,
@@ -1125,7 +1127,7 @@ def input_speed(options: DataOptions) -> None:
 class TrialOptions:
     """Measure seconds of a trial of `search.py` beside the same training in a plain loop."""
 
-    data: str = option("digits", "digits, cifar10 or cifar100: 32 x 32 images")
+    data: str = option("digits", "a small set of 32 x 32 images", choices=tuple(SMALL_SETS))
     model: str = option("nexception_reduced", "the trial's macro-architecture (default: the paper's width)")
     epochs: int = option(1, "epochs of a trial", least=1)
     repetitions: int = option(3, "trials of each kind; they take turns", least=1)
@@ -1155,7 +1157,7 @@ def plain_trial(config: dict, seed: int, budget: float, settings: dict):
     from search import trial_options
 
     import timm.data
-    from timm.loss import BinaryCrossEntropy
+    from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
     from timm.optim import Lamb as TimmLamb
 
     device = torch.device(settings["device"])
@@ -1171,8 +1173,12 @@ def plain_trial(config: dict, seed: int, budget: float, settings: dict):
         SmallImages(*opened.tensors("train")), is_training=True, hflip=0.0, scale=(0.8, 1.0), **shape
     )
     scored = timm.data.create_loader(SmallImages(*opened.tensors("val")), is_training=False, **shape)
-    mixup = timm.data.Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=classes)
-    loss_of = BinaryCrossEntropy(target_threshold=recipe.loss_threshold, smoothing=0.0)
+    mixup = lambda images, labels: (images, nn.functional.one_hot(labels, classes).float())  # noqa: E731
+    if recipe.mixup or recipe.cutmix:
+        mixup = timm.data.Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=classes)
+    loss_of = SoftTargetCrossEntropy()
+    if recipe.loss == "bce":
+        loss_of = BinaryCrossEntropy(target_threshold=recipe.loss_threshold, smoothing=0.0)
     optimizer = TimmLamb(parameter_groups(network, recipe.weight_decay), lr=recipe.lr)
     for _ in range(recipe.epochs):
         network.train()
@@ -1194,9 +1200,10 @@ def plain_trial(config: dict, seed: int, budget: float, settings: dict):
 def trial(options: TrialOptions) -> None:
     """Run trials of both kinds in turn, each in a warm process of its own; print and write the seconds."""
     device, threads = pick_device(options.device), torch.get_num_threads()
-    from search import points, run_trial  # takes seconds, with SMAC
+    from search import default_batch, points, run_trial  # takes seconds, with SMAC
 
-    settings = {"data": options.data, "root": "data", "model": options.model, "batch": 64, "split": "val"}
+    settings = {"data": options.data, "root": "data", "model": options.model, "split": "val"}
+    settings["batch"] = default_batch(options.data)
     settings |= {"device": str(device), "threads": threads, "compile": False, "precision": "auto"}
     settings |= {"objectives": ["accuracy"]}
     job = {"config": points()["NEXcepTion"], "seed": 1, "budget": options.epochs, "settings": settings}
@@ -1224,6 +1231,99 @@ def trial(options: TrialOptions) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# samplers: SMAC, Hyperband and random search on a mapped space
+
+
+@dataclass(frozen=True)
+class SamplersOptions:
+    """Compare the samplers of search.py on finished trials: a look-up takes the place of training."""
+
+    run: str = option(MISSING, "folder of a `search.py --sampler random` run", positional=True)
+    seeds: int = option(16, "searches with each sampler", least=2)
+    epochs: int = option(540, "epochs that each search may spend, trials at low budgets included", least=1)
+    out: str = option("results", "folder of the results")
+
+
+SAMPLERS = {  # name -> --sampler, number of budgets
+    "SMAC, three budgets": ("smac", 3),
+    "SMAC, two budgets": ("smac", 2),
+    "SMAC, the highest budget": ("smac", 1),
+    "Hyperband, three budgets": ("hyperband", 3),
+    "Hyperband, two budgets": ("hyperband", 2),
+    "random search": ("random", 1),
+}
+
+
+def play(rows: list[dict], settings: dict, epochs: int) -> np.ndarray:
+    """Search among finished trials; return the regret after each epoch spent, (epochs,), in points of top-1.
+
+    The regret is the best accuracy of all trials minus the best found so far at the highest budget (before
+    there is one: minus the worst of all). A trial at a lower budget returns the accuracy that the trial had
+    after as many epochs, on its way to the highest.
+    """
+    from search import Sampler, short
+
+    known = {short(row["config"]): row for row in rows}
+    final = [row["info"]["top1"] for row in rows]
+    highest, spent, best, regrets = settings["budgets"][-1], 0, min(final), np.zeros(epochs)
+    with tempfile.TemporaryDirectory() as folder:
+        sampler = Sampler(Path(folder), settings, [1.0], pool=[row["config"] for row in rows])
+        sampler.replay([], {})
+        while spent < epochs and (trial := sampler.ask()) is not None:
+            row, budget = known[short(dict(trial.config))], round(trial.budget)
+            top1 = row["info"]["curve"][budget - 1][1]
+            sampler.tell(trial, {**row, "cost": [1 - top1 / 100]})
+            regrets[spent : spent + budget] = max(final) - best
+            spent += budget
+            best = max(best, top1) if budget == highest else best
+        regrets[spent:] = max(final) - best
+    return regrets
+
+
+def samplers(options: SamplersOptions) -> None:
+    """Play all searches; write their regrets, a figure, and a paired test of each sampler against random."""
+    from search import ETA, rows_of, save_figure, settings_of, subplots, successes
+
+    from scipy.stats import wilcoxon
+
+    folder = Path(options.run)
+    settings = settings_of(folder)
+    highest = settings["budgets"][-1]
+    rows = successes(rows_of(folder), highest)
+    budgets = [highest // ETA**k for k in range(highest) if highest % ETA**k == 0][::-1]
+    if len(rows) < 20:
+        raise UsageError(f"{folder} has {len(rows)} successful trials of {highest} epochs: it takes 20")
+    regrets = {}
+    for name, (sampler, count) in SAMPLERS.items():
+        own = settings | {"sampler": sampler, "budgets": budgets[-count:], "priors": []}
+        played = [play(rows, own | {"seed": seed}, options.epochs) for seed in range(options.seeds)]
+        regrets[name] = np.stack(played)
+        print(f"{name}: {np.median(regrets[name][:, -1]):.2f} points from the best", flush=True)
+    figure, (axis,) = subplots(1, 6.5, 4)
+    epochs, third, table = range(1, options.epochs + 1), options.epochs // 3 - 1, []
+    base = regrets["random search"][:, third:].mean(1)
+    for name, curves in regrets.items():
+        late = curves[:, third:].mean(1)  # the start, where no trial has finished, would drown the rest
+        low, median, high = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
+        (line,) = axis.step(epochs, median, where="post", label=name)
+        axis.fill_between(epochs, low, high, step="post", color=line.get_color(), alpha=0.15, linewidth=0)
+        cells = [f"{median[i]:.2f} ({low[i]:.2f} to {high[i]:.2f})" for i in (third, -1)]
+        p = "" if name == "random search" else f"{wilcoxon(late, base).pvalue:.2g}"
+        table.append([name, *cells, f"{late.mean():.2f}", p])
+    axis.set(xlabel="epochs spent", ylabel="regret, points of top-1", yscale="symlog")
+    axis.legend(frameon=False)
+    header = ["sampler", *(f"regret after {i} epochs" for i in (third + 1, options.epochs))]
+    text = markdown_table([*header, "mean in between", "p against random search"], table)
+    print(text)
+    values = [
+        {"label": name, "mean": c[:, third:].mean(1).tolist(), "last": c[:, -1].tolist()}
+        for name, c in regrets.items()
+    ]
+    stem = write_results("samplers", options, torch.device("cpu"), text, values)
+    save_figure(figure, stem.with_name(stem.name + ".png"))
+
+
+# --------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, tuple[Callable, type]] = {  # name -> function of its options, options
     "speed": (speed, SpeedOptions),
@@ -1232,6 +1332,7 @@ COMMANDS: dict[str, tuple[Callable, type]] = {  # name -> function of its option
     "export": (export, ExportOptions),
     "data": (input_speed, DataOptions),
     "trial": (trial, TrialOptions),
+    "samplers": (samplers, SamplersOptions),
 }
 
 

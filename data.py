@@ -1013,8 +1013,12 @@ class Data:
         return self.dataset.counts[split]
 
     def tensors(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the images of a small set, uint8 (N, 3, H, W), and its labels, int64 (N,), on the device."""
-        return self.dataset.splits[split]
+        """Return the images of a small set, uint8 (N, 3, H, W), and its labels, int64 (N,), on the device.
+
+        Of `numbers`, whose training images are new in each epoch, those of the first epoch.
+        """
+        parts = self.dataset.splits[split]
+        return parts if len(parts) > 1 else parts[0].compose((self.plan.seed, 0), np.arange(len(parts[0])))
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Batches:
         """Yield the augmented micro-batches of an epoch, uint8 (B, 3, H, W) and int64 (B,), on the device.

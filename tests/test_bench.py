@@ -541,7 +541,7 @@ def test_made_photographs_are_as_large_as_imagenets(tmp_path):
 def test_trials_of_both_kinds_take_turns(tmp_path, monkeypatch, capsys):
     seconds, jobs = {"search:train": 2.0, "bench:plain_trial": 5.0}, []
     search = type(sys)("search")
-    search.points = lambda: {"NEXcepTion": {"se": "yes"}}
+    search.points, search.default_batch = lambda: {"NEXcepTion": {"se": "yes"}}, lambda data: 64
 
     def run_trial(job):
         jobs.append(job)
@@ -556,3 +556,36 @@ def test_trials_of_both_kinds_take_turns(tmp_path, monkeypatch, capsys):
     assert (ours["samples"], plain["samples"], ours["ratio"]["mean"]) == ([2.0] * 3, [5.0] * 3, 2.5)
     assert run("trial", "--epochs", 2, "--device", "cpu", "--out", tmp_path) == 1
     assert "out of beans" in capsys.readouterr().err
+
+
+def test_samplers_play_on_finished_trials(tmp_path, capsys):
+    """Each sampler ends at the best trial once it has tried them all, and never gets worse on the way."""
+    import search
+
+    run_folder, drawn = tmp_path / "run", search.configspace(seed=3).sample_configuration(24)
+    space, rows = search.current_space(), []
+    for number, config in enumerate(map(dict, drawn)):
+        top1 = 40 + 20 * (config["norm"] == "batch") + number / 2
+        curve = [
+            [1.0, top1 * share if epoch in (1, 3, 9) else None] for epoch, share in enumerate([0.5] * 9, 1)
+        ]
+        curve[-1][1] = top1
+        info = {"top1": top1, "curve": curve}
+        row = {"config": config, "seed": 1, "budget": 9.0, "status": "success", "cost": [1 - top1 / 100]}
+        rows.append(row | {"start": 0.0, "end": 1.0, "elapsed": 1.0, "origin": "random", "info": info})
+    run_folder.mkdir()
+    settings = {"space": space, "data": "numbers", "budgets": [9], "objectives": ["accuracy"], "seed": 0}
+    (run_folder / "search.json").write_text(json.dumps(settings))
+    (run_folder / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    best, worst = (f(row["info"]["top1"] for row in rows) for f in (max, min))
+    for sampler, budgets in (("smac", [9]), ("random", [9]), ("hyperband", [3, 9])):
+        own = settings | {"sampler": sampler, "budgets": budgets, "priors": []}
+        regrets = bench.play(rows, own, epochs=24 * (9 + 3))
+        assert (regrets[0], regrets[-1]) == (best - worst, 0)
+        assert (np.diff(regrets) <= 0).all() and len(regrets) == 24 * 12
+    assert run("samplers", run_folder, "--seeds", 2, "--epochs", 45, "--out", tmp_path) == 0
+    assert "random search" in (tmp_path / "samplers.md").read_text()
+    assert (tmp_path / "samplers.png").exists()
+    (run_folder / "trials.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert run("samplers", run_folder, "--out", tmp_path) == 2
+    assert "it takes 20" in capsys.readouterr().err
