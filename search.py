@@ -1393,11 +1393,10 @@ def importance(folder: Path) -> dict:
     """
     settings, rows = settings_of(folder), rows_of(folder)
     space = settings["space"]
-    least, sizes, found, few = 2 * len(space), [len(values) for values in space.values()], {}, []
+    least, sizes, found = 2 * len(space), [len(values) for values in space.values()], {}
     for budget in settings["budgets"]:
         done = successes(rows, budget)
         if len(done) < least:
-            few.append(f"{len(done)} at {budget:g} epochs")
             continue
         codes = np.array([[space[name].index(row["config"][name]) for name in space] for row in done])
         result = importances(codes, np.array([row["cost"][0] for row in done]), sizes)
@@ -1408,12 +1407,7 @@ def importance(folder: Path) -> dict:
         found[budget] |= {kind: dict(zip(space, v.T.tolist(), strict=True)) for kind, v in result.items()}
         found[budget]["pairs"] = dict(sorted(pairs, key=lambda pair: -pair[1][0])[:5])
     if not found:
-        raise UsageError(
-            f"{folder}: too few successful trials for {len(space)} choices ({', '.join(few)}); "
-            f"a budget needs {least}"
-        )
-    if few:
-        print(f"left out, below {least} successful trials: {', '.join(few)}")
+        raise UsageError(f"{folder}: too few successful trials: importance needs {least} at a budget")
     write_whole(folder / "importance.json", json.dumps(found, indent=1))
     draw_importance(found, folder / "importance.png")
     return found
