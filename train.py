@@ -49,6 +49,7 @@ from data import (
     Plan,
     RunError,
     UsageError,
+    cpu_count,
     default_augmentation,
     list_images,
     lock_file,
@@ -69,7 +70,7 @@ MIN_LR = 1e-6  # learning rate at the end of the cosine and in the cool-down, un
 MAX_GRAD_NORM = 1.0  # global norm that gradients are clipped to
 SMALL_FOLDER = 100_000  # training images below which a folder does not get ImageNet's recipe
 AMP = ("auto", "bf16", "fp16", "off")
-MAX_SKIPPED = 20  # consecutive float16 steps whose loss may overflow while the loss scale adapts
+MAX_SKIPPED = 20  # consecutive float16 steps whose forward pass may overflow
 
 # --------------------------------------------------------------------------------------------------
 # Command line: a dataclass field is an option
@@ -624,7 +625,8 @@ def start_process(device: str) -> Process:
             # torchrun's store survives a restart, with the addresses of dead processes (PyTorch issue
             # 135712). Only on one machine do all processes know the same number of restarts.
             store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        settings = {"store": store, "rank": rank, "world_size": world}
+        # NCCL's ten minutes may be too short for the first process to list a million files over NFS.
+        settings = {"store": store, "rank": rank, "world_size": world, "timeout": datetime.timedelta(hours=1)}
         settings["device_id"] = chosen if on_gpu else None
         dist.init_process_group("nccl" if on_gpu else "gloo", **settings)
     return Process(rank, max(world, 1), chosen)
@@ -880,15 +882,13 @@ class Folder:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, data: Data, split="val", amp: torch.dtype | None = None, *,
-    columns: Tensor | None = None, collect: typing.Callable[[Tensor, Tensor], None] | None = None, stop=None,
-) -> dict:  # fmt: skip
+    model: nn.Module, data: Data, split="val", amp: torch.dtype | None = None, *, columns=None, stop=None
+) -> dict:
     """Return top1 and top5 in percent, mean cross-entropy (loss), count and unreadable of a split.
 
     Each image counts once, in whichever process; files that cannot be read are left out. columns: int64, the
-    outputs that belong to the data's classes (default: all). collect: called with the labels (B,) and float32
-    logits (B, classes) of each batch. Raises RunError when an image is missing for any other reason, and
-    Stopped when `stop.signal` is set in any process meanwhile.
+    outputs that belong to the data's classes (default: all). Raises RunError when an image is missing for any
+    other reason, and Stopped when `stop.signal` is set in any process meanwhile.
     """
     was_training = model.training
     model.eval()
@@ -906,8 +906,6 @@ def evaluate(
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals[:3] += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
         totals[3] += len(labels)
-        if collect is not None:
-            collect(labels, logits)
     totals[5] += len(data.bad_files)
     if dist.is_initialized():
         dist.all_reduce(totals)
@@ -984,7 +982,9 @@ def fit(
                     logits = forward(images)
                 loss = loss_function(logits, targets, options) / options.accumulate
                 scaler.scale(loss).backward()
-                after.append(statistics.read())
+                found = statistics.read()
+                # What a float16 pass that overflowed leaves in them, infinity or NaN, would stay there.
+                after.append(found.where(found.isfinite(), start) if scaler.is_enabled() else found)
                 losses[step] += loss.detach()
             if "max_grad_norm" not in optimizer.defaults:
                 scaler.unscale_(optimizer)
@@ -1137,6 +1137,10 @@ def run(options: Options, process: Process) -> int:
     if options.init_weights and not (folder.last.exists() or folder.previous.exists()):
         with contextlib.redirect_stdout(sys.stdout if process.first else io.StringIO()):
             load_weights(model, options.init_weights)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if process.device.type == "cpu" and load > 2 * cpu_count():
+        # The number of threads is left alone: float32 sums, and so the run, would depend on the load.
+        say(f"note: other programs keep this machine busy (load {load:.0f}): OMP_NUM_THREADS=1 may be faster")
     training = Training(model, options, process)
     # Nothing is written before this line, so that a refused command leaves no folder behind.
     checkpoint = process.from_first(folder.open)

@@ -508,18 +508,16 @@ class FewImages:
 def test_evaluation_counts_by_hand():
     labels = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5])
     ranks = [0, 0, 1, 4, 5, 9, 0, 2, 3]  # of the right answer
-    rows, seen = -torch.arange(10.0).repeat(9, 1), []
+    rows = -torch.arange(10.0).repeat(9, 1)
     for n, (rank, label) in enumerate(zip(ranks, labels, strict=True)):
         rows[n, [rank, label]] = rows[n, [label, rank]]
     model = Table(rows)
-    result = evaluate(model, FewImages(labels), collect=lambda *batch: seen.append(batch))
+    result = evaluate(model, FewImages(labels))
     assert result["count"] == 9
     assert result["top1"] == pytest.approx(100 * 3 / 9)
     assert result["top5"] == pytest.approx(100 * 7 / 9)
     total = sum(math.exp(-i) for i in range(10))
     assert result["loss"] == pytest.approx(sum(rank + math.log(total) for rank in ranks) / 9)
-    assert torch.equal(torch.cat([batch[0] for batch in seen]), labels)
-    assert torch.cat([batch[1] for batch in seen]).shape == (9, 10)
     few = evaluate(Table(torch.eye(10)[labels]), FewImages(labels - 1), columns=torch.arange(1, 10))
     assert few["top1"] == 100
     for said in (8, 10):
@@ -735,6 +733,20 @@ def test_skipped_float16_steps_stop_a_run_only_when_many_follow_one_another():
     train.check_finite([*bad, 1.0, *bad, 1.0], "the loss", 0, 0, train.MAX_SKIPPED)
     with pytest.raises(RunError, match="the loss is nan at epoch 1, step 121"):
         train.check_finite([*bad, math.nan], "the loss", 0, 100, train.MAX_SKIPPED)
+
+
+def test_a_float16_pass_that_overflows_leaves_no_trace_in_batch_norms(tiny, tmp_path, monkeypatch):
+    whole, calls = train.Mixup.__call__, []
+
+    def third_overflows(self, images, *rest):
+        calls.append(images)
+        images, targets = whole(self, images, *rest)
+        return images * (math.inf if len(calls) == 3 else 1), targets
+
+    monkeypatch.setattr(train.Mixup, "__call__", third_overflows)
+    assert train.main(arguments(tiny, tmp_path / "run", "--amp", "fp16", "--epochs", "1")) == 0
+    assert all(v.isfinite().all() for v in learned(tmp_path / "run")["model"].values())
+    assert math.isfinite(learned(tmp_path / "run")["metrics"][0]["val_loss"])
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tiny, finished, tmp_path, capsys):
