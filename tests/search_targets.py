@@ -7,6 +7,7 @@
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -72,6 +73,31 @@ def moody(config, seed, budget):
 
 def broken(config, seed, budget):
     raise RuntimeError("the data set is not where it should be")
+
+
+def play(
+    folder, sampler="smac", space=None, trials=math.inf, workers=1, target=formula, pool=None, priors=()
+):
+    """Let a sampler propose and a target answer, without a Search; a cost of 1 is a failure.
+
+    Returns the sampler and its trials, in the order in which they finished.
+    """
+    import search
+
+    settings = {"space": space or search.current_space(), "seed": 3, "objectives": ["accuracy"]}
+    settings |= {"sampler": sampler, "budgets": [9] if sampler == "random" else [1, 3, 9], "priors": priors}
+    proposes, running, played = search.Sampler(Path(folder), settings, [1.0], pool=pool), [], []
+    proposes.replay([], {})
+    while len(played) < trials:
+        while len(running) < workers and (trial := proposes.ask()) is not None:
+            running.append(trial)
+        if not running:
+            break
+        played.append(running.pop(0))
+        cost, _ = target(played[-1].config, 0, played[-1].budget)
+        row = {"cost": [cost], "status": "crashed" if cost == 1 else "success", "info": {}}
+        proposes.tell(played[-1], row | {"start": 0, "end": 1})
+    return proposes, played
 
 
 def start(out, trials, workers, target="slow"):

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ import blocks
 import search
 from data import UsageError
 from model import MODELS, create_model
-from search import Options, Sampler, Search
+from search import Options, Search
 from train import Lamb, RunError, bce_loss
 
 import numpy as np
@@ -393,16 +392,10 @@ def test_the_wall_time_ends_a_trial_that_is_not_recorded(tmp_path, capsys):
 @pytest.mark.parametrize("sampler", ["smac", "hyperband", "random"])
 def test_a_pool_is_all_there_is(sampler, tmp_path):
     """Each of its configurations runs the highest budget once, and none runs that is not in it."""
-    settings = {"space": search.current_space(), "seed": 3, "objectives": ["accuracy"], "sampler": sampler}
-    settings |= {"budgets": [9] if sampler == "random" else [1, 3, 9], "priors": [*search.points().values()]}
     drawn = search.configspace(seed=8).sample_configuration(40)
     pool = [search.points()["Xception"], *({k: str(v) for k, v in config.items()} for config in drawn)]
-    tried, had = Sampler(tmp_path, settings, [1.0], pool=pool), []
-    tried.replay([], {})
-    while (trial := tried.ask()) is not None:
-        cost = targets.formula(trial.config, 0, trial.budget)[0]
-        tried.tell(trial, {"cost": [cost], "status": "success", "start": 0, "end": 1, "info": {}})
-        had.append((search.short(dict(trial.config)), trial.budget, trial.config.origin))
+    _, trials = targets.play(tmp_path, sampler, pool=pool, priors=[*search.points().values()])
+    had = [(search.short(dict(trial.config)), trial.budget, trial.config.origin) for trial in trials]
     names = sorted(map(search.short, pool))
     assert sorted(name for name, budget, _ in had if budget == 9) == names
     assert {name for name, _, _ in had} == set(names) and len(set(had)) == len(had)
@@ -417,22 +410,13 @@ def test_small_spaces_end_with_all_their_configurations_at_the_highest_budget(sa
     """Failures are not repeated, nothing runs twice, and it ends by itself."""
     for values in (1, 3, 6):
         space = {"x": [str(i) for i in range(values)], "z": ["a", "b"]}
-        settings = {"space": space, "seed": 0, "objectives": ["accuracy"], "priors": [], "sampler": sampler}
-        settings["budgets"] = [9] if sampler == "random" else [1, 3, 9]
-        tried = Sampler(tmp_path / str(values), settings, [1.0])
-        tried.replay([], {})
-        running, had = [], Counter()
-        while True:
-            while len(running) < workers and (trial := tried.ask()) is not None:
-                running.append(trial)
-            if not running:
-                break
-            trial = running.pop(0)
-            failed = values > 1 and trial.config["x"] == "0"
-            had[(*map(str, trial.config.values()), trial.budget)] += 1
-            row = {"cost": [1.0 if failed else 0.1], "status": "crashed" if failed else "success"}
-            tried.tell(trial, {**row, "start": 0, "end": 1, "info": {}})
-        assert set(had.values()) == {1}
+        bad = "0" if values > 1 else None
+        _, trials = targets.play(
+            tmp_path / str(values), sampler, space, workers=workers,
+            target=lambda config, seed, budget, bad=bad: (1.0 if config["x"] == bad else 0.1, {}),
+        )  # fmt: skip
+        had = [(*map(str, trial.config.values()), trial.budget) for trial in trials]
+        assert len(set(had)) == len(had)
         assert {(x, z) for x, z, _ in had} == set(itertools.product(*space.values()))
         succeed = itertools.product(space["x"][values > 1 :], "ab")
         assert {(x, z) for x, z, budget in had if budget == 9} >= set(succeed)
@@ -522,16 +506,8 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
 
 def test_searches_repeat_whatever_the_hash_seed():
     program = (
-        "import search, search_targets, tempfile, pathlib\n"
-        "settings = dict(space=search.current_space(), seed=3, objectives=['accuracy'], priors=[])\n"
-        "settings |= dict(sampler='smac', budgets=[1, 3, 9])\n"
-        "sampler = search.Sampler(pathlib.Path(tempfile.mkdtemp()), settings, [1.0])\n"
-        "sampler.replay([], {})\n"
-        "row = dict(start=0, end=1, status='success', info={})\n"
-        "for _ in range(60):\n"
-        "    trial = sampler.ask()\n"
-        "    cost, _ = search_targets.formula(trial.config, trial.seed, trial.budget)\n"
-        "    sampler.tell(trial, row | {'cost': [cost]})\n"
+        "import search, search_targets, tempfile\n"
+        "for trial in search_targets.play(tempfile.mkdtemp(), trials=60)[1]:\n"
         "    print(search.short(dict(trial.config)), trial.budget)\n"
     )
     path = f"{targets.REPOSITORY}:{targets.REPOSITORY / 'tests'}"
@@ -560,13 +536,7 @@ def test_the_forest_sees_no_order_in_choices():
 
 def test_a_bracket_is_not_one_idea_in_variations(tmp_path):
     """Its configurations differ in three choices at least, except where they are drawn at random."""
-    settings = {"space": search.current_space(), "seed": 0, "objectives": ["accuracy"], "budgets": [1, 3, 9]}
-    sampler = Sampler(tmp_path, {**settings, "priors": [], "sampler": "smac"}, [1.0])
-    sampler.replay([], {})
-    row = {"start": 0, "end": 1, "status": "success", "info": {}}
-    for _ in range(30):
-        trial = sampler.ask()
-        sampler.tell(trial, row | {"cost": [targets.formula(trial.config, 0, trial.budget)[0]]})
+    sampler, _ = targets.play(tmp_path, trials=30)
     drawn = [c.get_array() for c in sampler.intensifier._draw(0) if c.origin == "expected improvement"]
     assert len(drawn) > 4
     assert min((a != b).sum() for a, b in itertools.combinations(drawn, 2)) >= search.BestOfAll.DISTANCE
