@@ -1200,10 +1200,10 @@ def plain_trial(config: dict, seed: int, budget: float, settings: dict):
 def trial(options: TrialOptions) -> None:
     """Run trials of both kinds in turn, each in a warm process of its own; print and write the seconds."""
     device, threads = pick_device(options.device), torch.get_num_threads()
-    from search import default_batch, points, run_trial  # takes seconds, with SMAC
+    from search import DEFAULTS, OTHERS, points, run_trial  # takes seconds, with SMAC
 
     settings = {"data": options.data, "root": "data", "model": options.model, "split": "val"}
-    settings["batch"] = default_batch(options.data)
+    settings["batch"] = DEFAULTS.get(options.data, OTHERS)[-1]
     settings |= {"device": str(device), "threads": threads, "compile": False, "precision": "auto"}
     settings |= {"objectives": ["accuracy"]}
     job = {"config": points()["NEXcepTion"], "seed": 1, "budget": options.epochs, "settings": settings}

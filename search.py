@@ -1,10 +1,10 @@
 """Search the NEXcepTion design space with SMAC, as in section 3 of the paper, and explain what was found.
 
-    python search.py                                  # digits: a real search in 10 minutes on 2 CPU cores
+    python search.py                                  # numbers: a real search in 10 minutes on 2 CPU cores
     python search.py --data cifar100 --walltime 3d    # the paper's search: three days on one GPU
-    python search.py status runs/search-digits        # progress of a search, from another terminal
-    python search.py importance runs/search-digits    # which choices matter: Figure 4 of the paper
-    python search.py report runs/search-digits        # report.md: progress, importance, the ten best
+    python search.py status runs/search-numbers       # progress of a search, from another terminal
+    python search.py importance runs/search-numbers   # which choices matter: Figure 4 of the paper
+    python search.py report runs/search-numbers       # report.md: progress, importance, the ten best
 
 A search ends with the best configuration, its accuracy beside NEXcepTion's and Xception's own choices trained
 alike, and the command that trains the network in full. Kill it at any moment: the same command continues with
@@ -183,29 +183,37 @@ def short(config: dict) -> str:
 # Options
 
 
+# Defaults of a search: shape of the networks, lowest and highest budget (epochs), wall time, time limit of a
+# trial, batch. On numbers, ranks after one epoch say nothing of ranks after nine (results/README.md).
+DEFAULTS = {
+    "numbers": ("nexception_nano", 3, 9, "5m", "3m", 32),
+    "digits": ("nexception_nano", 1, 9, "7m", "2m", 64),
+}
+OTHERS = ("nexception_reduced", 5, 45, "3d", "2h", 64)
+
+
 # fmt: off
 @dataclass
 class Options:
     """Search for the best network of the design space. The same command continues a search."""
 
-    data: str = option("digits", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
+    data: str = option("numbers", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
     root: str = option("data", "folder of the CIFAR files")
-    model: str = option("", "shape of the trials' networks (default: nexception_nano or nexception_reduced)")
+    model: str = option("", "shape of the networks (default: nexception_nano; nexception_reduced for CIFAR)")
     out: str = option("", "run folder (default: runs/search-DATA)")
     trials: int = option(0, "stop after this many trials in total (default: --walltime decides)", 0)
-    walltime: str = option("", "stop after this time in total: 90s, 10m (default without --trials: 7m or 3d)")
+    walltime: str = option("", "stop after this time in total: 90s, 10m (default without --trials: 5m to 3d)")
     sampler: str = option("smac", "a forest in Hyperband, random draws in it, or random draws at full budget",
                           choices=("smac", "hyperband", "random"))
-    min_epochs: int = option(0, "lowest budget in epochs (default: 1 for digits, else 5)", 0)
-    max_epochs: int = option(0, "highest budget: the lowest times a power of 3 (default: times 9)", 0)
-    single_fidelity: bool = option(False, "run every trial at the highest budget")
+    min_epochs: int = option(0, "lowest budget in epochs (default: numbers 3, digits 1, others 5)", 0)
+    max_epochs: int = option(0, "highest budget: the lowest times a power of 3 (default: 9, others 45)", 0)
     objectives: str = option("accuracy", "for a Pareto front: accuracy,throughput or macs or parameters")
     priors: bool = option(True, "start with the choices of NEXcepTion and Xception")
-    batch: int = option(64, "images per training batch", 2)
+    batch: int = option(0, "images per training batch (default: 32 for numbers, else 64)", 0)
     workers: int = option(0, "concurrent trials (default: one per GPU, or per CPU core up to four)", 0)
     workers_per_gpu: int = option(1, "concurrent trials on each GPU", 1)
     scheduler: str = option("", "address of a Dask cluster that runs the trials, tcp://host:8786")
-    time_limit: str = option("", "stop a trial that takes longer (default: 2m for digits, else 2h)")
+    time_limit: str = option("", "stop a trial that takes longer (default: 2m to 2h)")
     memory_limit: float = option(0.0, "stop a trial that takes more, GB (default: 0.9 RAM / workers)", 0)
     compile: bool = option(False, "torch.compile the network of each trial; pays off in long trials on GPUs")
     device: str = option("auto", "auto (all GPUs, else the CPU), cpu, cuda, cuda:1, ...")
@@ -215,16 +223,14 @@ class Options:
 
     def resolved(self) -> Options:
         """Fill in the defaults that depend on the data; UsageError for contradictions."""
-        digits = self.data == "digits"
         o = replace(self)
-        o.model = o.model or ("nexception_nano" if digits else "nexception_reduced")
+        model, lowest, highest, walltime, time_limit, batch = DEFAULTS.get(o.data, OTHERS)
+        o.model, o.batch, o.time_limit = o.model or model, o.batch or batch, o.time_limit or time_limit
         o.out = o.out or f"runs/search-{Path(o.data).resolve().name}"
         if not o.trials and not o.walltime:
-            o.walltime = "7m" if digits else "3d"
-        o.min_epochs = o.min_epochs or (1 if digits else 5)
-        o.max_epochs = o.max_epochs or 9 * o.min_epochs
-        o.time_limit = o.time_limit or ("2m" if digits else "2h")
-        o.single_fidelity = o.single_fidelity or o.sampler == "random"
+            o.walltime = walltime
+        o.max_epochs = o.max_epochs or (9 * o.min_epochs if o.min_epochs else highest)
+        o.min_epochs = o.min_epochs or lowest
         names = o.objectives.split(",")
         if names[0] != "accuracy" or len(set(names)) < len(names) or set(names) - set(OBJECTIVES):
             known = ", ".join(name for name in OBJECTIVES if name != "accuracy")
@@ -311,9 +317,10 @@ def train(config: dict, seed: int, budget: float, settings: dict | None = None):
         The cost, or a list of costs where there are several objectives, and a dictionary of other results.
         Raises RunError when the loss is not finite.
     """
-    s = {"data": "digits", "root": "data", "model": "nexception_nano", "batch": 64, "device": "auto"}
+    s = {"data": "numbers", "root": "data", "model": "nexception_nano", "device": "auto"}
     s |= {"threads": 0, "compile": False, "precision": "auto", "objectives": ["accuracy"], "split": "val"}
     s |= settings or {}
+    s.setdefault("batch", DEFAULTS.get(s["data"], OTHERS)[-1])
     epochs, device = round(budget), pick_device(s["device"])
     if device.type == "cpu":
         torch.set_num_threads(s["threads"] or torch.get_num_threads())
@@ -955,7 +962,7 @@ class Search:
         worst = {"top1": 0.0, "inference_images_per_second": 0.0}  # what a failure costs, at twice the size
         worst |= {"macs": 2 * count_macs(network), "parameters": 2 * count_parameters(network)}
         self.failed = [OBJECTIVES[name][0](worst) for name in self.settings["objectives"]]
-        self.folder, self.client, self.lost = Path(o.out), None, False
+        self.folder, self.client, self.lost, self.cluster = Path(o.out), None, False, set()
         if o.scheduler:
             # What they print about connections that close is no news, tracebacks included.
             for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
@@ -1122,6 +1129,11 @@ class Search:
 
     def finished(self):
         """Wait a moment; yield (trial, seed, outcome, was its limit the wall time?) of what has finished."""
+        if self.client is not None:  # Dask gives the trials of a lost worker to others without a word
+            cluster = set(self.client.scheduler_info(n_workers=-1)["workers"])
+            for address in self.cluster - cluster:
+                print(f"lost the Dask worker at {address}: its trials run again on another, if there is one")
+            self.cluster = cluster
         done, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
         for future in done:
             trial, seed, device, cut = self.running.pop(future)

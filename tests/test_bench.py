@@ -541,7 +541,7 @@ def test_made_photographs_are_as_large_as_imagenets(tmp_path):
 def test_trials_of_both_kinds_take_turns(tmp_path, monkeypatch, capsys):
     seconds, jobs = {"search:train": 2.0, "bench:plain_trial": 5.0}, []
     search = type(sys)("search")
-    search.points, search.default_batch = lambda: {"NEXcepTion": {"se": "yes"}}, lambda data: 64
+    search.points, search.DEFAULTS, search.OTHERS = lambda: {"NEXcepTion": {"se": "yes"}}, {}, (64,)
 
     def run_trial(job):
         jobs.append(job)

@@ -357,8 +357,8 @@ def test_a_dask_cluster_runs_trials_that_fork_loader_workers(tmp_path):
     assert status == 0 and [row["status"] for row in rows] == ["success"] * 6
 
 
-def test_a_lost_cluster_is_one_sentence(tmp_path):
-    """The scheduler dies in mid-search, so that cleaning up fails too."""
+def test_a_lost_worker_is_mentioned_and_a_lost_cluster_one_sentence(tmp_path, capsys):
+    """The scheduler dies in mid-search, so cleaning up fails as well."""
 
     class Cluster:
         def get_executor(self, pure):
@@ -369,13 +369,17 @@ def test_a_lost_cluster_is_one_sentence(tmp_path):
             future.set_exception(CancelledError("scheduler-connection-lost"))
             return future
 
+        def scheduler_info(self, n_workers):
+            return {"workers": {}}
+
         def close(self, timeout):
             raise OSError("cannot reach the scheduler")
 
     opened = start(tmp_path / "run", 5)
-    opened.client = Cluster()
+    opened.client, opened.cluster = Cluster(), {"tcp://b"}
     with pytest.raises(RunError, match=r"lost the Dask cluster.*scheduler-connection-lost.*continues"):
         opened.run()
+    assert "lost the Dask worker at tcp://b" in capsys.readouterr().out
 
 
 def test_the_wall_time_ends_a_trial_that_is_not_recorded(tmp_path, capsys):
