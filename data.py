@@ -31,7 +31,6 @@ import signal
 import sys
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 CROP_DRAWS = 24  # uniform numbers per random crop: 22 for `crop_box`, one for the filter, one for the flip
-WORKERS_AHEAD = 2  # batches that each worker prepares in advance
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -533,8 +531,6 @@ class SmallDataset:
     """
 
     def __init__(self, splits: dict, transform: EvalTransform, augment: Augmentation, device: torch.device):
-        if not 0 <= augment.padding < transform.size:
-            raise UsageError(f"a padding of {augment.padding}: must be less than {transform.size} pixels")
         self.splits = {split: [part.to(device) for part in parts] for split, parts in splits.items()}
         self.counts = {split: len(parts[-1]) for split, parts in splits.items()}
         self.transform, self.augment, self.device = transform, augment, device
@@ -682,15 +678,17 @@ def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
     """
     from torchvision import datasets
 
-    dataset = getattr(datasets, name)
+    def read(download: bool) -> list:
+        return [getattr(datasets, name)(root, train=part, download=download) for part in (True, False)]
+
     try:
-        try:  # needs neither a lock nor permission to write
-            train, test = (dataset(root, train=part, download=False) for part in (True, False))
+        try:
+            train, test = read(download=False)  # needs neither a lock nor permission to write
         except RuntimeError:
             Path(root).mkdir(parents=True, exist_ok=True)
             with open(Path(root, ".lock"), "w") as file:
                 lock_file(file, wait=True)
-                train, test = (dataset(root, train=part, download=True) for part in (True, False))
+                train, test = read(download=True)
     except (OSError, RuntimeError) as error:
         raise UsageError(
             f"{name.lower()} is not in {root!r} and cannot be downloaded ({error}): put torchvision's files "
@@ -701,8 +699,7 @@ def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
     )
     labels = torch.tensor(train.targets)
     splits = {"train": (images[:-5000], labels[:-5000]), "val": (images[-5000:], labels[-5000:])}
-    splits["test"] = tested, torch.tensor(test.targets)
-    return splits, tuple(train.classes)
+    return splits | {"test": (tested, torch.tensor(test.targets))}, tuple(train.classes)
 
 
 @dataclass(frozen=True)
@@ -723,14 +720,6 @@ SMALL_SETS = {  # one line per data set
     "cifar10": SmallSet(CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), padding=4, flip=0.5),
     "cifar100": SmallSet(CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), padding=4, flip=0.5),
 }
-
-
-def default_transform(source: str, size: int | None = None) -> EvalTransform:
-    """Return the default evaluation transform, at `size` pixels (default: 32 for small sets, else 224)."""
-    if source not in SMALL_SETS:
-        return EvalTransform(224 if size is None else size)
-    small = SMALL_SETS[source]
-    return EvalTransform(32 if size is None else size, 1.0, "bilinear", small.mean, small.std)
 
 
 def default_augmentation(source: str) -> Augmentation:
@@ -766,7 +755,7 @@ class FileList:
         if not names:
             raise UsageError(f"{str(folder)!r} has no class folders: it needs a sub-folder for each class")
         self.classes = tuple(sorted(names, key=natural_key))
-        root, encoded, lengths, counts, skipped = os.path.join(folder, ""), [], [], [], Counter()
+        root, encoded, lengths, counts, skipped = os.path.join(folder, ""), [], [], [], []
         times = {".": os.stat(folder).st_mtime_ns}  # of all folders, for `load`
         for label in self.classes:
             files = []
@@ -775,11 +764,8 @@ class FileList:
                 times[place] = os.stat(root + place).st_mtime_ns
                 inner[:] = [name for name in inner if name[0] != "."]
                 for name in (name for name in names if name[0] != "."):
-                    extension = os.path.splitext(name)[1].lower()
-                    if extension in EXTENSIONS:
-                        files.append(f"{place}/{name}")
-                    else:
-                        skipped[extension or "no extension"] += 1
+                    is_image = os.path.splitext(name)[1].lower() in EXTENSIONS
+                    (files if is_image else skipped).append(f"{place}/{name}")
             files = [os.fsencode(file) for file in sorted(files, key=natural_key)]
             encoded.append(b"".join(files))
             lengths += map(len, files)
@@ -790,8 +776,8 @@ class FileList:
                 f"({', '.join(EXTENSIONS)}): fill or remove it"
             )
         if skipped:
-            kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(5))
-            log.warning("skipped %d files in %s that are not images (%s)", skipped.total(), folder, kinds)
+            first = skipped[0]
+            log.warning("skipped %d files in %s that are not images, such as %s", len(skipped), folder, first)
         self.folder = os.fsencode(folder)
         self.ends = np.cumsum(lengths)
         self.names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
@@ -906,31 +892,26 @@ class FolderDataset(Dataset):
 
         Evaluation leaves unreadable files out; training takes the next readable one among the 20 that follow.
         """
-        files, size, taken, bad = self.files[job.split], self.transform.size, [], []
+        files, size, training = self.files[job.split], self.transform.size, job.key is not None
+        taken, bad = [], []
         images = torch.empty(len(job.indices), 3, size, size, dtype=torch.uint8)
-
-        def take(index: int, draws: list[float] | None = None) -> bool:
-            """Add the crop of file `index` (random with `draws`, else central) to the batch, if readable."""
-            path = files.path(index)
-            try:
-                image = decode(bytearray(Path(path).read_bytes()), self.exif)
-            except Exception as error:  # Pillow's decoders raise errors of almost any type on broken files
-                bad.append((path, f"{type(error).__name__}: {error}"))
-                return False
-            images[len(taken)] = self.centre_crop(image) if draws is None else self.random_crop(image, draws)
-            taken.append(index)
-            return True
-
+        if training:
+            rng = np.random.default_rng((*job.key, AUGMENTATION))
+            draws = rng.random((len(images), CROP_DRAWS)).tolist()
         with torch.inference_mode():  # saves autograd's bookkeeping, 2% of the time
-            if job.key is None:
-                for index in job.indices:
-                    take(index)
-            else:
-                rng = np.random.default_rng((*job.key, AUGMENTATION))
-                draws = rng.random((len(images), CROP_DRAWS)).tolist()
-                for index, numbers in zip(job.indices, draws, strict=True):
-                    following = (index + np.arange(21)) % len(files)
-                    any(take(place, numbers) for place in following)  # until one is readable
+            for n, first in enumerate(job.indices):
+                for index in (first + np.arange(21 if training else 1)) % len(files):  # until one is readable
+                    path = files.path(index)
+                    try:
+                        image = decode(bytearray(Path(path).read_bytes()), self.exif)
+                    except Exception as error:  # Pillow's decoders raise almost any type on broken files
+                        bad.append((path, f"{type(error).__name__}: {error}"))
+                        continue
+                    crop = self.random_crop(image, draws[n]) if training else self.centre_crop(image)
+                    images[len(taken)] = crop
+                    taken.append(index)
+                    break
+            if training:
                 rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill)
         return images[: len(taken)], torch.from_numpy(files.labels[np.array(taken, dtype=np.int64)]), bad
 
@@ -957,16 +938,6 @@ def stop_workers(loader: DataLoader) -> None:
             worker.kill()
 
 
-def check_shared_memory(workers: int, batch: int, size: int) -> None:
-    """Raise UsageError if the batches of all workers of a machine do not fit into its shared memory."""
-    needed = workers * (WORKERS_AHEAD + 1) * batch * 3 * size**2
-    if workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
-        raise UsageError(
-            f"{workers} workers need {needed / 2**20:.0f} MiB in /dev/shm, more than is free: use fewer with "
-            "--workers, or start the container with a larger --shm-size"
-        )
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The interface of the scripts
 
@@ -987,14 +958,14 @@ class Data:
 
     Attributes: name; classes (tuple of str); splits (such as ("train", "val", "test")); transform
     (EvalTransform); plan (Plan); steps (optimizer steps per epoch; 0 without a train split); wait_seconds
-    (how long the consumer of batches has waited so far); bad_files (list of (path, reason), one for each
-    unreadable file that this process has met).
+    (how long the consumer of batches has waited so far); bad_files (path -> reason, for each unreadable
+    file that this process has met).
     """
 
     def __init__(self, name: str, dataset, classes: tuple[str, ...], plan: Plan, device, max_bad_files=0):
         self.name, self.dataset, self.classes, self.plan = name, dataset, tuple(classes), plan
         self.transform, self.device, self.splits = dataset.transform, device, tuple(dataset.counts)
-        self.max_bad_files, self.bad_files = max_bad_files, []
+        self.max_bad_files, self.bad_files = max_bad_files, {}
         self.wait_seconds, self.iteration = 0.0, 0
         self.jobs: list[Job] = []  # what the loader iterates over: refilled without restarting its workers
         self.loader: DataLoader | None = None  # of image folders
@@ -1074,11 +1045,11 @@ class Data:
         started = time.perf_counter()
         for images, labels, bad in made:
             for path, reason in bad:
-                if path not in dict(self.bad_files):
+                if path not in self.bad_files:
                     log.warning("cannot read %s (%s)", path, reason)
-                    self.bad_files.append((path, reason))
+                    self.bad_files[path] = reason
             if len(self.bad_files) > self.max_bad_files:
-                names = ", ".join(path for path, _ in self.bad_files)
+                names = ", ".join(self.bad_files)
                 raise UsageError(f"more than {self.max_bad_files} files cannot be read: {names}")
             images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
             self.wait_seconds += time.perf_counter() - started
@@ -1122,15 +1093,24 @@ def open_data(
     """
     source, device = str(source), torch.device(device)
     augment = augment or default_augmentation(source)
-    transform = transform or default_transform(source, size)
     if source in SMALL_SETS:
-        splits, classes = SMALL_SETS[source].load(transform.size, root)
+        small = SMALL_SETS[source]
+        transform = transform or EvalTransform(size or 32, 1.0, "bilinear", small.mean, small.std)
+        splits, classes = small.load(transform.size, root)
         splits = {split: tensors for split, tensors in splits.items() if train or split != "train"}
         return Data(source, SmallDataset(splits, transform, augment, device), classes, plan, device)
+    transform = transform or EvalTransform(size or 224)
     files = files or list_images(source, train)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world))  # on this machine, as torchrun says
     workers = max(1, cpu_count() // processes) if workers is None else workers
-    check_shared_memory(processes * workers, plan.batch, transform.size)
+    # Each worker has two batches ready, and a third in the making.
+    total = processes * workers
+    needed = total * 3 * plan.batch * 3 * transform.size**2
+    if workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
+        raise UsageError(
+            f"{total} workers need {needed / 2**20:.0f} MiB in /dev/shm, more than is free: use fewer with "
+            "--workers, or start the container with a larger --shm-size"
+        )
     dataset = FolderDataset(files, transform, augment, exif)
     data = Data(source, dataset, next(iter(files.values())).classes, plan, device, max_bad_files)
     context = "fork" if workers and sys.platform == "linux" else None  # forked workers import nothing
@@ -1142,7 +1122,6 @@ def open_data(
         sampler=data.jobs,
         num_workers=workers,
         persistent_workers=workers > 0,
-        prefetch_factor=WORKERS_AHEAD if workers else None,
         pin_memory=device.type == "cuda",
         multiprocessing_context=context,
     )

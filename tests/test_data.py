@@ -12,7 +12,6 @@ import os
 import pickle
 import random
 import signal
-import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -173,12 +172,10 @@ def test_statistics_of_the_draws_are_timms():
         mine = draws.operation == choice
         theirs = [arguments for n, arguments in seen if n == name]
         assert abs(mine.sum() - len(theirs)) < 5 * error * math.sqrt(2), name
-        if name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel", "ColorIncreasing"):
+        if name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"):
             pairs = zip(draws.magnitude[mine], draws.sign[mine], strict=True)
             ours = np.array([OPERATIONS[choice][1](magnitude, sign) for magnitude, sign in pairs])
             theirs = np.array(theirs)[:, 0]
-            if name == "ColorIncreasing":
-                ours, theirs = ours - 1, theirs - 1
             assert abs((ours > 0).mean() - (theirs > 0).mean()) < 0.1
             assert np.abs(ours).mean() == pytest.approx(np.abs(theirs).mean(), rel=0.02)
             assert np.abs(ours).std() == pytest.approx(np.abs(theirs).std(), rel=0.15)
@@ -523,7 +520,7 @@ def test_broken_files_are_named_replaced_and_counted(tmp_path, caplog, photograp
         assert blue.tolist() == [opened.classes[n] == "blue" for n in labels]  # the substitute's own label
     assert [len(images) for images, _ in batches] == [5] * 8
     assert sum(len(images) for images, _ in evaluated) == 8
-    assert sorted(path for path, _ in opened.bad_files) == sorted(str(tmp_path / name) for name in bad)
+    assert opened.bad_files.keys() == {str(tmp_path / name) for name in bad}
     assert all(caplog.text.count(name) == 1 for name in bad)
     again = open_data(tmp_path, Plan(batch=5), size=16, workers=workers, augment=PLAIN, max_bad_files=2)
     with pytest.raises(UsageError, match=r"^more than 2 files cannot be read: .*red/3\.jpg"):
@@ -531,12 +528,11 @@ def test_broken_files_are_named_replaced_and_counted(tmp_path, caplog, photograp
     again.close()
 
 
-@pytest.mark.parametrize("name", ["crop_box", "apply_operation"])
-def test_errors_of_the_augmentation_are_not_bad_files(monkeypatch, folder, name):
+def test_errors_of_the_augmentation_are_not_bad_files(monkeypatch, folder):
     def mine(*_):
         raise KeyError("my own mistake")
 
-    monkeypatch.setattr(data, name, mine)
+    monkeypatch.setattr(data, "crop_box", mine)
     opened = open_data(folder, Plan(batch=4), size=16, workers=1)
     with pytest.raises(KeyError, match="my own mistake") as raised:
         list(opened.train_batches(0))
@@ -585,7 +581,7 @@ def test_hidden_names_are_no_data_and_links_are_followed(tmp_path, caplog):
     expected += [f"{name}/{n}.jpg" for name in ("green", "red") for n in range(2)]
     assert [files.path(n) for n in range(len(files))] == [str(root / name) for name in expected]
     assert files.labels.tolist() == [0] * 4 + [1] * 2 + [2] * 2
-    assert "skipped 2 files" in caplog.text and "not images (.txt: 2)" in caplog.text
+    assert "skipped 2 files" in caplog.text and "not images, such as blue/" in caplog.text
 
 
 def test_lists_are_sent_whole_and_saved_lists_follow_their_folders(tmp_path, monkeypatch):
@@ -623,19 +619,6 @@ def test_folders_to_evaluate_on_have_three_names(tmp_path):
         assert (opened.splits, opened.steps, opened.classes) == (("val",), 0, ("blue", "red"))
         assert opened.dataset.files["val"].path(5) == str(root / "validation/red/2.jpg")
         assert sum(len(labels) for _, labels in opened.eval_batches()) == 6
-
-
-def test_lists_hold_no_object_per_file(tmp_path):
-    make_folder(tmp_path, {"few": 1, "many": 1})
-    for n in range(1, 3000):  # by hard links
-        os.link(tmp_path / "many/red/0.jpg", tmp_path / f"many/red/image_{n}.jpg")
-    FileList(tmp_path / "few")  # what the first one imports and caches
-    gc.collect()
-    before = sys.getallocatedblocks()
-    files = FileList(tmp_path / "many")
-    gc.collect()
-    assert len(files) == 3001
-    assert sys.getallocatedblocks() - before < 300
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -706,8 +689,6 @@ def test_mistakes_are_said_before_any_training(tmp_path):
         open_data(root)
     with pytest.raises(UsageError, match="has no class folders"):
         open_data(root / "val/green", train=False)
-    with pytest.raises(UsageError, match="a padding of 32: must be less than 32 pixels"):
-        open_data("digits", augment=Augmentation(padding=32, repeats=1))
 
 
 def test_shared_memory_that_is_too_small_is_a_clear_error(monkeypatch, folder):
@@ -716,7 +697,7 @@ def test_shared_memory_that_is_too_small_is_a_clear_error(monkeypatch, folder):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # of 16 processes on two machines
     with pytest.raises(UsageError, match=r"16 workers need 441 MiB in /dev/shm.*--workers.*--shm-size"):
         open_data(folder, Plan(batch=64, world=16), workers=2)
-    data.check_shared_memory(0, 64, 224)
+    open_data(folder, Plan(batch=4), workers=0)
 
 
 def test_files_are_written_whole_or_not_at_all(monkeypatch, tmp_path):
@@ -737,7 +718,6 @@ def test_locks_hold_until_the_file_is_closed(monkeypatch, tmp_path, caplog):
         assert not data.lock_file(second)
         first.close()
         assert data.lock_file(second)
-        for code in (errno.ENOLCK, errno.ENOSYS):  # Lustre, some NFS mounts
-            monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(code, os.strerror(code))))
-            assert data.lock_file(second)
-            assert os.strerror(code) in caplog.text
+        refused = OSError(errno.ENOLCK, "no locks available")  # as on Lustre and some NFS mounts
+        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=refused))
+        assert data.lock_file(second) and "no locks available" in caplog.text
