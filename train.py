@@ -49,7 +49,6 @@ from data import (
     Plan,
     RunError,
     UsageError,
-    cpu_count,
     default_augmentation,
     list_images,
     lock_file,
@@ -69,7 +68,6 @@ WARMUP_LR = 1e-4  # learning rate of the first warm-up epoch, unless --lr is low
 MIN_LR = 1e-6  # learning rate at the end of the cosine and in the cool-down, unless --lr is lower
 MAX_GRAD_NORM = 1.0  # global norm that gradients are clipped to
 SMALL_FOLDER = 100_000  # training images below which a folder does not get ImageNet's recipe
-AMP = ("auto", "bf16", "fp16", "off")
 MAX_SKIPPED = 20  # consecutive float16 steps whose forward pass may overflow
 
 # --------------------------------------------------------------------------------------------------
@@ -422,7 +420,8 @@ class Options:
     exif: bool = option(False, "turn photographs as their EXIF orientation says")
     min_scale: float | None = option(None, "smallest share of an image in a random crop", above=0, most=1)
 
-    amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs", choices=AMP)
+    amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs",
+                      choices=("auto", "bf16", "fp16", "off"))
     compile: bool = option(False, "torch.compile the training step")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     workers: int | None = option(None, "data-loading processes (default: one per core)", 0)
@@ -490,8 +489,7 @@ def resolve(options: Options, world: int = 1, images: int | None = None, say=lam
         closest = max(2, round(micro_batches * batch / world))
         raise UsageError(
             f"{world} processes cannot share the recipe's {micro_batches} micro-batches of {batch}: "
-            f"--accumulate 1 --batch {closest} comes closest ({world} x {closest} images a step, batch norm "
-            f"over {closest} in place of {batch})"
+            f"--accumulate 1 --batch {closest} comes closest"
         )
     recipe["accumulate"] = max(1, micro_batches // world)
     resolved = Options(**(recipe | given))
@@ -814,14 +812,11 @@ class Folder:
 
     def compare(self, content: dict) -> None:
         """Raise UsageError naming each difference between a checkpoint's run and this one."""
-        parts = {*self.record, "model", "ema", "optimizer", "scaler", "epoch", "losses", "best", "metrics"}
-        if not isinstance(content, dict) or not parts <= content.keys():
+        if not isinstance(content, dict) or not {*self.record, "optimizer", "losses"} <= content.keys():
             raise UsageError(f"{self.path} holds no checkpoint of this train.py: give another --out")
         theirs = asdict(Options()) | content["options"]  # an option that it lacks is newer than the run
         ours = self.record["options"]
-        # Once options, constants today:
-        ours = ours | {"min_lr": min(MIN_LR, ours["lr"]), "max_grad_norm": MAX_GRAD_NORM}
-        pairs = {name: (theirs.get(name, value), value) for name, value in ours.items() if name not in FREE}
+        pairs = {name: (theirs[name], value) for name, value in ours.items() if name not in FREE}
         for name in ("micro-batches a step", "config", "images"):
             pairs[name] = content[name], self.record[name]
         classes = itertools.zip_longest(content["classes"], self.record["classes"])
@@ -832,20 +827,21 @@ class Folder:
             reason = f"{self.path} holds a run with other options or data ({differ})"
             raise UsageError(f"{reason}: give the same to continue, or another --out")
 
-    def save(self, training: Training) -> None:
-        """Write `last.pt` (plain types and tensors), `metrics.jsonl`, and every minute `curves.png`."""
-        if self.process.first:
-            save_checkpoint(self.last, self.record | training.state(), self.previous)
-            lines = "".join(json.dumps(line) + "\n" for line in training.metrics)
-            write_whole(self.path / "metrics.jsonl", lines)
-            if time.monotonic() - self.drawn > 60:
-                self.draw(training)
+    def save(self, training: Training, best: dict | None = None) -> None:
+        """Write `last.pt` (plain types and tensors), `metrics.jsonl`, and every minute `curves.png`.
 
-    def save_best(self, training: Training, result: dict) -> None:
-        """Write `best.pt`: the weights that evaluation scored."""
-        if self.process.first:
-            content = {"model": training.scored.state_dict(), "ema": None, "epoch": training.epoch + 1}
-            save_checkpoint(self.best, self.record | content | {"val": result})
+        best: the result of the evaluation of weights that are better than all before. They go to `best.pt`,
+        and do so first: killed in between, the epoch is repeated.
+        """
+        if not self.process.first:
+            return
+        if best is not None:
+            content = {"model": training.scored.state_dict(), "ema": None, "epoch": training.epoch}
+            save_checkpoint(self.best, self.record | content | {"val": best})
+        save_checkpoint(self.last, self.record | training.state(), self.previous)
+        write_whole(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in training.metrics))
+        if time.monotonic() - self.drawn > 60:
+            self.draw(training)
 
     def draw(self, training: Training) -> None:
         """Draw `curves.png`: training loss, validation top-1 and top-5 by epoch."""
@@ -854,11 +850,10 @@ class Folder:
             return
         from matplotlib.figure import Figure
 
+        options = training.options
         column = {name: [line[name] for line in lines] for name in lines[0]}
         figure = Figure(figsize=(9, 3.4), layout="constrained")
-        options = training.options
-        title = f"{Path(options.model or options.init_weights).stem} on {Path(options.data).name}"
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(f"{Path(options.model or options.init_weights).stem} on {Path(options.data).name}")
         left, right = figure.subplots(1, 2)
         left.plot(column["epoch"], column["train_loss"])
         left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
@@ -887,13 +882,13 @@ def evaluate(
     """Return top1 and top5 in percent, mean cross-entropy (loss), count and unreadable of a split.
 
     Each image counts once, in whichever process; files that cannot be read are left out. columns: int64, the
-    outputs that belong to the data's classes (default: all). Raises RunError when an image is missing for any
-    other reason, and Stopped when `stop.signal` is set in any process meanwhile.
+    outputs that belong to the data's classes (default: all). Raises Stopped when `stop.signal` is set in any
+    process meanwhile.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    totals = torch.zeros(6, dtype=torch.float64, device=device)
+    totals = torch.zeros(5, dtype=torch.float64, device=device)
     for images, labels in data.eval_batches(split):
         if stop is not None and stop.signal:
             totals[4] += 1
@@ -906,18 +901,14 @@ def evaluate(
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals[:3] += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
         totals[3] += len(labels)
-    totals[5] += len(data.bad_files)
     if dist.is_initialized():
         dist.all_reduce(totals)
     model.train(was_training)
-    top1, top5, loss, count, stops, bad = totals.tolist()
+    top1, top5, loss, count, stops = totals.tolist()
     if stops:
         raise Stopped
-    missing = data.count(split) - int(count)
-    if not 0 <= missing <= bad or not count:
-        raise RunError(f"evaluation counted {count:.0f} of the {data.count(split)} images of {split}")
     result = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
-    return result | {"count": int(count), "unreadable": missing}
+    return result | {"count": int(count), "unreadable": data.count(split) - int(count)}
 
 
 def check_finite(values: list[float], name: str, epoch: int, first: int, tolerated: int = 0) -> None:
@@ -958,7 +949,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = torch.zeros(data.steps, device=process.device)  # mean over this process's micro-batches
-        first = done = checked = 0 if training.losses is None else len(training.losses)
+        first = done = 0 if training.losses is None else len(training.losses)
         if first:  # steps of this epoch were taken before the run was stopped
             losses[:first] = training.losses
         model.train(not options.freeze)  # with --freeze, batch norms rest
@@ -976,8 +967,7 @@ def fit(
                 images, targets = mixup(data.transform.normalize(images), labels, classes, rng)
                 # Gradients are exchanged with the last micro-batch alone; `no_sync` without its context.
                 forward.require_backward_grad_sync = micro == options.accumulate - 1
-                if micro or process.world > 1:
-                    statistics.write(start)
+                statistics.write(start)
                 with torch.autocast(images.device.type, training.amp, enabled=training.amp is not None):
                     logits = forward(images)
                 loss = loss_function(logits, targets, options) / options.accumulate
@@ -1000,19 +990,16 @@ def fit(
             # An epoch ends with the mean over all virtual ranks.
             statistics.write(process.mean(mean) if done == data.steps else after[0])
 
-            stopping = stop is not None and stop.agreed()
-            if stopping or done % LOG_EVERY == 0:
-                window = process.mean(losses[checked:done].clone()).tolist()
-                check_finite(window, "the loss", epoch, checked, tolerated)
-                checked = done
+            if stop is not None and stop.agreed():
+                break
+            if done % LOG_EVERY == 0:
+                values = process.mean(losses[:done].clone()).tolist()
+                check_finite(values, "the loss", epoch, 0, tolerated)
                 if (now := time.monotonic()) > said + 10:
                     said, rate = now, (done - first) * step_images / (now - begun)
-                    say(
-                        f"epoch {epoch + 1}/{epochs}  step {done}/{data.steps}  "
-                        f"loss {sum(window) / len(window):.4f}  {rate:.0f} images/s"
-                    )
-            if stopping:
-                break
+                    recent = sum(values[-LOG_EVERY:]) / LOG_EVERY
+                    where = f"epoch {epoch + 1}/{epochs}  step {done}/{data.steps}"
+                    say(f"{where}  loss {recent:.4f}  {rate:.0f} images/s")
 
         if ema is not None:
             ema_statistics.write(process.mean(ema_statistics.read()))
@@ -1034,13 +1021,12 @@ def fit(
         row["images_per_second"] = round((done - first) * step_images / seconds, 1)
         row["data_wait"] = round((data.wait_seconds - waited) / seconds, 4)  # share of the time
         row["seconds"] = round(time.monotonic() - begun, 2)
-        if folder is not None and result["top1"] > training.best:
-            folder.save_best(training, result)  # before last.pt: killed in between, the epoch is repeated
+        better = result["top1"] > training.best
         training.metrics.append(row)
         training.best = max(training.best, result["top1"])
         training.epoch, training.losses = epoch + 1, None
         if folder is not None:
-            folder.save(training)
+            folder.save(training, best=result if better else None)
         if log is not None:
             log(row, step=epoch + 1)
         left = row["seconds"] / max(done - first, 1) * data.steps * (epochs - epoch - 1)
@@ -1137,10 +1123,6 @@ def run(options: Options, process: Process) -> int:
     if options.init_weights and not (folder.last.exists() or folder.previous.exists()):
         with contextlib.redirect_stdout(sys.stdout if process.first else io.StringIO()):
             load_weights(model, options.init_weights)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if process.device.type == "cpu" and load > 2 * cpu_count():
-        # The number of threads is left alone: float32 sums, and so the run, would depend on the load.
-        say(f"note: other programs keep this machine busy (load {load:.0f}): OMP_NUM_THREADS=1 may be faster")
     training = Training(model, options, process)
     # Nothing is written before this line, so that a refused command leaves no folder behind.
     checkpoint = process.from_first(folder.open)
@@ -1160,10 +1142,8 @@ def run(options: Options, process: Process) -> int:
         f"steps of {process.world} x {options.accumulate} x {options.batch} images"
     )
     if checkpoint is not None:
-        content = read_checkpoint(checkpoint)  # each process by itself: nothing is pickled and broadcast
-        if content is None:
-            raise RunError(f"process {process.rank} cannot read {checkpoint}: is it on a shared disk?")
-        training.load_state(content)
+        # Each process reads by itself: nothing is pickled and broadcast.
+        training.load_state(torch.load(checkpoint, map_location="cpu", weights_only=True))
         step = 0 if training.losses is None else len(training.losses)
         where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {step + 1}"
         say(f"{folder.path}: {'finished' if training.epoch == epochs else where}")
