@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import functools
 import importlib
 import io
 import itertools
@@ -210,7 +211,7 @@ class Options:
     objectives: str = option("accuracy", "for a Pareto front: accuracy,throughput or macs or parameters")
     priors: bool = option(True, "start with the choices of NEXcepTion and Xception")
     batch: int = option(0, "images per training batch (default: 32 for numbers, else 64)", 0)
-    workers: int = option(0, "concurrent trials (default: one per GPU, or per CPU core up to four)", 0)
+    workers: int = option(0, "concurrent trials (default: CPU cores up to 4, or by --workers-per-gpu)", 0)
     workers_per_gpu: int = option(1, "concurrent trials on each GPU", 1)
     scheduler: str = option("", "address of a Dask cluster that runs the trials, tcp://host:8786")
     time_limit: str = option("", "stop a trial that takes longer (default: 2m to 2h)")
@@ -288,18 +289,21 @@ def trial_devices(o: Options) -> list[tuple[str, int]]:
         return [("cpu", max(1, cpu_count() // workers))] * workers
     several = device.index is None and device.type == "cuda"
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if several else [str(device)]
-    places = len(gpus) * o.workers_per_gpu
-    if o.workers > places:
-        raise UsageError(
-            f"--workers {o.workers}: {len(gpus)} GPUs x --workers-per-gpu {o.workers_per_gpu} take {places}"
-        )
-    return [(gpus[i % len(gpus)], 1) for i in range(o.workers or places)]
+    workers = o.workers or len(gpus) * o.workers_per_gpu
+    return [(gpus[i % len(gpus)], 1) for i in range(workers)]
 
 
 # --------------------------------------------------------------------------------------------------
 # The trial
 
-_opened: dict[tuple, Data] = {}  # the data set stays on its device between the trials of a process
+open_once = functools.cache(open_data)  # the data stay on their device for the next trials of a process
+
+
+def trial_settings(changes: dict) -> dict:
+    """Return the settings of a trial (see `train`): those of the default search, with changes."""
+    s = {"data": "numbers", "root": "data", "model": "nexception_nano", "device": "auto", "compile": False}
+    s |= {"precision": "auto", "objectives": ["accuracy"], "split": "val"} | changes
+    return {"batch": DEFAULTS.get(s["data"], OTHERS)[-1], **s}
 
 
 def train(config: dict, seed: int, budget: float, settings: dict | None = None):
@@ -309,28 +313,26 @@ def train(config: dict, seed: int, budget: float, settings: dict | None = None):
 
     Args:
         config: a value for each choice of `SPACE`, as strings (see `encode`).
-        settings: what differs from the default search: data, root, model, batch, device, threads (0 for
-            PyTorch's default), compile, precision ("auto", "bf16", "fp16" or "off"), objectives, and the
-            split to score ("val"; "test" for the final comparison, where the data have one).
+        settings: what differs from the default search: data, root, model, batch, device, compile, precision
+            ("auto", "bf16", "fp16" or "off"), objectives, and the split to score ("val"; "test" for the
+            final comparison, where the data have one).
 
     Returns:
         The cost, or a list of costs where there are several objectives, and a dictionary of other results.
         Raises RunError when the loss is not finite.
     """
-    s = {"data": "numbers", "root": "data", "model": "nexception_nano", "device": "auto"}
-    s |= {"threads": 0, "compile": False, "precision": "auto", "objectives": ["accuracy"], "split": "val"}
-    s |= settings or {}
-    s.setdefault("batch", DEFAULTS.get(s["data"], OTHERS)[-1])
+    s = trial_settings(settings or {})
     epochs, device = round(budget), pick_device(s["device"])
     if device.type == "cpu":
-        torch.set_num_threads(s["threads"] or torch.get_num_threads())
         keep_large_buffers()
     else:
         torch.cuda.set_device(device.index or 0)  # starts CUDA, without which resetting its statistics fails
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats(device)
     options = trial_options(s, epochs, seed, device)
-    data = opened(options, device)
+    how = {"size": options.size, "augment": augmentation(options), "device": device, "root": options.root}
+    data = open_once(options.data, Plan(options.batch), **how)
+    data.plan = Plan(options.batch, seed=seed)
     begun = time.perf_counter()
     torch.manual_seed(seed)
     network = model_config(config, s["model"])
@@ -388,19 +390,6 @@ def trial_options(settings: dict, epochs: int, seed: int, device: torch.device) 
     )  # fmt: skip
 
 
-def opened(o: TrainOptions, device: torch.device) -> Data:
-    """Return the data set, opened once per process and kept for its next trials."""
-    key = (o.data, o.root, o.size, o.batch, device)
-    if key not in _opened:
-        for data in _opened.values():
-            data.close()
-        _opened.clear()
-        settings = {"size": o.size, "augment": augmentation(o), "device": device, "root": o.root}
-        _opened[key] = open_data(o.data, Plan(o.batch), **settings)
-    _opened[key].plan = Plan(o.batch, seed=o.seed)
-    return _opened[key]
-
-
 @torch.inference_mode()
 def inference_speed(network: torch.nn.Module, data: Data, amp: torch.dtype | None, objectives: list) -> float:
     """Return images per second in evaluation mode: the median of ten batches; of three if it is no objective.
@@ -440,7 +429,6 @@ def prepare_process(job: dict, log: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.unlink(log)  # the search has it open
-    sys.path += [entry for entry in job.get("path", ()) if entry not in sys.path]
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     threading.Thread(target=watch, daemon=True).start()
@@ -538,17 +526,17 @@ def run_trial(job: dict) -> dict:
     """Run a trial in a warm process and return its outcome: status, cost (of a success), info, start, end.
 
     job: target ("module:function"), config, seed, budget, settings (None, or the target's fourth argument),
-    device and threads (which tell warm processes apart), time_limit (seconds), memory_limit (bytes), path
-    (further entries of sys.path).
+    device and threads (0 for PyTorch's default), time_limit (seconds), memory_limit (bytes).
     """
     # Workers that Dask's nanny starts are daemons, which may not have children unless they say so.
     multiprocessing.current_process().daemon = False
     idle = _idle.setdefault((job["target"], job["device"], job["threads"]), [])
-    process = None
-    while idle and process is None:
-        candidate = idle.pop()
-        process = candidate if candidate.pool.active else None
-    process = process or TrialProcess(job)
+    while idle:
+        process = idle.pop()
+        if process.pool.active:  # unless the system has killed it meanwhile
+            break
+    else:
+        process = TrialProcess(job)
     _busy.add(process)
     try:
         outcome = process.run(job)
@@ -641,10 +629,21 @@ def successes(rows: list[dict], budget: float) -> list[dict]:
     return [row for row in rows if row["status"] == "success" and round(row["budget"]) == round(budget)]
 
 
+def accuracy(row: dict) -> float:
+    """Return the validation top-1 of a successful trial, in percent."""
+    return 100 - 100 * row["cost"][0]
+
+
 def result_text(costs: list[float], objectives: list[str]) -> str:
     """Return costs as people read them: 98.15%  2,310 images/s  12.3 MMACs  0.41 M parameters."""
     pairs = zip(objectives, costs, strict=False)
     return "  ".join(OBJECTIVES[name][2].format(OBJECTIVES[name][1](cost)) for name, cost in pairs)
+
+
+def incumbent_text(rows: list[dict], settings: dict) -> str:
+    found = best_rows(rows, settings["budgets"][-1])
+    texts = [f"{short(row['config'])}  {result_text(row['cost'], settings['objectives'])}" for row in found]
+    return "\n".join(f"incumbent: {text}" for text in texts) or "no incumbent yet at the highest budget"
 
 
 def write_csv(folder: Path, rows: list[dict], settings: dict) -> None:
@@ -825,15 +824,8 @@ class Sampler:
     Xception's (`priors`), then random ones, then the forest's. `crash_cost` is one cost per objective. Of the
     settings of `search.json` it reads space, seed, objectives, priors, sampler and budgets.
 
-    With a `pool` of configurations it proposes these alone, until all have had the highest budget. That plays
-    a search on finished trials, without a Search (`folder` is where SMAC writes its scenario):
-
-        sampler = Sampler(folder, settings, [1.0], pool=[row["config"] for row in rows])
-        sampler.replay([], {})
-        while (trial := sampler.ask()) is not None:
-            row = known[short(dict(trial.config))]
-            top1 = row["info"]["curve"][round(trial.budget) - 1][1]
-            sampler.tell(trial, {**row, "cost": [1 - top1 / 100]})
+    With a `pool` of configurations it proposes these alone, until all have had the highest budget: `play` in
+    bench.py searches among finished trials. `folder` is where SMAC writes.
     """
 
     def __init__(self, folder: Path, settings: dict, crash_cost: list[float], pool: list[dict] | None = None):
@@ -879,14 +871,12 @@ class Sampler:
         """
         for row in rows:
             config = Configuration(self.space, row["config"], origin=row["origin"])
-            # SMAC's attribute sets the clock of the trajectory that it keeps.
-            self.intensifier.used_walltime = lambda row=row: row["elapsed"]
+            self.smac.optimizer._start_time = time.time() - row["elapsed"]  # for SMAC's trajectory
             seed = row.get("smac_seed", row["seed"])
             info = TrialInfo(config, seed=seed, budget=float(round(row["budget"])))
             self.smac.runhistory.add_trial(info, trial_value(row))
             self.intensifier.update_incumbents(config)
-        begun = time.monotonic()
-        self.intensifier.used_walltime = lambda: elapsed + time.monotonic() - begun
+        self.smac.optimizer._start_time = time.time() - elapsed
         try:
             self.intensifier.set_state(state["intensifier"])
         except (KeyError, TypeError, ValueError):
@@ -905,17 +895,6 @@ class Sampler:
 
     def tell(self, trial: TrialInfo, row: dict) -> None:
         self.smac.tell(trial, trial_value(row), save=False)
-
-    def save(self, elapsed: float) -> None:
-        """Write SMAC's run folder, as its own `save` does, but each file whole or not at all."""
-        folder = self.smac.scenario.output_directory
-        used = {"used_walltime": elapsed, "used_target_function_walltime": 0.0}
-        used |= {"used_target_function_cputime": 0.0, "last_update": time.time(), "finished": False}
-        write_whole(folder / "optimization.json", json.dumps(used, indent=2))
-        parts = {"runhistory.json": self.smac.runhistory, "intensifier.json": self.intensifier}
-        for name, part in parts.items():
-            part.save(folder / f"next-{name}")
-            os.replace(folder / f"next-{name}", folder / name)
 
 
 def trial_value(row: dict) -> TrialValue:
@@ -953,8 +932,8 @@ class Search:
         }  # fmt: skip
         self.devices = trial_devices(o)
         self.trials, self.seconds = o.trials or math.inf, seconds(o.walltime, "--walltime")
-        self.time_limit, self.memory_limit = seconds(o.time_limit, "--time-limit"), o.memory_limit * 1e9
-        self.memory_limit = self.memory_limit or 0.9 * psutil.virtual_memory().total / len(self.devices)
+        self.time_limit, memory = seconds(o.time_limit, "--time-limit"), psutil.virtual_memory().total
+        self.memory_limit = o.memory_limit * 1e9 or 0.9 * memory / len(self.devices)
         if self.target == TRAIN and not o.scheduler:  # no search for data that are not there
             open_data(o.data, Plan(batch=o.batch), root=o.root, workers=0).close()
         with torch.device("meta"):
@@ -964,9 +943,6 @@ class Search:
         self.failed = [OBJECTIVES[name][0](worst) for name in self.settings["objectives"]]
         self.folder, self.client, self.lost, self.cluster = Path(o.out), None, False, set()
         if o.scheduler:
-            # What they print about connections that close is no news, tracebacks included.
-            for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
-                logging.getLogger(name).setLevel(logging.CRITICAL)
             try:
                 self.client = Client(o.scheduler, timeout=SCHEDULER_PATIENCE)
             except (OSError, ValueError) as error:
@@ -974,16 +950,20 @@ class Search:
                 raise UsageError(reason.replace("\n", " ")) from None
         try:
             self.adopt_folder()
-            if self.target == TRAIN:
-                self.settle_precision()
+            if self.target == TRAIN and not self.settings["precision"]:
+                # One for all trials: unlike machines must not compare bfloat16 with float32.
+                args = fastest_precision, o.model, self.devices[0][0]
+                here = self.client.submit(*args).result() if self.client else fastest_precision(*args[1:])
+                self.settings["precision"] = here
             self.folder.mkdir(parents=True, exist_ok=True)
             self.journal = Journal(self.folder / "trials.jsonl")
         except OSError as error:
             raise UsageError(f"--out {o.out}: {error.strerror}") from None
         write_whole(self.folder / "search.json", json.dumps(self.settings, indent=1))
-        self.running: dict = {}  # future -> (trial, seed, (device, threads), is its limit the wall time?)
-        self.outcomes: list[dict] = []  # since this start
-        self.saved_at, self.interrupted, self.signal = 0.0, 0, 0
+        self.running: dict = {}  # future -> (trial, job), see `submit`
+        self.rows = self.journal.rows
+        self.kept = len(self.rows)  # trials of earlier starts
+        self.saved_at, self.signal = 0.0, 0
         state = read_json(self.folder / "state.json")
         self.earlier = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in self.rows)])
         self.begun = time.monotonic()
@@ -992,40 +972,20 @@ class Search:
             print(f"continuing {self.folder}: {len(self.rows)} trials finished in {clock(self.earlier)}")
 
     @property
-    def rows(self) -> list[dict]:
-        return self.journal.rows
-
-    @property
     def elapsed(self) -> float:
         """Seconds of search so far, including earlier starts."""
         return self.earlier + time.monotonic() - self.begun
-
-    def incumbents(self) -> list[dict]:
-        return best_rows(self.rows, self.settings["budgets"][-1])
 
     def adopt_folder(self) -> None:
         """Take from the folder what has no option; UsageError with the differences from another search."""
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
-        if not (self.folder / "search.json").exists():
-            raise UsageError(f"{self.folder} holds files that are not a search's: take another --out")
         before, now = settings_of(self.folder), self.settings
         now |= {name: before[name] for name in ("trial_seeds", "precision")}
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if changed:
             lines = "; ".join(f"{name} was {before.get(name)}, is now {now.get(name)}" for name in changed)
             raise UsageError(f"{self.folder} holds another search ({lines}): take another --out")
-
-    def settle_precision(self) -> None:
-        """Choose one precision for all trials: unlike machines must not compare bfloat16 with float32."""
-        model, recorded = self.options.model, self.settings["precision"]
-        if self.client is None:
-            fastest = fastest_precision(model, self.devices[0][0])
-        else:
-            fastest = self.client.submit(fastest_precision, model, "auto").result()
-        self.settings["precision"] = recorded or fastest
-        if self.settings["precision"] != fastest:
-            print(f"warning: trials keep precision {recorded}, although {fastest} is the faster one here")
 
     def restore(self, state: dict) -> None:
         """Bring a new sampler to where the journal and the brackets say that the search stood."""
@@ -1041,7 +1001,7 @@ class Search:
         state |= {"trials": o.trials, "walltime": o.walltime, "running": len(self.running)}
         write_whole(self.folder / "state.json", json.dumps(state))
         if force or begun > self.saved_at:
-            self.sampler.save(self.elapsed)
+            self.sampler.smac.optimizer.save()
             write_csv(self.folder, self.rows, self.settings)
             self.saved_at = begun + 20 * (time.monotonic() - begun)
 
@@ -1058,10 +1018,8 @@ class Search:
                     if not self.running:
                         break
                     self.collect()
-                if self.running or self.interrupted:  # SMAC counts these as running: begin again without them
-                    self.running.clear()
-                    self.restore({"intensifier": self.sampler.intensifier.get_state()})
-                self.save(force=True)
+                self.running.clear()  # SMAC counts what was interrupted as running: begin again without it
+                self.restore({"intensifier": self.sampler.intensifier.get_state()})
                 if not self.signal:
                     self.conclude()
             finally:
@@ -1076,7 +1034,7 @@ class Search:
         if not self.signal:
             return 0
         print(f"stopped by signal {self.signal}; the same command continues from {len(self.rows)} trials")
-        self.show_incumbents()
+        print(incumbent_text(self.rows, self.settings))
         return 128 + self.signal
 
     @contextlib.contextmanager
@@ -1109,26 +1067,23 @@ class Search:
             if self.settings["trial_seeds"] == "from the configuration":
                 seed = trial_seed(self.settings, config)
             limit = min(self.time_limit, self.seconds - self.elapsed)
-            self.submit(config, seed, trial.budget, "val", trial, limit)
+            self.submit(trial, config, seed, trial.budget, limit)
             self.save()
 
-    def submit(self, config: dict, seed: int, budget: float, split: str, trial, limit: float) -> None:
-        """Send a trial to the next free worker; `finished` yields `trial` with its outcome."""
+    def submit(self, trial, config: dict, seed: int, budget: float, limit: float, split: str = "val") -> None:
+        """Send a trial to the next free worker; `finished` yields `trial` with its job and outcome."""
         device, threads = self.devices.pop()
-        path = [str(Path(__file__).parent), *(entry for entry in sys.path if entry)]
         job = {"target": self.target, "config": config, "seed": seed, "budget": budget, "settings": None}
-        job |= {"device": device, "threads": threads, "path": path, "memory_limit": self.memory_limit}
-        job["time_limit"] = limit
+        job |= {"device": device, "threads": threads, "time_limit": limit, "memory_limit": self.memory_limit}
         if self.target == TRAIN:
             names = ("data", "model", "batch", "objectives", "precision")
             job["settings"] = {name: self.settings[name] for name in names}
             job["settings"] |= {"root": self.options.root, "compile": self.options.compile}
-            job["settings"] |= {"device": device, "threads": threads, "split": split}
-        future = self.executor.submit(run_trial, job)
-        self.running[future] = (trial, seed, (device, threads), limit < self.time_limit)
+            job["settings"] |= {"device": device, "split": split}
+        self.running[self.executor.submit(run_trial, job)] = trial, job
 
     def finished(self):
-        """Wait a moment; yield (trial, seed, outcome, was its limit the wall time?) of what has finished."""
+        """Wait a moment; yield (trial, job, outcome) of each trial that has finished."""
         if self.client is not None:  # Dask gives the trials of a lost worker to others without a word
             cluster = set(self.client.scheduler_info(n_workers=-1)["workers"])
             for address in self.cluster - cluster:
@@ -1136,8 +1091,8 @@ class Search:
             self.cluster = cluster
         done, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
         for future in done:
-            trial, seed, device, cut = self.running.pop(future)
-            self.devices.append(device)
+            trial, job = self.running.pop(future)
+            self.devices.append((job["device"], job["threads"]))
             try:
                 outcome = future.result()
             except KilledWorker as error:
@@ -1146,39 +1101,39 @@ class Search:
             except (CancelledError, OSError, BrokenProcessPool) as error:
                 self.lost = True
                 what = "lost the Dask cluster" if self.client else "cannot start a trial process"
-                what += " ({})".format(" ".join(f"{type(error).__name__} {error}".split()))
-                raise RunError(f"{what}; the same command continues with every finished trial") from None
+                why = " ".join(f"{type(error).__name__} {error}".split())
+                raise RunError(f"{what} ({why}); the same command continues") from None
             outcome.setdefault("cost", self.failed)
-            yield trial, seed, outcome, cut
+            yield trial, job, outcome
 
     def collect(self) -> None:
         """Write down what has finished, then tell SMAC."""
-        for trial, seed, outcome, cut in self.finished():
+        for trial, job, outcome in self.finished():
+            cut = job["time_limit"] < self.time_limit  # to what was left of --walltime
             if outcome["status"] != "success" and (self.signal or (cut and outcome["status"] == "timeout")):
-                self.interrupted += 1  # by the signal or the end of the wall time: no fault of the network's
                 if not self.signal:
                     print("stopped a trial at the end of --walltime; it runs again if the search continues")
-                continue
+                continue  # no fault of the network's
             row = {
-                "config": {name: str(value) for name, value in trial.config.items()},
-                **{"seed": int(seed), "smac_seed": int(trial.seed), "budget": float(trial.budget)},
+                **{"config": job["config"], "seed": int(job["seed"])},
+                **{"smac_seed": int(trial.seed), "budget": float(trial.budget)},
                 **{name: outcome[name] for name in ("status", "cost", "start", "end", "info")},
                 **{"elapsed": self.elapsed, "origin": trial.config.origin},
             }
             self.journal.append(row)
             self.sampler.tell(trial, row)
-            self.outcomes.append(row)
             self.say(row)
-            first = self.outcomes[:FAILURES_THAT_STOP]
+            first = self.rows[self.kept :][:FAILURES_THAT_STOP]
             if len(first) == FAILURES_THAT_STOP and all(row["status"] != "success" for row in first):
-                if len(first) == len(self.rows):  # they run again once the fault is mended
+                if not self.kept:  # they run again once the fault is mended
                     (self.folder / "trials.jsonl").replace(self.folder / "failed.jsonl")
                 error, trace = first[0]["info"]["error"], first[0]["info"].get("traceback", "")
                 raise RunError(f"the first {len(first)} trials all failed; the first one: {error}\n{trace}")
 
     def say(self, row: dict) -> None:
         """Print one line about a finished trial, and how long the search will go on."""
-        n, best, objectives = len(self.rows), self.incumbents(), self.settings["objectives"]
+        n, objectives = len(self.rows), self.settings["objectives"]
+        best = best_rows(self.rows, self.settings["budgets"][-1])
         failure = f"{row['status']}: {row['info'].get('error', '').split(chr(10))[0][:80]}"
         result = result_text(row["cost"], objectives) if row["status"] == "success" else failure
         spent = clock(row["end"] - row["start"])
@@ -1188,19 +1143,11 @@ class Search:
         left = max(0.0, min(self.seconds - self.elapsed, self.elapsed / n * (self.trials - n)))
         print(f"{line}  left {clock(left)}", flush=True)
 
-    def show_incumbents(self) -> None:
-        found = self.incumbents()
-        for row in found:
-            result = result_text(row["cost"], self.settings["objectives"])
-            print(f"incumbent: {short(row['config'])}  {result} after {row['budget']:g} epochs")
-        if not found:
-            print("no incumbent yet: no trial has finished the highest budget")
-
     def conclude(self) -> None:
         """Write the incumbent as a network for `train.py`, compare it with the known points, and report."""
-        best, o = self.incumbents(), self.options
+        best, o = best_rows(self.rows, self.settings["budgets"][-1]), self.options
         print(f"\n{len(self.rows)} trials in {clock(self.elapsed)}")
-        self.show_incumbents()
+        print(incumbent_text(self.rows, self.settings))
         network = self.folder / "incumbent.json"
         if best and set(best[0]["config"]) == set(SPACE):
             config = model_config(best[0]["config"], f"nexception_{o.grow}" if o.grow else o.model)
@@ -1229,10 +1176,10 @@ class Search:
         while (waiting or self.running) and not self.signal:
             while waiting and self.devices:
                 name = next(iter(waiting))
-                self.submit(*waiting.pop(name), budget, "test", name, self.time_limit)
-            for name, seed, outcome, _ in self.finished():
+                self.submit(name, *waiting.pop(name), budget, self.time_limit, "test")
+            for name, job, outcome in self.finished():
                 if outcome["status"] == "success" or not self.signal:
-                    scored[name] = {"status": outcome["status"], "seed": seed, **outcome["info"]}
+                    scored[name] = {"status": outcome["status"], "seed": job["seed"], **outcome["info"]}
                     write_whole(path, json.dumps(scored, indent=1))
         print(comparison(self.folder, best["config"]))
 
@@ -1283,8 +1230,7 @@ def status_text(folder: Path) -> str:
         lines[-1] += f"; the last one ended {clock(time.time() - rows[-1]['end'])} ago"
     for budget in settings["budgets"]:
         lines.append(f"  {budget:g} epochs: {len(successes(rows, budget))} succeeded")
-    for row in best_rows(rows, settings["budgets"][-1]):
-        lines.append(f"incumbent: {short(row['config'])}  {result_text(row['cost'], settings['objectives'])}")
+    lines.append(incumbent_text(rows, settings))
     failures = [row for row in rows if row["status"] != "success"]
     lines.append(f"{len(failures)} failures")
     for row in failures[-5:]:
@@ -1500,41 +1446,32 @@ def draw_importance(found: dict, path: Path) -> None:
 
 
 def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
-    """Draw the best accuracy at the highest budget against trials and time, and all successes as dots."""
+    """Draw the best accuracy at the highest budget against time, and all successes as dots."""
     budgets = settings["budgets"]
-    figure, axes = subplots(2, 10, 3.8, sharey=True)
-    colours = colormaps["viridis"](np.linspace(0.75, 0.15, len(budgets)))
+    figure, (axis,) = subplots(1, 6.5, 3.8)
     unit, length = ("hours", 3600) if rows[-1]["elapsed"] > 2 * 3600 else ("minutes", 60)
-    scales = {"trials": range(1, len(rows) + 1), unit: [row["elapsed"] / length for row in rows]}
-    for axis, (name, places) in zip(axes, scales.items(), strict=True):
-        where = dict(zip(map(id, rows), places, strict=True))
-        for budget, colour in zip(budgets, colours, strict=True):
-            done = successes(rows, budget)
-            dots = [where[id(row)] for row in done], [100 - 100 * row["cost"][0] for row in done]
-            axis.scatter(*dots, s=14, color=colour, label=epochs_text(budget))
-        last = successes(rows, budgets[-1])
-        best = np.minimum.accumulate([row["cost"][0] for row in last])
-        xs, ys = [*(where[id(row)] for row in last), places[-1]], 100 - 100 * np.append(best, best[-1])
-        axis.step(xs, ys, where="post", color="crimson", label="best at the highest budget")
-        axis.set_xlabel(name)
-    axes[0].set_ylabel(OBJECTIVES["accuracy"][3])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    colours = colormaps["viridis"](np.linspace(0.75, 0.15, len(budgets)))
+    for budget, colour in zip(budgets, colours, strict=True):
+        done = successes(rows, budget)
+        times, accuracies = [row["elapsed"] / length for row in done], [accuracy(row) for row in done]
+        axis.scatter(times, accuracies, s=14, color=colour, label=epochs_text(budget))
+    best = np.maximum.accumulate(accuracies)  # those of the highest budget
+    times, best = [*times, rows[-1]["elapsed"] / length], [*best, best[-1]]
+    axis.step(times, best, where="post", color="crimson", label="best at the highest budget")
+    axis.set(xlabel=unit, ylabel=OBJECTIVES["accuracy"][3])
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     save_figure(figure, path)
 
 
-def draw_front(rows: list[dict], front: list[dict], settings: dict, path: Path) -> None:
-    """Draw the Pareto front at the highest budget: each further objective against top-1."""
+def draw_front(done: list[dict], front: list[dict], settings: dict, path: Path) -> None:
+    """Draw top-1 against each further objective: the Pareto front among the trials at the highest budget."""
     others = settings["objectives"][1:]
     figure, axes = subplots(len(others), 5 * len(others), 3.8)
-    done = successes(rows, settings["budgets"][-1])
     for i, (axis, name) in enumerate(zip(axes, others, strict=True), start=1):
         _, value, _, label = OBJECTIVES[name]
         for group, colour, title in ((done, "0.7", "other trials"), (front, "crimson", "Pareto front")):
-            places = sorted((value(row["cost"][i]), 100 - 100 * row["cost"][0]) for row in group)
-            axis.plot(*zip(*places, strict=True), "o", markersize=5, color=colour, label=title)
-        if len(others) == 1:
-            where = "pre" if value(1) < 0 else "post"  # of an objective to be large, and to be small
-            axis.step(*zip(*places, strict=True), where=where, color="crimson", linewidth=1)
+            values, accuracies = [value(row["cost"][i]) for row in group], [accuracy(row) for row in group]
+            axis.plot(values, accuracies, "o", markersize=5, color=colour, label=title)
         axis.set(xlabel=label, ylabel=OBJECTIVES["accuracy"][3])
     axes[-1].legend(frameon=False)
     save_figure(figure, path)
@@ -1545,19 +1482,17 @@ def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
     rng, columns = np.random.default_rng(0), 3
     rows = -(-len(space) // columns)
     figure, axes = subplots(columns, 10, 2.5 * rows, rows, sharey=True)
-    accuracy = [(row["config"], 100 - 100 * row["cost"][0]) for row in done]
     for axis, (name, values) in zip(axes, space.items(), strict=False):
         for place, value in enumerate(values):
-            group = np.array([top1 for config, top1 in accuracy if config[name] == value])
+            group = np.array([accuracy(row) for row in done if row["config"][name] == value])
             if len(group):
                 means = rng.choice(group, (1000, len(group))).mean(1)
                 axis.vlines(place, *np.quantile(means, [0.05, 0.95]), color="0.5")
                 axis.plot(place, group.mean(), "_", color="black", markersize=12)
         for (point, choices), colour in zip(points().items(), ("crimson", "royalblue"), strict=True):
-            tops = [top1 for config, top1 in accuracy if config == choices]
-            if tops:
+            for row in [row for row in done if row["config"] == choices][:1]:
                 label = f"{point}'s choices" if axis is axes[0] else None
-                axis.plot(values.index(choices[name]), tops[0], "o", color=colour, label=label)
+                axis.plot(values.index(choices[name]), accuracy(row), "o", color=colour, label=label)
         axis.set_xticks(range(len(values)), values)
         axis.set_xlim(-0.5, len(values) - 0.5)
         axis.set_title(name.replace("_", " "), fontsize=10)
@@ -1571,22 +1506,22 @@ def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
 def space_text(done: list[dict], highest: int) -> str:
     """Describe the space by random trials: spread, what early epochs tell, the place of the known points."""
     drawn = [row for row in done if row["origin"] != "prior"]
-    accuracies = np.array([100 - 100 * row["cost"][0] for row in drawn])
-    batch = np.array([row["config"].get("norm") == "batch" for row in drawn])
+    batch = [row for row in drawn if row["config"].get("norm") == "batch"]
     lines = ["| random configurations | | p10 | median | p90 |", "|---|---:|---:|---:|---:|"]
-    for name, group in {"all": accuracies, "batch norm alone": accuracies[batch]}.items():
-        if len(group):
-            marks = " | ".join(f"{mark:.2f}%" for mark in np.quantile(group, [0.1, 0.5, 0.9]))
-            lines.append(f"| {name} | {len(group)} | {marks} |")
+    for name, group in {"all": drawn, "batch norm alone": batch}.items():
+        if group:
+            marks = np.quantile([accuracy(row) for row in group], [0.1, 0.5, 0.9])
+            lines.append(f"| {name} | {len(group)} | " + " | ".join(f"{mark:.2f}%" for mark in marks) + " |")
     lines.append("")
+    accuracies = np.array([accuracy(row) for row in drawn])
     curves = [row["info"].get("curve", ()) for row in drawn]
     for epoch in (highest // ETA**k for k in (2, 1) if highest % ETA**k == 0):
         if all(len(curve) == highest for curve in curves):
             rank = spearmanr([curve[epoch - 1][1] for curve in curves], accuracies).statistic
             lines.append(f"- Spearman correlation of accuracy after epochs {epoch} and {highest}: {rank:.2f}")
     for name, point in points().items():
-        for top1 in [100 - 100 * row["cost"][0] for row in done if row["config"] == point][:1]:
-            place = 100 * (accuracies < top1).mean()
+        for row in [row for row in done if row["config"] == point][:1]:
+            top1, place = accuracy(row), 100 * (accuracies < accuracy(row)).mean()
             lines.append(f"- {name}'s choices reach {top1:.2f}%, more than {place:.0f}% of configurations.")
     return "\n".join(lines)
 
@@ -1594,34 +1529,13 @@ def space_text(done: list[dict], highest: int) -> str:
 def report(folder: Path) -> Path:
     """Write report.md and its figures: progress, importance, Pareto front, the ten best."""
     settings, rows = settings_of(folder), rows_of(folder)
-    budgets, objectives = settings["budgets"], settings["objectives"]
-    front = best_rows(rows, budgets[-1])
-    if not front:
-        highest = epochs_text(budgets[-1])
-        raise UsageError(f"{folder}: no trial has finished the highest budget, {highest}, yet")
-    draw_progress(rows, settings, folder / "progress.png")
-    write_csv(folder, rows, settings)
-    pictures = {"Best so far": "![Best so far](progress.png)"}
-    if len(objectives) > 1:
-        draw_front(rows, front, settings, folder / "front.png")
-        pictures["Pareto front"] = "![Pareto front](front.png)"
-    try:
-        table = importance_text(importance(folder))
-        pictures["Which choices matter"] = f"![Importance](importance.png)\n\n```text\n{table}\n```"
-    except UsageError as error:
-        pictures["Which choices matter"] = f"No importance: {error}."
+    budgets, objectives, space = settings["budgets"], settings["objectives"], settings["space"]
     done = successes(rows, budgets[-1])
-    if len(done) >= 2 * len(settings["space"]):
-        draw_marginals(done, settings["space"], folder / "marginals.png")
-        title = f"Mean accuracy of each value after {epochs_text(budgets[-1])}, with 90% intervals"
-        pictures[title] = "![Mean accuracy of each value of each choice](marginals.png)"
-        if settings["sampler"] == "random":
-            pictures["The space"] = space_text(done, round(budgets[-1]))
-        else:
-            pictures[title] += "\n\nThe sampler preferred good configurations: no fair sample of the space."
+    highest = epochs_text(budgets[-1])
+    if not done:
+        raise UsageError(f"{folder}: no trial has finished the highest budget, {highest}, yet")
     states = [row["status"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    space = settings["space"]
     page = [
         f"# Search on {settings['data']}\n",
         f"{len(rows)} trials ({counts}) in {clock(rows[-1]['elapsed'])}; networks of the shape of "
@@ -1631,15 +1545,35 @@ def report(folder: Path) -> Path:
         "| top-1 | " + " | ".join(name.replace("_", " ") for name in space) + " | parameters | MACs | |",
         "|---:|" + "---|" * len(space) + "---:|---:|---|",
     ]
-    for row in sorted(successes(rows, budgets[-1]), key=lambda row: row["cost"])[:10]:
-        cells = [result_text(row["cost"][:1], objectives[:1]), *(row["config"][name] for name in space)]
+    for row in sorted(done, key=lambda row: row["cost"])[:10]:
+        cells = [f"{accuracy(row):.2f}%", *(row["config"][name] for name in space)]
         sizes = [row["info"].get(key) for key in ("parameters", "macs")]
         cells += ["" if size is None else f"{size / 1e6:.3g} M" for size in sizes]
         cells.append(", ".join(f"{name}'s" for name, point in points().items() if point == row["config"]))
         page.append(f"| {' | '.join(cells)} |")
+    draw_progress(rows, settings, folder / "progress.png")
+    page.append("\n## Best so far\n\n![Best so far](progress.png)")
+    front = best_rows(rows, budgets[-1])
+    if len(objectives) > 1:
+        draw_front(done, front, settings, folder / "front.png")
+        page.append("\n## Pareto front\n\n![Pareto front](front.png)")
+    page.append("\n## Which choices matter\n")
+    try:
+        text = importance_text(importance(folder))
+        page.append(f"![Importance](importance.png)\n\n```text\n{text}\n```")
+    except UsageError as error:
+        page.append(f"No importance: {error}.")
+    if len(done) >= 2 * len(space):
+        draw_marginals(done, space, folder / "marginals.png")
+        page.append(f"\n## Mean accuracy of each value after {highest}, with 90% intervals\n")
+        page.append("![Mean accuracy of each value of each choice](marginals.png)")
+        if settings["sampler"] == "random":
+            page.append(f"\n## The space\n\n{space_text(done, round(budgets[-1]))}")
+        else:
+            page.append("\nThe sampler preferred good configurations: no fair sample of the space.")
     if (folder / "final.json").exists():
-        pictures["Final comparison"] = f"```text\n{comparison(folder, front[0]['config'])}\n```"
-    page += [f"\n## {title}\n\n{picture}" for title, picture in pictures.items()]
+        text = comparison(folder, front[0]["config"])
+        page.append(f"\n## Final comparison\n\n```text\n{text}\n```")
     write_whole(folder / "report.md", "\n".join(page) + "\n")
     return folder / "report.md"
 
@@ -1662,12 +1596,9 @@ def main(argv: list[str]) -> int:
             print(commands[argv[0]](Path(argv[1])))
             return 0
         return Search(parse(Options, argv, "search.py")).run()
-    except UsageError as error:
+    except (UsageError, RunError) as error:
         print(f"search.py: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"search.py: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:  # before the search handles signals
         return 130
 

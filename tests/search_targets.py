@@ -1,11 +1,10 @@
 """Cheap targets for the tests of search.py, and its long tests, to be run by hand:
 
-    python tests/search_targets.py kill OUT --kills 30 --workers 2    # SIGKILL at any moment, thirty times
+    python tests/search_targets.py kill OUT 30 2    # SIGKILL at any moment, thirty times; two workers
 
 `search OUT TRIALS WORKERS TARGET` is one search, to be killed.
 """
 
-import argparse
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -50,7 +48,7 @@ def two_costs(config, seed, budget):
     """Two objectives that prefer opposite kernels and the same block."""
     size = {"3": 0, "5": 1, "7": 2, "9": 3, "mixed": 4}[config["kernel"]]
     block = 0.3 * (config["block"] == "xception")
-    return [0.5 - 0.1 * size + block, -100.0 + 20 * size + 50 * block]
+    return [0.5 - 0.1 * size + block, -100.0 + 20 * size + 50 * block], {}
 
 
 def moody(config, seed, budget):
@@ -120,26 +118,20 @@ def killed(out, trials, workers, wait, from_first_trial=True):
 
     Returns its exit status and its output, line by line.
     """
-    search, said, spoke = start(out, trials, workers), [], threading.Event()
 
-    def read():
-        for line in search.stdout:
-            said.append(line.rstrip())
-            if finished_line(line):
-                spoke.set()
+    def size():
+        journal = Path(out) / "trials.jsonl"
+        return journal.stat().st_size if journal.exists() else 0
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    if wait is not None:
-        if from_first_trial:
-            spoke.wait(120)
-        try:
-            search.wait(wait)
-        except subprocess.TimeoutExpired:
-            search.send_signal(signal.SIGKILL)
-    code = search.wait()
-    reader.join()
-    return code, said
+    before, search = size(), start(out, trials, workers)
+    while wait is not None and from_first_trial and size() <= before and search.poll() is None:
+        time.sleep(0.05)
+    try:
+        said, _ = search.communicate(timeout=wait)
+    except subprocess.TimeoutExpired:
+        search.send_signal(signal.SIGKILL)
+        said, _ = search.communicate()
+    return search.returncode, said.splitlines()
 
 
 def survive(out, trials, workers, kills, seed=0):
@@ -174,27 +166,18 @@ def survive(out, trials, workers, kills, seed=0):
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=("search", "kill"))
-    parser.add_argument("out")
-    parser.add_argument("rest", nargs="*")
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--trials", type=int, default=400)
-    arguments = parser.parse_args()
-    if arguments.command == "kill":
-        result = survive(arguments.out, arguments.trials, arguments.workers, arguments.kills)
-    else:
-        import search
+def main(command, out, *numbers):
+    if command == "kill":
+        print(json.dumps(survive(out, 400, workers=int(numbers[1]), kills=int(numbers[0])), indent=1))
+        return
+    import search
 
-        import search_targets
+    import search_targets
 
-        trials, workers, target = arguments.rest
-        options = search.Options(out=arguments.out, trials=int(trials), workers=int(workers))
-        sys.exit(search.Search(options, target=getattr(search_targets, target)).run())
-    print(json.dumps(result, indent=1))
+    trials, workers, target = numbers
+    options = search.Options(out=out, trials=int(trials), workers=int(workers))
+    sys.exit(search.Search(options, target=getattr(search_targets, target)).run())
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -20,7 +20,7 @@ import search
 from data import UsageError
 from model import MODELS, create_model
 from search import Options, Search
-from train import Lamb, RunError, bce_loss
+from train import RunError
 
 import numpy as np
 import pytest
@@ -35,6 +35,7 @@ from smac.runner.target_function_runner import TargetFunctionRunner
 
 
 def start(out, trials, target=targets.formula, choices=None, **options):
+    options = {"data": "digits", **options}  # whose budgets are 1, 3 and 9
     return Search(Options(out=str(out), trials=trials, **options), choices=choices, target=target)
 
 
@@ -51,13 +52,21 @@ def told(opened, trials, target=targets.formula):
         if trial is None:
             return opened
         opened.save()
-        cost = target(trial.config, trial.seed, trial.budget)
-        cost = cost[0] if isinstance(cost, tuple) else cost
+        cost, _ = target(trial.config, trial.seed, trial.budget)
         costs, now = cost if isinstance(cost, list) else [cost], time.time()
         outcome = {"status": "success", "cost": costs, "info": {}, "start": now, "end": now}
-        opened.finished = lambda trial=trial, outcome=outcome: [(trial, 1, outcome, False)]
+        job = {"config": {k: str(v) for k, v in trial.config.items()}, "seed": 1, "time_limit": 1}
+        opened.finished = lambda found=(trial, job, outcome): [found]
         opened.collect()
     return opened
+
+
+def jobs_of(opened):
+    """Return the jobs of the first trials that a search sends to its workers, and run none."""
+    jobs = []
+    opened.executor = SimpleNamespace(submit=lambda function, job: jobs.append(job) or object())
+    opened.fill()
+    return jobs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -103,24 +112,6 @@ def test_the_space_is_the_papers():
         assert len(networks) == len(values)
     configs = search.configspace(seed=2).sample_configuration(500)
     assert len({search.short(dict(c)) for c in configs}) == len({tuple(c.values()) for c in configs})
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_random_configurations_train_a_step_and_grow(seed):
-    config = dict(search.configspace(seed=seed).sample_configuration())
-    network = create_model(search.model_config(config, "nexception_nano"), num_classes=10)
-    optimizer = Lamb(network.parameters(), lr=1e-3)
-    before = [p.clone() for p in network.parameters()]
-    loss = bce_loss(network(torch.randn(4, 3, 32, 32)), torch.eye(10)[:4], 0.2)
-    loss.backward()
-    optimizer.step()
-    assert all(torch.isfinite(p).all() for p in network.parameters())
-    assert any((a != b).any() for a, b in zip(before, network.parameters(), strict=True))
-    for size in ("t", "s", "tp"):
-        grown = search.model_config(config, f"nexception_{size}")
-        with torch.device("meta"):
-            create_model(grown)
-        assert grown.widths == MODELS[f"nexception_{size}"].widths
 
 
 # Budgets and options
@@ -205,8 +196,7 @@ def test_the_folder_is_a_smac3_run_folder_with_the_same_incumbent(finished):
     history.load(folder / "runhistory.json", ConfigurationSpace.from_json(folder / "configspace.json"))
     assert history.finished == len(history) == 60 and history.running == 0
     assert sorted(value.cost for value in history.values()) == sorted(row["cost"][0] for row in rows)
-    for name in ("scenario.json", "optimization.json"):
-        json.loads((folder / name).read_text())
+    assert json.loads((folder / "optimization.json").read_text())["used_walltime"] > 0
     best = search.best_rows(rows, 9)[0]
     assert best["cost"] == min(row["cost"] for row in rows if row["budget"] == 9)
     incumbent = json.loads((folder / "intensifier.json").read_text())["incumbent_ids"][0]
@@ -224,7 +214,7 @@ def test_a_folder_of_another_search_or_of_none_is_refused(interrupted, tmp_path)
     with pytest.raises(UsageError, match="space was"):
         start(interrupted, 60, choices={**search.current_space(), "kernel": ["3", "5"]})
     (tmp_path / "last.pt").touch()
-    with pytest.raises(UsageError, match="not a search's"):
+    with pytest.raises(UsageError, match="not the folder of a search"):
         start(tmp_path, 3)
     first = start(interrupted, 60)
     with pytest.raises(UsageError, match="another search is running"):
@@ -235,32 +225,20 @@ def test_a_folder_of_another_search_or_of_none_is_refused(interrupted, tmp_path)
 # What survives
 
 
-def damage_journal(out):
-    path = out / "trials.jsonl"
-    path.write_bytes(path.read_bytes() + b'{"config": {"stem": "conv", "ker')
-
-
-def damage_state(out):
-    path = out / "state.json"
-    path.write_bytes(path.read_bytes()[:50])
-
-
-def damage_smac(out):
-    path = out / "smac/0/runhistory.json"
-    path.write_bytes(path.read_bytes()[:500])
-    (out / "smac/0/intensifier.json").unlink()
-
-
-def forget_state(out):
-    (out / "state.json").unlink()
-
-
-@pytest.mark.parametrize("damage", [damage_journal, damage_state, damage_smac, forget_state])
-def test_damage_is_repaired(damage, interrupted, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("trials.jsonl", lambda old: old + b'{"config": {"stem": "conv", "ker'),
+        ("state.json", lambda old: old[:50]),
+        ("smac/0/runhistory.json", lambda old: old[:500]),
+        ("state.json", None),
+    ],
+)
+def test_damage_is_repaired(file, damage, interrupted, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(interrupted, out)
-    before = search.rows_of(interrupted)
-    damage(out)
+    before, path = search.rows_of(interrupted), out / file
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     opened = start(out, 30)
     assert opened.rows == before
     assert len(opened.sampler.smac.runhistory) == 20 and opened.sampler.smac.runhistory.running == 0
@@ -285,12 +263,6 @@ def test_brackets_go_on_where_they_stood(sampler, tmp_path):
     assert kept == [(row["config"], row["budget"]) for row in whole.rows]
     assert len({json.dumps(row["config"]) for row in whole.rows}) > 10
     assert ({row["budget"] for row in whole.rows} == {9}) == (sampler == "random")
-    assert {row["origin"] for row in whole.rows} <= {
-        "prior",
-        "random",
-        "expected improvement",
-        "Random Search",
-    } | {"Acquisition Function Maximizer: Random Search (sorted)"}
 
 
 def test_sigkill_loses_nothing(tmp_path):
@@ -431,32 +403,23 @@ def test_seeds_follow_from_configuration_and_search(tmp_path):
     seeds = {}
     for seed in (0, 1):
         opened = start(tmp_path / str(seed), 12, seed=seed)
-        jobs = []
-        opened.executor = SimpleNamespace(
-            submit=lambda function, job, jobs=jobs: jobs.append(job) or object()
-        )
         opened.devices *= 12
-        opened.fill()
-        seeds[seed] = {search.short(job["config"]): job["seed"] for job in jobs}
+        seeds[seed] = {search.short(job["config"]): job["seed"] for job in jobs_of(opened)}
         assert len(set(seeds[seed].values())) == len(seeds[seed]) == 12
     both = set(seeds[0]) & set(seeds[1])
     assert both and all(seeds[0][name] != seeds[1][name] for name in both)
 
 
-def test_one_precision_for_all_trials(tmp_path, capsys):
+def test_one_precision_for_all_trials(tmp_path):
     """It is recorded at the start, kept on a machine that would choose another, and used by the trial."""
     options = Options(out=str(tmp_path / "run"), trials=1, device="cpu")
-    first = Search(options)
-    assert search.settings_of(tmp_path / "run")["precision"] == "off"
-    first.journal.file.close()
+    Search(options).journal.file.close()
     path = tmp_path / "run/search.json"
+    assert '"precision": "off"' in path.read_text()
     path.write_text(path.read_text().replace('"precision": "off"', '"precision": "bf16"'))
-    opened, jobs = Search(options), []
-    assert "keep precision bf16" in capsys.readouterr().out
-    opened.executor = SimpleNamespace(submit=lambda function, job: jobs.append(job))
-    opened.fill()
-    assert jobs[0]["settings"]["precision"] == "bf16"
-    assert search.trial_options(jobs[0]["settings"], 9, 1, torch.device("cpu")).amp == "bf16"
+    (job,) = jobs_of(Search(options))
+    assert job["settings"]["precision"] == "bf16"
+    assert search.trial_options(job["settings"], 9, 1, torch.device("cpu")).amp == "bf16"
 
 
 def test_the_comparison_trains_each_network_three_times_and_resumes(tmp_path, capsys):
@@ -697,14 +660,13 @@ def test_folders_of_the_first_version_go_on(tmp_path, capsys):
         shutil.copy(kept / name, out)
     rows = search.rows_of(out)
     assert search.main(["report", str(out)]) == 0
-    assert search.importance(out)[9]["trials"] == sum(row["budget"] == 9 for row in rows)
+    found = json.loads((out / "importance.json").read_text())
+    assert found["9"]["trials"] == sum(row["budget"] == 9 for row in rows)
     opened = Search(Options(out=str(out), data="digits", trials=len(rows) + 1))
     assert opened.settings["trial_seeds"] == "one for all" and opened.settings["sampler"] == "smac"
-    jobs = []
-    opened.executor = SimpleNamespace(submit=lambda function, job: jobs.append(job))
-    opened.fill()
-    assert len(jobs) == 1 and jobs[0]["seed"] == rows[0]["seed"]
-    assert jobs[0]["config"] not in [row["config"] for row in rows if row["budget"] == jobs[0]["budget"]]
+    (job,) = jobs_of(opened)
+    assert job["seed"] == rows[0]["seed"]
+    assert job["config"] not in [row["config"] for row in rows if row["budget"] == job["budget"]]
 
 
 def test_the_target_works_for_smac_and_for_an_activation_added_at_run_time(monkeypatch):
