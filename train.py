@@ -489,7 +489,8 @@ def resolve(options: Options, world: int = 1, images: int | None = None, say=lam
         closest = max(2, round(micro_batches * batch / world))
         raise UsageError(
             f"{world} processes cannot share the recipe's {micro_batches} micro-batches of {batch}: "
-            f"--accumulate 1 --batch {closest} comes closest"
+            f"--accumulate 1 --batch {closest} comes closest ({world} x {closest} images a step, batch norm "
+            f"over {closest} in place of {batch})"
         )
     recipe["accumulate"] = max(1, micro_batches // world)
     resolved = Options(**(recipe | given))
@@ -907,6 +908,8 @@ def evaluate(
     top1, top5, loss, count, stops = totals.tolist()
     if stops:
         raise Stopped
+    if not count:
+        raise RunError(f"none of the {data.count(split)} images of {split} can be read")
     result = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
     return result | {"count": int(count), "unreadable": data.count(split) - int(count)}
 
