@@ -236,6 +236,8 @@ class Options:
         if names[0] != "accuracy" or len(set(names)) < len(names) or set(names) - set(OBJECTIVES):
             known = ", ".join(name for name in OBJECTIVES if name != "accuracy")
             raise UsageError(f"--objectives {o.objectives}: takes accuracy first, then any of {known}")
+        if o.batch == 1:
+            raise UsageError("--batch 1: batch norm needs at least 2 images")
         if o.model not in MODELS:
             raise UsageError(f"--model {o.model}: is none of {', '.join(MODELS)}")
         return o

@@ -154,6 +154,7 @@ def test_hyperband_has_the_brackets_of_its_paper(power):
         (["--tirals", "3"], "unrecognized"),
         (["--data", "nowhere"], "nowhere"),
         (["--device", "gpu"], "--device gpu"),
+        (["--batch", "1"], "at least 2 images"),
         (["--scheduler", "tcp://127.0.0.1:9"], "no Dask scheduler"),
         (["--out", "file"], "--out file"),
         (["--out", "x" * 300], "name too long"),
