@@ -125,7 +125,10 @@ def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image to 8-bit RGB, 16-bit pixels by their upper byte: PIL itself clips them at 255."""
+    """Convert a PIL image to 8-bit RGB, 16-bit pixels by their upper byte: PIL itself clips them at 255.
+
+    Transparent pixels show the colour that is stored in them, as with PIL's `convert`.
+    """
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise UsageError("32-bit pixels, whose range is unknown: convert the file to 8 or 16 bits")
     if image.mode[0] != "I":

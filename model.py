@@ -307,6 +307,9 @@ def create_model(name_or_config: str | os.PathLike | ModelConfig, **overrides) -
                 f"model: {name!r} is not one of {', '.join(MODELS)}, nor a path that ends in .json"
             )
         config = MODELS[name] if name in MODELS else ModelConfig.from_json(name)
+    timm_names = {"in_chans": "in_channels", "drop_path_rate": "drop_path", "img_size": "input_size"}
+    for name in timm_names.keys() & overrides:
+        raise UsageError(f"{name}: not a field of ModelConfig, which calls it {timm_names[name]}")
     return NEXcepTion(replace(config, **overrides))
 
 

@@ -1048,7 +1048,9 @@ class Search:
                 os._exit(128 + number)  # nothing is lost: the journal is on the disk
             self.signal = number
 
-        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        in_main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        before = {number: signal.signal(number, receive) for number in numbers}
         try:
             yield
         finally:

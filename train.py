@@ -37,6 +37,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import time
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -738,7 +739,9 @@ class StopSignal:
     def __init__(self, process: Process):
         self.signal, self.asked = 0, None
         self.group = dist.new_group(backend="gloo") if process.world > 1 else None
-        self.handlers = {n: signal.signal(n, self.receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        in_main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+        numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+        self.handlers = {number: signal.signal(number, self.receive) for number in numbers}
 
     def receive(self, number, _frame) -> None:
         if self.signal and self.group is None and number == signal.SIGINT:
@@ -1155,7 +1158,11 @@ def run(options: Options, process: Process) -> int:
         import wandb
 
         settings = {"dir": options.out, "id": "-".join(folder.path.parts[-2:]), "resume": "allow"}
-        log = wandb.init(project="nexception", config=asdict(options), **settings).log
+        try:
+            log = wandb.init(project="nexception", config=asdict(options), **settings).log
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"--wandb: {reason} (`wandb login`, or WANDB_MODE=offline)") from None
     stop = StopSignal(process)
     try:
         fit(training, data, folder, stop, say, log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import gc
 import io
@@ -9,7 +10,6 @@ import logging
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import signal
 import traceback
@@ -591,7 +591,7 @@ def test_lists_are_sent_whole_and_saved_lists_follow_their_folders(tmp_path, mon
     for split, listed in files.items():
         listed.save(tmp_path / f"files-{split}.npz")
     monkeypatch.setattr(os, "walk", Mock(side_effect=AssertionError("walks again")))
-    for sent in (pickle.loads(pickle.dumps(files)), list_images(root, saved=tmp_path)):
+    for sent in (copy.deepcopy(files), list_images(root, saved=tmp_path)):
         for split, listed in files.items():
             paths, sent_paths = ([part.path(n) for n in range(len(listed))] for part in (listed, sent[split]))
             assert sent_paths == paths and sent[split].labels.tolist() == listed.labels.tolist()

@@ -114,6 +114,11 @@ def test_models_agree_with_the_authors(name):
         np.testing.assert_allclose(sums, expected[f"{statistic}_sums"], rtol=1e-9, atol=1e-9)
 
 
+def test_timms_name_of_a_field_is_refused_with_ours():
+    with pytest.raises(UsageError, match="in_chans: not a field of ModelConfig, which calls it in_channels"):
+        create_model("nexception_t", in_chans=1)
+
+
 def test_xception_agrees_with_timm():
     theirs = with_statistics(timm.create_model("legacy_xception").double())
     ours = create_model("xception").double()

@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import data
 import train
@@ -759,6 +761,23 @@ def test_errors_of_pytorch_keep_their_traceback(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(train.LOSSES, "bce", lambda logits, targets, options: logits @ logits)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         train.main(arguments(tiny, tmp_path / "run"))
+
+
+def test_a_refusal_of_wandb_is_one_sentence(tiny, tmp_path, monkeypatch, capsys):
+    def refuse(**_):
+        raise wandb.Error("api_key not configured\n(no-tty)")
+
+    wandb = SimpleNamespace(Error=type("Error", (Exception,), {}), init=refuse, __spec__=True)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train.main(arguments(tiny, tmp_path / "run", "--wandb")) == 2
+    error = capsys.readouterr().err
+    assert "--wandb: api_key not configured (no-tty)" in error and error.count("\n") == 1
+
+
+def test_training_runs_outside_the_main_thread(tiny, reference, tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train.main, arguments(tiny, tmp_path / "run")).result() == 0
+    assert_same(learned(tmp_path / "run"), learned(reference))
 
 
 def test_help_into_a_closed_pipe_is_quiet():
