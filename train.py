@@ -6,19 +6,18 @@
     python train.py --data /path/photos --init-weights nexception_t.pth                   # fine-tuning
     python train.py --data /path/imagenet --eval nexception_t.pth # top-1 and top-5
 
-A run lives in its folder (`--out`): `config.json` (the resolved options), `metrics.jsonl` (one line per
-epoch), `last.pt` and the checkpoint before it, `previous.pt`, `best.pt` (the weights with the best validation
-top-1), `curves.png`, and for an image folder the lists of its files, `files-*.npz`. The same command
-continues a run that stopped for whatever reason: at worst the unfinished epoch is repeated, and on a CPU the
-result equals that of an uninterrupted run bit for bit. Every random draw is keyed by (seed, epoch, step,
-virtual rank), so there is no random state to lose. More epochs mean another schedule, and therefore another
-`--out`. SIGTERM saves in mid-epoch and exits with status 143, Ctrl-C likewise with 130.
+The run folder (`--out`) holds `config.json` (the resolved options), `metrics.jsonl` (one line per epoch),
+`last.pt` and the checkpoint before it, `previous.pt`, `best.pt` (the weights with the best validation top-1),
+`curves.png` and, for an image folder, its file lists, `files-*.npz`. Repeat the command to resume a run: at
+worst, the unfinished epoch starts again. Random draws are keyed by (seed, epoch, step, virtual rank), and on
+a CPU the result is bit-identical to that of an uninterrupted run. More epochs change the schedule and need
+another `--out`. SIGTERM and Ctrl-C save in mid-epoch and exit with status 143 and 130.
 
-One optimizer step takes processes x accumulate micro-batches of `batch` images. Each micro-batch is a virtual
-rank with its own stride of the epoch's images, its own mixup draw and its own batch-norm pass, so that 4 x 64
-means the same on one, two or four GPUs. Gradients are averaged over all of them, once per step. Batch norms
-are not synchronized: as in the paper's run, every step starts from the running statistics of virtual rank 0,
-and after each epoch they are averaged over the virtual ranks.
+Each optimizer step takes processes x accumulate micro-batches of `batch` images. Each micro-batch is a
+virtual rank with its own stride of the epoch's images, its own mixup draw and its own batch statistics, so
+4 x 64 images are equivalent on one, two and four GPUs. Gradients are averaged over all micro-batches once per
+step. Batch norms are not synchronized: as in the paper's run, each step starts from the running statistics of
+virtual rank 0, which are averaged over the virtual ranks after each epoch.
 """
 
 from __future__ import annotations
@@ -64,28 +63,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOG_EVERY = 50  # steps between looks at the loss: each one waits for the device
+LOG_EVERY = 50  # steps between checks of the loss, which synchronize with the GPU
 WARMUP_LR = 1e-4  # learning rate of the first warm-up epoch, unless --lr is lower
 MIN_LR = 1e-6  # learning rate at the end of the cosine and in the cool-down, unless --lr is lower
-MAX_GRAD_NORM = 1.0  # global norm that gradients are clipped to
-SMALL_FOLDER = 100_000  # training images below which a folder does not get ImageNet's recipe
+MAX_GRAD_NORM = 1.0  # gradients are clipped to this global norm
+SMALL_FOLDER = 100_000  # image folders with fewer training images do not get ImageNet's recipe
 MAX_SKIPPED = 20  # consecutive float16 steps whose forward pass may overflow
 
 # --------------------------------------------------------------------------------------------------
-# Command line: a dataclass field is an option
+# Command line: each dataclass field is an option
 
 
-def option(
-    default, help: str, least=-math.inf, most=math.inf, *, above=-math.inf, below=math.inf, **settings
-):  # fmt: skip
-    """Declare a dataclass field that becomes `--name`, with its bounds (inclusive `least` and `most`).
+def option(default, help, least=-math.inf, most=math.inf, *, above=-math.inf, below=math.inf, **settings):
+    """Declare a dataclass field that becomes `--name`, with its bounds (`least` and `most` inclusive).
 
-    `positional=True` makes it an argument without dashes, required when `default` is MISSING; other settings,
-    such as choices and metavar, go to argparse.
+    `positional=True` makes it a positional argument, required if `default` is MISSING. Other settings, such
+    as choices, are passed to argparse.
     """
 
-    def check(value: float) -> None:
-        if not (least <= value <= most and above < value < below):  # infinities and NaN fail, too
+    def check(value: float | str) -> None:
+        # Infinities and NaN fail, too.
+        if not isinstance(value, str) and not (least <= value <= most and above < value < below):
             bounds = {"at least": least, "above": above, "at most": most, "below": below}
             wanted = [f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound)]
             raise argparse.ArgumentTypeError(f"must be {' and '.join(wanted) or 'finite'}, not {value}")
@@ -99,10 +97,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(options: type, argv: list[str], prog: str, epilog: str = ""):
-    """Fill the dataclass `options` from a command line; its fields declare every option (see `option`).
+    """Parse a command line into the dataclass `options`, whose fields declare the options (see `option`).
 
-    bool becomes --name and --no-name, tuple[str, ...] is comma separated. Raises UsageError for anything that
-    is not understood, for numbers that are not finite and for those out of bounds.
+    bool becomes --name and --no-name, tuple[str, ...] is comma-separated. Raises UsageError for unknown
+    arguments and invalid values.
     """
     parser = Parser(prog=prog, description=options.__doc__, epilog=epilog, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -118,9 +116,9 @@ def parse(options: type, argv: list[str], prog: str, epilog: str = ""):
         else:
             settings["type"] = converter(kind, many and not positional, check)
         if positional:
-            settings.setdefault("nargs", ("+" if required else "*") if many else (None if required else "?"))
+            settings["nargs"] = ("+" if required else "*") if many else (None if required else "?")
         elif kind is not bool and "choices" not in settings:
-            settings.setdefault("metavar", f"{kind.__name__},..." if many else kind.__name__)
+            settings["metavar"] = f"{kind.__name__},..." if many else kind.__name__
         if not required:
             settings["default"] = entry.default
             default = ",".join(map(str, entry.default)) if many else entry.default
@@ -131,21 +129,20 @@ def parse(options: type, argv: list[str], prog: str, epilog: str = ""):
 
 
 def converter(kind: type, many: bool, check: typing.Callable) -> typing.Callable[[str], typing.Any]:
-    """Return a function from text to a `kind` that passes `check`, or to a tuple of them."""
+    """Return a function that converts text to a `kind`, or to a list of them, and applies `check`."""
 
     def convert(text: str):
-        values = tuple(kind(part.strip()) for part in text.split(",") if part.strip()) if many else kind(text)
-        for value in values if many else [values]:
-            if kind is not str:
-                check(value)
-        return values
+        values = [kind(part.strip()) for part in text.split(",") if part.strip()] if many else [kind(text)]
+        for value in values:
+            check(value)
+        return values if many else values[0]
 
-    convert.__name__ = kind.__name__  # argparse's errors show it
+    convert.__name__ = kind.__name__  # shown in argparse's errors
     return convert
 
 
 def run_script(main: typing.Callable[[list[str]], int]) -> typing.NoReturn:
-    """Run a script's `main` on the command line and exit, quietly when whoever reads the output has gone."""
+    """Run `main` on the command line and exit, quietly if the reader of a pipe has closed it."""
     try:
         try:
             status = main(sys.argv[1:])
@@ -165,35 +162,33 @@ def run_script(main: typing.Callable[[list[str]], int]) -> typing.NoReturn:
 def lr_at(epoch: int, options: Options) -> float:
     """Return the learning rate of an epoch: linear warm-up, cosine from `lr` to MIN_LR, then MIN_LR.
 
-    The cosine counts from epoch 0, beneath the warm-up, as timm's CosineLRScheduler does by default: `lr`
+    The cosine starts at epoch 0, underneath the warm-up, as in timm's CosineLRScheduler by default: `lr`
     itself is never reached (paper, section 3.1).
     """
     lowest = min(MIN_LR, options.lr)
     if epoch < options.warmup_epochs:
         start = min(WARMUP_LR, options.lr)
         return start + epoch * (options.lr - start) / options.warmup_epochs
-    if epoch >= options.epochs:
-        return lowest
-    cosine = 1 + math.cos(math.pi * epoch / options.epochs)
+    cosine = 1 + math.cos(math.pi * min(epoch, options.epochs) / options.epochs)
     return lowest + (options.lr - lowest) / 2 * cosine
 
 
 @dataclass(frozen=True)
 class Mixup:
-    """Mixup or cutmix, one draw per batch: image i is mixed with image B-1-i (timm's `Mixup`, batch mode).
+    """Mixup or cutmix, drawn once per batch: image i is mixed with image B-1-i (timm's `Mixup`, batch mode).
 
-    With both alphas above 0, each batch takes either with equal probability; the share of cutmix is corrected
-    for the part of its box beyond the border.
+    If both alphas are positive, each batch uses either with equal probability. The mixing weight of cutmix
+    accounts for the part of its box that lies outside the image.
     """
 
     mixup: float  # alpha of the Beta distribution; 0: none
     cutmix: float  # alpha of the Beta distribution; 0: none
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[float, tuple[int, ...] | None]:
-        """Draw the first image's share, and cutmix's box (top, bottom, left, right) or None for mixup."""
+        """Draw the weight of image i, and cutmix's box (top, bottom, left, right) or None for mixup."""
         if not (self.mixup or self.cutmix):
             return 1.0, None
-        rng.random()  # timm draws here whether to mix at all
+        rng.random()  # timm's draw of whether to mix at all
         cut = rng.random() < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
         alpha = self.cutmix if cut else self.mixup
         share = float(rng.beta(alpha, alpha))
@@ -208,8 +203,7 @@ class Mixup:
 
     def __call__(self, images: Tensor, labels: Tensor, num_classes: int, rng) -> tuple[Tensor, Tensor]:
         """Mix float images (B, 3, H, W) in place; return them and targets (B, num_classes), float32."""
-        targets = torch.zeros(len(labels), num_classes, device=labels.device)
-        targets.scatter_(1, labels[:, None], 1.0)
+        targets = F.one_hot(labels, num_classes).float()
         share, box = self.draw(*images.shape[-2:], rng)
         if share == 1.0:
             return images, targets
@@ -225,12 +219,12 @@ class Mixup:
 def bce_loss(logits: Tensor, targets: Tensor, threshold: float) -> Tensor:
     """Binary cross-entropy of (B, classes) logits, mean over both; targets above `threshold` are 1, others 0.
 
-    With mixing, up to two classes of an image count as present (timm's BinaryCrossEntropy).
+    A mixed image may thus have two positive classes (timm's BinaryCrossEntropy).
     """
     return F.binary_cross_entropy_with_logits(logits.float(), (targets > threshold).float())
 
 
-# Another loss is a line here: a function of logits (B, classes), targets (B, classes) in 0..1, and options.
+# A new loss is one line: a function of logits (B, classes), targets (B, classes) in [0, 1], and options.
 LOSSES = {
     "bce": lambda logits, targets, options: bce_loss(logits, targets, options.loss_threshold),
     "soft_ce": lambda logits, targets, options: F.cross_entropy(logits.float(), targets),
@@ -238,14 +232,12 @@ LOSSES = {
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al., 2020) as apex's FusedLAMB and timm's `Lamb` compute it by default.
+    """LAMB (You et al., 2020), equivalent to apex's FusedLAMB and timm's `Lamb` with their defaults.
 
-    Gradients are clipped to `max_grad_norm`, over all groups together. In groups with weight decay, each
-    tensor's update (Adam's, plus decay times the tensor) is scaled to the tensor's own norm, unless either
-    norm is zero; groups without decay take plain Adam steps. All tensors of a group go through each operation
-    at once, and Adam's part is PyTorch's fused kernel, which reads and writes each value once. Tensors of
-    half precision, or with gaps in memory, are updated as dense float32 copies; their moments keep the
-    parameter's type, as timm's.
+    Clips the gradients of all groups to the global norm `max_grad_norm`. In groups with weight decay, scales
+    each tensor's update (Adam's plus decay times the tensor) to the norm of the tensor, unless either norm is
+    zero; groups without decay take plain Adam steps. Tensors of half precision, or with gaps in memory, are
+    updated as dense float32 copies; their moments keep the parameter's dtype, as in timm.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, max_grad_norm=1.0):
@@ -269,7 +261,7 @@ class Lamb(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            for double in (False, True):  # the kernel takes tensors of one type
+            for double in (False, True):  # the kernel takes tensors of one dtype
                 self._update(group, [p for p in params if (p.dtype == torch.float64) is double], clip)
         return loss
 
@@ -278,7 +270,7 @@ class Lamb(torch.optim.Optimizer):
             return
         wide = torch.promote_types(params[0].dtype, torch.float32)
         states = [self.state[p][name] for name in ("exp_avg", "exp_avg_sq") for p in params]
-        # For dense float32 parameters, all of these are the tensors themselves, otherwise copies.
+        # Dense tensors of dtype `wide` are updated in place, others as copies.
         moments = [state.to(wide) for state in states]
         first, second = moments[: len(params)], moments[len(params) :]
         values = [in_layout_of(m, p) for m, p in zip(first, params, strict=True)]
@@ -286,7 +278,7 @@ class Lamb(torch.optim.Optimizer):
         if wide == torch.float64:  # the kernel would read the clipping factor as float32
             gradients, clip = torch._foreach_div(gradients, clip), None
         decay = group["weight_decay"]
-        # With decay, Adam at a learning rate of -1 adds its update to decay x parameter; without, it steps.
+        # With decay, Adam at lr = -1 adds its update to decay x parameter; without, it updates the parameter.
         updates = torch._foreach_mul(values, decay) if decay else values
         steps = [torch.full((), float(group["step"]), device=values[0].device)] * len(params)
         torch._fused_adam_(
@@ -309,17 +301,16 @@ def norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2, wide))
 
 
-def in_layout_of(model: Tensor, tensor: Tensor) -> Tensor:
-    """Return `tensor` if it has the type of `model` and its order of values in memory, else such a copy."""
-    if tensor.dtype == model.dtype and tensor.layout == model.layout:
-        strides = zip(tensor.shape, tensor.stride(), model.stride(), strict=True)
-        if all(n == 1 or s == t for n, s, t in strides):
-            return tensor
-    return torch.empty_like(model).copy_(tensor)
+def in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor`, or a copy if its dtype or the order of its values in memory differs from `like`."""
+    strides = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
+    if tensor.dtype == like.dtype and all(n == 1 or s == t for n, s, t in strides):
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Split parameters: weight decay for tensors of two dimensions or more, none for biases and norms."""
+    """Split trainable parameters: weight decay for two or more dimensions, none for biases and norms."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
@@ -327,8 +318,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-# Another optimizer is a line here: a function of parameter groups and options. Gradients are clipped before
-# its step, unless it has a `max_grad_norm` of its own.
+# A new optimizer is one line: a function of parameter groups and options. `fit` clips the gradients unless
+# the optimizer has a `max_grad_norm` of its own.
 OPTIMIZERS = {
     "lamb": lambda groups, o: Lamb(groups, lr=o.lr, max_grad_norm=MAX_GRAD_NORM),
     "adamw": lambda groups, o: torch.optim.AdamW(groups, lr=o.lr),
@@ -346,27 +337,25 @@ class Recipe(typing.NamedTuple):
     values: dict
 
 
-# Table 2 of the paper's appendix, with the meaning that the code of the published runs gave it: LAMB with its
-# own clipping, ten epochs of cool-down, 4 x 64 images per step. Augmentation: `data.default_augmentation`.
+# Table 2 of the paper's appendix, as interpreted by the code of the published runs: LAMB with its own
+# clipping, ten cool-down epochs, 4 x 64 images per step. Augmentation: `data.default_augmentation`.
 PAPER = {
     "model": "nexception_t", "seed": 1, "epochs": 300, "batch": 64, "micro_batches": 4, "loss": "bce",
     "loss_threshold": 0.2, "optimizer": "lamb", "lr": 2e-3, "warmup_epochs": 5, "cooldown_epochs": 10,
     "weight_decay": 0.02, "mixup": 0.1, "cutmix": 1.0,
 }  # fmt: skip
-ONE = PAPER | {"micro_batches": 1, "cooldown_epochs": 0}  # one micro-batch a step
+ONE = PAPER | {"micro_batches": 1, "cooldown_epochs": 0}
 CIFAR = ONE | {"model": "nexception_reduced", "epochs": 100, "batch": 128, "lr": 5e-3}
 RECIPES = {
     "paper": Recipe("published for ImageNet: nexception_t 81.5%, nexception_tp 81.8% (not rerun)", PAPER),
-    "paper-s": Recipe(
-        "published for ImageNet: nexception_s 82.0% (not rerun)",
-        PAPER | {"seed": 2, "batch": 32, "lr": 1.4e-3},
-    ),
+    "paper-s": Recipe("published for ImageNet: nexception_s 82.0% (not rerun)",
+                      PAPER | {"seed": 2, "batch": 32, "lr": 1.4e-3}),
     "small-folder": Recipe(
         "about a million images in all; crops of 16 photographs, nexception_nano: 83.4% in 12 epochs",
         ONE | {"lr": 1e-2, "repeats": 1, "rand_augment": 0.0, "min_scale": 0.35, "cutmix": 0.0},
     ),
     "fine-tune": Recipe(
-        "digits from a 7-class network: 95.1% in 15 epochs (LAMB: 42.9%); photographs from digits: 65.2%",
+        "digits from a 7-class network: 95.1% in 15 epochs (LAMB: 42.9%); photographs from numbers: 65.2%",
         ONE | {"optimizer": "adamw", "lr": 2e-4, "epochs": 30, "warmup_epochs": 2, "repeats": 1,
                "rand_augment": 0.0, "min_scale": 0.35, "mixup": 0.0, "cutmix": 0.0},
     ),
@@ -384,55 +373,53 @@ RECIPES = {
 }  # fmt: skip
 
 
-# fmt: off
 @dataclass
 class Options:
-    """Train or evaluate a network. Options that are left out come from the recipe (see below)."""
+    """Train or evaluate a network. Omitted options are taken from the recipe (see below)."""
 
     data: str = option("digits", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
     model: str | None = option(None, f"{', '.join(MODELS)}, or the path of a JSON config")
     out: str | None = option(None, "folder of the run (default: runs/DATA-MODEL)")
     recipe: str | None = option(None, "default: chosen by --data and --init-weights", choices=tuple(RECIPES))
     init_weights: str | None = option(None, "checkpoint to start from: ours, the authors' or timm's Xception")
-    freeze: bool = option(False, "train the classifier alone, everything else at rest")
-    eval: str | None = option(None, "only evaluate this checkpoint on --data: top-1 and top-5")
-    seed: int | None = option(None, "seed of initial weights, order and augmentation", 0, 2**32 - 1)
+    freeze: bool = option(False, "train the classifier only; freeze other weights and all batch norms")
+    eval: str | None = option(None, "evaluate this checkpoint on --data (top-1 and top-5) and exit")
+    seed: int | None = option(None, "seed of initial weights, data order and augmentation", 0, 2**32 - 1)
 
     epochs: int | None = option(None, "epochs of the cosine schedule", 1)
     batch: int | None = option(None, "images per micro-batch", 1)
-    accumulate: int | None = option(None, "micro-batches per process in an optimizer step", 1)
-    size: int | None = option(None, "side of the network's input in pixels", 8, 4096)
-    drop_path: float | None = option(None, "rate of stochastic depth (default: the model's)", 0, below=1)
-    loss: str | None = option(None, "bce thresholds the targets of mixed images", choices=tuple(LOSSES))
+    accumulate: int | None = option(None, "micro-batches per process and optimizer step", 1)
+    size: int | None = option(None, "input pixels per side", 8, 4096)
+    drop_path: float | None = option(None, "stochastic depth rate (default: the model's)", 0, below=1)
+    loss: str | None = option(None, "loss (bce: see --loss-threshold)", choices=tuple(LOSSES))
     loss_threshold: float | None = option(None, "mixed targets above it count as 1, others as 0", 0, below=1)
 
     optimizer: str | None = option(None, "optimizer", choices=tuple(OPTIMIZERS))
-    lr: float | None = option(None, "learning rate, reached after the warm-up", above=0)
+    lr: float | None = option(None, "learning rate after the warm-up", above=0)
     warmup_epochs: int | None = option(None, "epochs of linear warm-up, counted within --epochs", 0)
     cooldown_epochs: int | None = option(None, "epochs at the lowest learning rate after the cosine", 0)
     weight_decay: float | None = option(None, "weight decay of tensors with two or more dimensions", 0)
     ema: float = option(0.0, "decay of averaged weights, which are then evaluated; 0: none", 0, below=1)
 
-    mixup: float | None = option(None, "alpha of mixup; 0: none", 0)
-    cutmix: float | None = option(None, "alpha of cutmix; 0: none", 0)
-    rand_augment: float | None = option(None, "magnitude of RandAugment; 0: none", 0, 10)
+    mixup: float | None = option(None, "mixup alpha; 0: none", 0)
+    cutmix: float | None = option(None, "cutmix alpha; 0: none", 0)
+    rand_augment: float | None = option(None, "RandAugment magnitude; 0: none", 0, 10)
     repeats: int | None = option(None, "repeated augmentation: copies of an image per epoch; 1: none", 1)
     flip: float | None = option(None, "probability of a horizontal flip", 0, 1)
-    exif: bool = option(False, "turn photographs as their EXIF orientation says")
-    min_scale: float | None = option(None, "smallest share of an image in a random crop", above=0, most=1)
+    exif: bool = option(False, "rotate photographs by their EXIF orientation")
+    min_scale: float | None = option(None, "smallest area fraction of a random crop", above=0, most=1)
 
     amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs",
-                      choices=("auto", "bf16", "fp16", "off"))
-    compile: bool = option(False, "torch.compile the training step")
+                      choices=("auto", "bf16", "fp16", "off"))  # fmt: skip
+    compile: bool = option(False, "torch.compile the network")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     workers: int | None = option(None, "data-loading processes (default: one per core)", 0)
     root: str = option("data", "folder that CIFAR is read from or downloaded to")
     wandb: bool = option(False, "also log to Weights & Biases")
-# fmt: on
 
 
-# Options that may differ when a run continues, because they do not change what is learned. `accumulate` may
-# change as long as processes x accumulate stays the same; a recipe is compared by its values.
+# Options that may differ when a run is resumed, because they do not change what is learned. `accumulate` may
+# differ while processes x accumulate stays the same; recipes are compared by their values.
 FREE = {"out", "eval", "recipe", "accumulate", "device", "workers", "root", "wandb"}
 
 
@@ -446,7 +433,7 @@ def recipes_help() -> str:
 
 
 def default_recipe(data: str) -> str:
-    """Return the name of the recipe for training on `data` from scratch; a new small set takes digits'."""
+    """Return the recipe for training on `data` from scratch; small sets without one use that of digits."""
     return "paper" if data not in SMALL_SETS else data if data in RECIPES else "digits"
 
 
@@ -457,10 +444,10 @@ def default_out(options: Options) -> str:
 
 
 def resolve(options: Options, world: int = 1, images: int | None = None, say=lambda text: None) -> Options:
-    """Fill options that were left out from the recipe that fits the data, the model and the initial weights.
+    """Fill in omitted options from the recipe that fits the data, the model and the initial weights.
 
-    images: number of training images of a folder, for the choice of its recipe. say: called with a line for
-    each choice that a user should know of. Raises UsageError for impossible or contradictory values.
+    images: number of training images of a folder, for the choice of its recipe. say: called with each line to
+    print. Raises UsageError for impossible or contradictory values.
     """
     given = {k: v for k, v in asdict(options).items() if v is not None}
     name, why = default_recipe(options.data), "--data"
@@ -469,7 +456,7 @@ def resolve(options: Options, world: int = 1, images: int | None = None, say=lam
     elif options.init_weights:
         name, why = "fine-tune", "--init-weights"
     elif name == "paper" and images is not None and images < SMALL_FOLDER:
-        name, why = "small-folder", f"its {images:,} training images (--recipe paper: ImageNet's)"
+        name, why = "small-folder", f"the image count, {images:,} (--recipe paper for ImageNet's)"
     config = model_config(options, RECIPES[name].values["model"])
     shape = ("layout", "stem_width", "widths", "depths", "exit_widths")  # a search changes the rest
     if name == "paper" and all(getattr(config, f) == getattr(MODELS["nexception_s"], f) for f in shape):
@@ -481,7 +468,7 @@ def resolve(options: Options, world: int = 1, images: int | None = None, say=lam
         "repeats": augment.repeats, "min_scale": augment.scale[0],
     } | RECIPES[name].values | {"recipe": name}  # fmt: skip
     if options.init_weights:
-        del recipe["model"]  # the checkpoint's own
+        del recipe["model"]  # taken from the checkpoint
     if name == "small-folder":
         recipe["epochs"] = min(300, max(60, 1_000_000 // images)) if images else 60
     micro_batches = recipe.pop("micro_batches")
@@ -489,16 +476,15 @@ def resolve(options: Options, world: int = 1, images: int | None = None, say=lam
         batch = given.get("batch", recipe["batch"])
         closest = max(2, round(micro_batches * batch / world))
         raise UsageError(
-            f"{world} processes cannot share the recipe's {micro_batches} micro-batches of {batch}: "
-            f"--accumulate 1 --batch {closest} comes closest ({world} x {closest} images a step, batch norm "
-            f"over {closest} in place of {batch})"
+            f"the recipe's {micro_batches} micro-batches of {batch} cannot be split among {world} processes: "
+            f"the closest is --accumulate 1 --batch {closest} ({world} x {closest} images per step, batch "
+            f"norm over {closest} instead of {batch})"
         )
     recipe["accumulate"] = max(1, micro_batches // world)
     resolved = Options(**(recipe | given))
     device = pick_device(resolved.device)
-    resolved.device = str(device)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}
-    resolved.amp = names[amp_dtype(resolved.amp, device)]
+    resolved.device, resolved.amp = str(device), names[amp_dtype(resolved.amp, device)]
     resolved.out = default_out(options)
     if resolved.warmup_epochs >= resolved.epochs:
         shorter = resolved.epochs // 4
@@ -507,17 +493,17 @@ def resolve(options: Options, world: int = 1, images: int | None = None, say=lam
     if resolved.batch == 1 and not resolved.freeze:
         raise UsageError("--batch 1: batch norm needs at least 2 images")
     if resolved.freeze and not resolved.init_weights:
-        raise UsageError("--freeze trains the classifier of a trained network: give --init-weights")
+        raise UsageError("--freeze needs a trained network: give --init-weights")
     if resolved.wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("--wandb needs a package: pip install wandb")
     say(f"recipe {name}, chosen by {why}; {RECIPES[name].expect}")
     if name == "small-folder":
-        say("note: trained weights (--init-weights) usually help more than epochs on so few images")
+        say("note: for so few images, trained weights (--init-weights) usually help more than extra epochs")
     return resolved
 
 
 def model_config(options: Options, default: str) -> ModelConfig:
-    """Return the config of --model, else that of --init-weights, else that of the model `default`."""
+    """Return the config of --model, else of --init-weights, else of the model `default`."""
     if options.model is None and options.init_weights:
         config = load_checkpoint(options.init_weights).config
     else:
@@ -528,21 +514,17 @@ def model_config(options: Options, default: str) -> ModelConfig:
 
 
 def check_channels(config: ModelConfig, name: str) -> None:
-    """Raise UsageError for a network that does not take RGB images, which all data are."""
+    """Raise UsageError for a network that does not take RGB images."""
     if config.in_channels != 3:
-        raise UsageError(f"{name} takes in_channels {config.in_channels}, and images have 3")
+        raise UsageError(f"{name} has in_channels={config.in_channels}, but images have 3 channels")
 
 
 def augmentation(options: Options) -> Augmentation:
     """Return the augmentation that resolved `options` ask for."""
     return replace(
-        default_augmentation(options.data),
-        magnitude=options.rand_augment,
-        layers=2 if options.rand_augment else 0,
-        repeats=options.repeats,
-        flip=options.flip,
-        scale=(options.min_scale, 1.0),
-    )
+        default_augmentation(options.data), layers=2 if options.rand_augment else 0, flip=options.flip,
+        magnitude=options.rand_augment, repeats=options.repeats, scale=(options.min_scale, 1.0),
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -568,14 +550,8 @@ class Process:
             values /= self.world
         return values
 
-    def broadcast(self, values: Tensor) -> Tensor:
-        """Overwrite a tensor with that of the first process."""
-        if self.world > 1:
-            dist.broadcast(values, 0)
-        return values
-
     def from_first(self, function: typing.Callable):
-        """Return in all processes what `function` returns in the first; its UsageError or RunError, too."""
+        """Call `function` in the first process; return its result (or raise its error) in all processes."""
         outcome = [None]
         if self.first:
             try:
@@ -590,23 +566,22 @@ class Process:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" or "" is the GPU if there is one, else the CPU.
+    """Return the device called `name`; "auto" is the GPU if there is one, else the CPU.
 
     Raises UsageError for a device that does not exist or cannot compute.
     """
-    if name in ("auto", ""):
+    if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda":  # only counted: the first tensor on a GPU takes hundreds of megabytes
+        if device.type == "cuda":  # a tensor on the GPU would take hundreds of megabytes
             usable = (device.index or 0) < torch.cuda.device_count()
         else:
             usable = torch.ones(1, device=device).item() == 1
     except Exception:  # each backend raises its own errors
         usable = False
     if not usable:
-        gpus = torch.cuda.device_count()
-        raise UsageError(f"--device {name}: no such device here; try auto, cpu or cuda ({gpus} usable GPUs)")
+        raise UsageError(f"--device {name}: no such device here (usable GPUs: {torch.cuda.device_count()})")
     return device
 
 
@@ -614,33 +589,35 @@ def start_process(device: str) -> Process:
     """Join the processes that torchrun started, if any. Raises UsageError like `pick_device`."""
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     chosen = pick_device(device)
-    if chosen.type == "cuda":
+    on_gpu = chosen.type == "cuda"
+    if on_gpu:
         chosen = pick_device(f"cuda:{local if chosen.index is None else chosen.index}")
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
     if world > 1:
-        on_gpu = chosen.type == "cuda"
         store, rank, world = next(dist.rendezvous("env://", rank, world))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
             # torchrun's store survives a restart, with the addresses of dead processes (PyTorch issue
-            # 135712). Only on one machine do all processes know the same number of restarts.
+            # 135712). Only on a single machine do all processes count the same number of restarts.
             store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # NCCL's ten minutes may be too short for the first process to list a million files over NFS.
-        settings = {"store": store, "rank": rank, "world_size": world, "timeout": datetime.timedelta(hours=1)}
-        settings["device_id"] = chosen if on_gpu else None
-        dist.init_process_group("nccl" if on_gpu else "gloo", **settings)
+        timeout = datetime.timedelta(hours=1)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=timeout,
+            device_id=chosen if on_gpu else None,
+        )  # fmt: skip
     return Process(rank, max(world, 1), chosen)
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of mixed precision, None for none."""
+    """Return the dtype of mixed precision, or None if it is off."""
     if amp == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
 class RunningStatistics:
-    """The running means and variances of all batch norms of a network as one vector."""
+    """The running means and variances of all batch norms of a network, as one vector."""
 
     def __init__(self, model: nn.Module):
         names = ("running_mean", "running_var")
@@ -657,10 +634,10 @@ class RunningStatistics:
 class Training:
     """A network in training: everything that a checkpoint holds.
 
-    `options` are resolved ones. `model` is the network itself, `forward` the same as training calls it
-    (compiled, wrapped for several processes), `ema` its averaged copy or None. `epoch` epochs are finished;
-    `losses` are those of the steps taken in the next one, float32 (steps,), or None; `metrics` has a
-    dictionary per epoch, `best` is the best validation top-1.
+    `options` are resolved. `model` is the network, `forward` the network as training calls it (compiled,
+    wrapped in DDP), `ema` its averaged copy or None. `epoch` epochs are finished; `losses` are those of the
+    steps taken in the next one, float32 (steps,), or None; `metrics` has one dictionary per epoch, `best` is
+    the best validation top-1.
     """
 
     def __init__(self, model: nn.Module, options: Options, process: Process | None = None):
@@ -676,17 +653,14 @@ class Training:
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if options.ema else None
         self.forward = torch.compile(self.model) if options.compile else self.model
         if self.process.world > 1:
-            self.forward = nn.parallel.DistributedDataParallel(
-                self.forward,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # `fit` does that
-                gradient_as_bucket_view=True,
-            )
+            # `fit` broadcasts the buffers.
+            wrap = nn.parallel.DistributedDataParallel
+            self.forward = wrap(self.forward, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.epoch, self.losses, self.metrics, self.best = 0, None, [], -1.0
 
     @property
     def scored(self) -> nn.Module:
-        """The network that evaluation scores: the averaged one, if there is one."""
+        """The network to evaluate: the averaged one, if there is one."""
         return self.model if self.ema is None else self.ema
 
     def state(self) -> dict:
@@ -699,21 +673,18 @@ class Training:
         for name in ("model", "ema", "optimizer", "scaler"):
             if state[name]:
                 getattr(self, name).load_state_dict(state[name])
-        self.epoch, self.losses, self.best = state["epoch"], state["losses"], state["best"]
-        self.metrics = state["metrics"]
-
-
-def ema_decay(updates: int, decay: float) -> float:
-    """Return the decay of update 1, 2, ...: 0 at first, then 1 - updates^(-2/3), at most `decay`.
-
-    That is timm's `ModelEmaV3(use_warmup=True)`: short runs are not dominated by their initial weights.
-    """
-    return min(decay, 1 - updates ** (-2 / 3)) if updates > 1 else 0.0
+        for name in ("epoch", "losses", "best", "metrics"):
+            setattr(self, name, state[name])
 
 
 @torch.no_grad()
-def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move every floating-point tensor of `average` by 1 - decay towards `model`'s; copy the counters."""
+def update_ema(average: nn.Module, model: nn.Module, decay: float, update: int) -> None:
+    """Move every floating-point tensor of `average` by 1 - decay towards `model`'s; copy the counters.
+
+    In update 1, 2, ..., the decay is at most 1 - update^(-2/3), so that initial weights do not dominate short
+    runs (timm's `ModelEmaV3(use_warmup=True)`).
+    """
+    decay = min(decay, 1 - update ** (-2 / 3))
     pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
     floats = [(a, b) for a, b in pairs if a.is_floating_point()]
     torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
@@ -731,7 +702,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C as a request that all processes learn of at the same step.
+    """SIGTERM or Ctrl-C as a request to stop, on which all processes agree at the same step.
 
     `signal` is the number that this process received, or 0. A second Ctrl-C ends a single process at once.
     """
@@ -739,7 +710,7 @@ class StopSignal:
     def __init__(self, process: Process):
         self.signal, self.asked = 0, None
         self.group = dist.new_group(backend="gloo") if process.world > 1 else None
-        in_main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+        in_main = threading.current_thread() is threading.main_thread()  # others cannot handle signals
         numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
         self.handlers = {number: signal.signal(number, self.receive) for number in numbers}
 
@@ -753,11 +724,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Return whether any process had the request one step ago; every process calls this once per step."""
+        """Return whether any process had the request one step ago; call once per step in every process."""
         if self.group is None:
             return bool(self.signal)
         before, flag = self.asked, torch.tensor(self.signal)
-        # Asked now and answered at the next step: nobody waits, and all processes stop after the same one.
+        # The reduction is read one step later, so that no process waits and all stop after the same step.
         self.asked = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag
         if before is None:
             return False
@@ -766,19 +737,18 @@ class StopSignal:
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
-    """`torch.save`, whole or not at all (see `data.write_whole`)."""
+    """Save atomically with `torch.save` (see `data.write_whole`)."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getbuffer(), previous)
 
 
 def read_checkpoint(path: Path) -> dict | None:
-    """Read a checkpoint, tensors on the CPU; None with a warning when the file is broken."""
+    """Read a checkpoint, tensors on the CPU; warn and return None if the file is broken."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a truncated file raises errors of many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        print(f"warning: {path} is broken ({reason})", file=sys.stderr)
+    except Exception as error:  # truncated files raise many kinds of errors
+        print(f"warning: {path} is broken ({error!r:.100})", file=sys.stderr)
         return None
 
 
@@ -788,12 +758,12 @@ class Folder:
     def __init__(self, path: str, record: dict, process: Process | None = None):
         self.path, self.record, self.process = Path(path), record, process or Process()
         self.last, self.previous, self.best = (self.path / f"{n}.pt" for n in ("last", "previous", "best"))
-        self.lock, self.drawn = None, time.monotonic()  # drawn: when `curves.png` was written last
+        self.lock, self.drawn = None, time.monotonic()  # drawn: when `curves.png` was last written
 
     def open(self) -> Path | None:
-        """Make and lock the folder; return the checkpoint to continue from, if any.
+        """Create and lock the folder; return the checkpoint to resume from, if any.
 
-        Raises UsageError when it is in use, cannot be made, or holds a run with another record.
+        Raises UsageError if the folder is in use, cannot be created, or holds a run with another record.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -804,38 +774,37 @@ class Folder:
             raise UsageError(f"{self.path} is in use by another run: give another --out")
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
-        there = [path for path in (self.last, self.previous) if path.exists()]
-        for path in there:
+        found = [path for path in (self.last, self.previous) if path.exists()]
+        for path in found:
             content = read_checkpoint(path)
             if content is not None:
                 self.compare(content)
                 return path
-        if there:
+        if found:
             raise UsageError(f"no checkpoint in {self.path} can be read: move it away or give another --out")
         return None
 
     def compare(self, content: dict) -> None:
-        """Raise UsageError naming each difference between a checkpoint's run and this one."""
+        """Raise UsageError with each difference between the run of a checkpoint and this one."""
         if not isinstance(content, dict) or not {*self.record, "optimizer", "losses"} <= content.keys():
             raise UsageError(f"{self.path} holds no checkpoint of this train.py: give another --out")
-        theirs = asdict(Options()) | content["options"]  # an option that it lacks is newer than the run
-        ours = self.record["options"]
-        pairs = {name: (theirs[name], value) for name, value in ours.items() if name not in FREE}
+        theirs = asdict(Options()) | content["options"]  # options newer than the run take their defaults
+        pairs = {k: (theirs[k], ours) for k, ours in self.record["options"].items() if k not in FREE}
         for name in ("micro-batches a step", "config", "images"):
             pairs[name] = content[name], self.record[name]
         classes = itertools.zip_longest(content["classes"], self.record["classes"])
         renamed = [(a, b) for a, b in classes if a != b]
         pairs |= {f"class {number}": names for number, names in enumerate(renamed[:5], 1)}
-        differ = "; ".join(f"{name} {a} there, {b} now" for name, (a, b) in pairs.items() if a != b)
+        differ = "; ".join(f"{name} was {a}, now {b}" for name, (a, b) in pairs.items() if a != b)
         if differ:
             reason = f"{self.path} holds a run with other options or data ({differ})"
-            raise UsageError(f"{reason}: give the same to continue, or another --out")
+            raise UsageError(f"{reason}: restore them to resume it, or give another --out")
 
     def save(self, training: Training, best: dict | None = None) -> None:
-        """Write `last.pt` (plain types and tensors), `metrics.jsonl`, and every minute `curves.png`.
+        """Write `last.pt` (plain types and tensors), `metrics.jsonl` and, once a minute, `curves.png`.
 
-        best: the result of the evaluation of weights that are better than all before. They go to `best.pt`,
-        and do so first: killed in between, the epoch is repeated.
+        best: evaluation result of the weights, if they are the best so far. They go to `best.pt` first: a run
+        killed in between repeats the epoch.
         """
         if not self.process.first:
             return
@@ -848,7 +817,7 @@ class Folder:
             self.draw(training)
 
     def draw(self, training: Training) -> None:
-        """Draw `curves.png`: training loss, validation top-1 and top-5 by epoch."""
+        """Plot training loss, validation top-1 and top-5 by epoch to `curves.png`."""
         lines = [line for line in training.metrics if "epoch" in line]
         if not (self.process.first and lines):
             return
@@ -885,9 +854,8 @@ def evaluate(
 ) -> dict:
     """Return top1 and top5 in percent, mean cross-entropy (loss), count and unreadable of a split.
 
-    Each image counts once, in whichever process; files that cannot be read are left out. columns: int64, the
-    outputs that belong to the data's classes (default: all). Raises Stopped when `stop.signal` is set in any
-    process meanwhile.
+    Each image counts once over all processes; unreadable files are left out. columns: int64 indices of the
+    outputs for the data's classes (default: all). Raises Stopped if `stop.signal` is set in any process.
     """
     was_training = model.training
     model.eval()
@@ -918,7 +886,7 @@ def evaluate(
 
 
 def check_finite(values: list[float], name: str, epoch: int, first: int, tolerated: int = 0) -> None:
-    """Raise RunError naming the step after `first` at which more than `tolerated` values in a row are bad."""
+    """Raise RunError if more than `tolerated` consecutive values, of steps after `first`, are not finite."""
     bad = 0
     for step, value in enumerate(values, first + 1):
         bad = 0 if math.isfinite(value) else bad + 1
@@ -931,14 +899,13 @@ def fit(
     training: Training, data: Data, folder: Folder | None = None, stop: StopSignal | None = None,
     say=lambda text: None, log=None, score_after=None,
 ) -> list[dict]:  # fmt: skip
-    """Train from where `training` stands to the end; return its metrics, one dictionary per epoch.
+    """Train up to the last epoch; return the metrics of `training`, one dictionary per epoch.
 
-    Without `folder` nothing is saved. score_after: the epochs, counted from 1, after which to evaluate
-    (default: all; the others' values are NaN). say: called with each line to print; log: with the values of
-    an epoch and, as `step`, its number. Apart from looking at the loss every LOG_EVERY steps and at the end
-    of an epoch, the loop never synchronizes with the GPU (float16's loss scaling alone checks the gradients
-    of each step). Raises Stopped when `stop` received a signal, and RunError when the loss or the weights are
-    no longer finite.
+    Nothing is saved without `folder`. say: called with each line to print. log: called with the metrics of
+    each epoch and its number as `step`. score_after: the epochs, counted from 1, that are followed by an
+    evaluation (default: all; others have NaN). The loop synchronizes with the GPU only to check the loss,
+    every LOG_EVERY steps and after each epoch (with float16, loss scaling also checks the gradients in each
+    step). Raises Stopped after a signal, and RunError when the loss or the weights are no longer finite.
     """
     options, process, model, ema = training.options, training.process, training.model, training.ema
     optimizer, scaler, forward = training.optimizer, training.scaler, training.forward
@@ -956,22 +923,23 @@ def fit(
             group["lr"] = lr
         losses = torch.zeros(data.steps, device=process.device)  # mean over this process's micro-batches
         first = done = 0 if training.losses is None else len(training.losses)
-        if first:  # steps of this epoch were taken before the run was stopped
+        if first:  # resumed in mid-epoch
             losses[:first] = training.losses
-        model.train(not options.freeze)  # with --freeze, batch norms rest
+        model.train(not options.freeze)  # --freeze keeps batch norms in evaluation mode
         batches = data.train_batches(epoch, first)
         for step in range(first, data.steps):
-            # Every micro-batch starts from the statistics that virtual rank 0 left in the previous step.
-            start, after = process.broadcast(statistics.read()), []
+            # Every micro-batch starts from the statistics of virtual rank 0 after the previous step.
+            start, after = statistics.read(), []
+            if process.world > 1:
+                dist.broadcast(start, 0)
             for micro in range(options.accumulate):
                 images, labels = next(batches)
-                # The last number keeps these draws apart from those of data.py's augmentation.
-                rng = np.random.default_rng(
-                    (options.seed, epoch, step, process.rank + process.world * micro, 1)
-                )
-                torch.manual_seed(int(rng.integers(2**63)))  # of stochastic depth
+                virtual_rank = process.rank + process.world * micro
+                # The 1 separates this stream of random numbers from those of the augmentation in data.py.
+                rng = np.random.default_rng((options.seed, epoch, step, virtual_rank, 1))
+                torch.manual_seed(int(rng.integers(2**63)))  # for stochastic depth
                 images, targets = mixup(data.transform.normalize(images), labels, classes, rng)
-                # Gradients are exchanged with the last micro-batch alone; `no_sync` without its context.
+                # DDP exchanges gradients after the last micro-batch only, as with its `no_sync`.
                 forward.require_backward_grad_sync = micro == options.accumulate - 1
                 statistics.write(start)
                 with torch.autocast(images.device.type, training.amp, enabled=training.amp is not None):
@@ -979,7 +947,7 @@ def fit(
                 loss = loss_function(logits, targets, options) / options.accumulate
                 scaler.scale(loss).backward()
                 found = statistics.read()
-                # What a float16 pass that overflowed leaves in them, infinity or NaN, would stay there.
+                # Infinities and NaN from a float16 overflow would never leave the running statistics.
                 after.append(found.where(found.isfinite(), start) if scaler.is_enabled() else found)
                 losses[step] += loss.detach()
             if "max_grad_norm" not in optimizer.defaults:
@@ -991,9 +959,9 @@ def fit(
             mean = sum(after) / options.accumulate
             if ema is not None:
                 statistics.write(mean)
-                update_ema(ema, model, ema_decay(epoch * data.steps + step + 1, options.ema))
+                update_ema(ema, model, options.ema, epoch * data.steps + step + 1)
             done = step + 1
-            # An epoch ends with the mean over all virtual ranks.
+            # After the last step of an epoch, the mean over all virtual ranks.
             statistics.write(process.mean(mean) if done == data.steps else after[0])
 
             if stop is not None and stop.agreed():
@@ -1010,7 +978,7 @@ def fit(
         if ema is not None:
             ema_statistics.write(process.mean(ema_statistics.read()))
         training.losses = process.mean(losses[:done].clone())
-        values = training.losses.tolist()  # waits for the device, so before the clock is read
+        values = training.losses.tolist()  # synchronizes, so before the clock is read
         check_finite(values, "the loss", epoch, 0, tolerated)
         weights = torch.stack(torch._foreach_norm(list(model.parameters()))).norm().item()
         check_finite([weights], "the weights' norm", epoch, done - 1)
@@ -1046,9 +1014,9 @@ def fit(
 
 
 def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say) -> None:
-    """Score the best weights on the test split, once in a run's life, and draw the curves."""
+    """Evaluate the best weights on the test split, once per run, and plot the curves."""
     if "epoch" in training.metrics[-1] and "test" in data.splits:
-        training.process.from_first(folder.best.exists)  # which answers once it has saved
+        training.process.from_first(folder.best.exists)  # wait until the first process has saved
         model = copy.deepcopy(training.model)
         model.load_state_dict(read_checkpoint(folder.best)["model"])
         result = evaluate(model, data, "test", training.amp, stop=stop)
@@ -1068,8 +1036,8 @@ def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say
 # Main
 
 
-def evaluate_checkpoint(options: Options, process: Process) -> None:
-    """Print a checkpoint's top-1 and top-5 (`--eval`) on the test part of a small set, or a folder's val/."""
+def evaluate_checkpoint(options: Options, process: Process) -> int:
+    """Print top-1 and top-5 of a checkpoint (`--eval`) on a small set's test split, or a folder's val/."""
     used = ("data", "eval", "exif", "batch", "workers", "device", "amp", "root")
     for entry in fields(options):
         if entry.name not in used and getattr(options, entry.name) != entry.default:
@@ -1089,7 +1057,7 @@ def evaluate_checkpoint(options: Options, process: Process) -> None:
     if len(data.classes) != model.config.num_classes or tuple(model.classes or data.classes) != data.classes:
         raise UsageError(
             f"{options.eval} was not trained for the {len(data.classes)} classes of {options.data}: "
-            "`python bench.py accuracy` scores a checkpoint on folders with some of its classes"
+            "`python bench.py accuracy` evaluates it on folders with some of its classes"
         )
     result = evaluate(model, data, split, amp_dtype(options.amp, process.device))
     data.close()
@@ -1097,10 +1065,11 @@ def evaluate_checkpoint(options: Options, process: Process) -> None:
         left_out = f", {result['unreadable']} unreadable left out" if result["unreadable"] else ""
         print(f"{options.eval} on {result['count']} images of {options.data} ({place}{left_out})")
         print(f"top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  loss {result['loss']:.4f}")
+    return 0
 
 
 def run(options: Options, process: Process) -> int:
-    """Open the data, the model and the folder, train, and return the exit status."""
+    """Open data, model and folder, train, and return the exit status."""
 
     def say(text: str) -> None:
         if process.first:
@@ -1137,7 +1106,7 @@ def run(options: Options, process: Process) -> int:
         if process.device.type == "cuda":
             machine["device"] += f", {torch.cuda.get_device_name(process.device)}"
         write_whole(folder.path / "config.json", json.dumps(record | machine, indent=1) + "\n")
-        for split, listed in files.items():  # a later start need not walk the image folder
+        for split, listed in files.items():  # so that a resumed run need not walk the image folder
             listed.save(folder.path / f"files-{split}.npz")
     shown = "  ".join(f"{name}={value}" for name, value in asdict(options).items() if value is not None)
     say(textwrap.fill(shown, 110, break_on_hyphens=False))
@@ -1148,7 +1117,7 @@ def run(options: Options, process: Process) -> int:
         f"steps of {process.world} x {options.accumulate} x {options.batch} images"
     )
     if checkpoint is not None:
-        # Each process reads by itself: nothing is pickled and broadcast.
+        # Each process reads the file itself, which saves pickling and broadcasting it.
         training.load_state(torch.load(checkpoint, map_location="cpu", weights_only=True))
         step = 0 if training.losses is None else len(training.losses)
         where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {step + 1}"
@@ -1174,10 +1143,10 @@ def run(options: Options, process: Process) -> int:
             folder.save(training)
             where = f"in epoch {training.epoch + 1} after step {len(training.losses)}"
         number = stop.signal or signal.SIGTERM
-        say(f"{signal.Signals(number).name}: saved {where}; the same command continues from there")
+        say(f"{signal.Signals(number).name}: saved {where}; repeat the command to resume")
         return 128 + number
     except (UsageError, RunError) as error:
-        kept = f"; the same command continues from {folder.last}" if folder.last.exists() else ""
+        kept = f"; last checkpoint: {folder.last}" if folder.last.exists() else ""
         raise RunError(f"{error}{kept}") from None
     finally:
         stop.close()
@@ -1186,26 +1155,23 @@ def run(options: Options, process: Process) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Train or evaluate as the command line says; print errors for users as one sentence, once."""
-    rank, status = os.environ.get("RANK", "0"), 0
+    """Train or evaluate as the command line says; print errors for users in one sentence, once."""
+    rank = os.environ.get("RANK", "0")
     try:
         options = parse(Options, argv, "train.py", recipes_help())
         process = start_process(options.device)
         if process.device.type == "cpu":
             keep_large_buffers()
-        if options.eval:
-            evaluate_checkpoint(options, process)
-        else:
-            status = run(options, process)
+        status = evaluate_checkpoint(options, process) if options.eval else run(options, process)
     except (UsageError, RunError) as error:
         status = 2 if isinstance(error, UsageError) else 1
-        if rank == "0" or status == 1:  # in mid-run, another process alone may know why
+        if rank == "0" or status == 1:  # errors of a run may occur in one process only
             print(f"train.py{'' if rank == '0' else f', process {rank}'}: {error}", file=sys.stderr)
         return status
     if process.world > 1:
-        # DDP goes first: as the last to hold the process group it would, keeping the interpreter's lock, wait
-        # for gloo's thread, which may itself wait for that lock. With PyTorch 2.11 one run in three hung so.
-        gc.collect()  # with --compile it stands in a cycle of references
+        # Free DDP before the process group. Otherwise its destructor ends the group, holding the GIL while it
+        # waits for gloo's thread, which may wait for the GIL: with PyTorch 2.11, one run in three hung.
+        gc.collect()  # --compile puts DDP into a reference cycle
         dist.destroy_process_group()
     return status
 

@@ -1,9 +1,10 @@
-"""train.py against timm, formulas by hand, and itself: killed, resumed, split over processes."""
+"""Compare train.py with timm, with hand calculations, and with itself when killed, resumed or distributed."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from types import SimpleNamespace
 
 import data
 import train
-from data import EvalTransform, Plan, RunError, UsageError, open_data
+from data import Plan, RunError, UsageError, open_data
 from model import MODELS, ModelConfig, create_model, load_checkpoint
 from train import Lamb, Mixup, Options, Process, Stopped, Training, evaluate, fit, option, parse, resolve
 
@@ -34,7 +35,6 @@ import timm.utils
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 ROOT = Path(__file__).parent.parent
 TINY = ModelConfig(
@@ -45,7 +45,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny networks gain nothing from a second thread, and runs are compared across processes bit for bit."""
+    """Use one thread: runs are compared bit for bit across processes, and tiny networks need no second."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,20 +54,19 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    """The path of a JSON config that trains an epoch of digits in a fraction of a second."""
+    """JSON config of a network that trains an epoch of digits in a fraction of a second."""
     path = tmp_path_factory.mktemp("model") / "tiny.json"
     TINY.to_json(path)
     return str(path)
 
 
-def arguments(tiny: str, out: Path, *more: str) -> list[str]:
-    given = ["--model", tiny, "--out", str(out), "--size", "16", "--epochs", "3", "--device", "cpu"]
-    return [*given, "--ema", "0.9", *more]
+def arguments(tiny: str, out: Path, more: str = "") -> list[str]:
+    return f"--model {tiny} --out {out} --size 16 --epochs 3 --device cpu --ema 0.9 {more}".split()
 
 
 @pytest.fixture(scope="module")
 def reference(tiny, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run."""
+    """Folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "reference"
     assert train.main(arguments(tiny, out)) == 0
     return out
@@ -75,107 +74,92 @@ def reference(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def finished(reference, tmp_path) -> Path:
-    """A copy of that folder, to damage."""
+    """Copy of that folder, free to change."""
     return Path(shutil.copytree(reference, tmp_path / "run"))
 
 
 def assert_same(a, b) -> None:
-    """Equal to the last bit, however deeply nested."""
-    (ours, structure), (theirs, other) = tree_flatten(a), tree_flatten(b)
-    assert structure == other
-    for x, y in zip(ours, theirs, strict=True):
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+    """Assert that numbers and tensors in nested containers are identical."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def without_clock(metrics: list[dict]) -> list[dict]:
+def results(state: dict) -> dict:
+    """Return the content of a checkpoint, without clock readings and paths."""
     clock = ("images_per_second", "data_wait", "seconds")
-    return [{k: v for k, v in line.items() if k not in clock} for line in metrics]
+    metrics = [{k: v for k, v in line.items() if k not in clock} for line in state["metrics"]]
+    return {k: state[k] for k in ("model", "ema", "optimizer", "epoch", "best")} | {"metrics": metrics}
 
 
 def learned(out: Path) -> dict:
-    """What a run has learned, without clock readings and paths."""
-    last = torch.load(out / "last.pt", weights_only=True)
-    parts = {k: last[k] for k in ("model", "ema", "optimizer", "epoch", "best")}
-    return parts | {"metrics": without_clock(last["metrics"])}
+    return results(torch.load(out / "last.pt", weights_only=True))
 
 
 # --------------------------------------------------------------------------------------------------
 # Optimizers, schedule, mixing, losses
 
 
-def lamb_problem(dtype=torch.float32) -> list[nn.Parameter]:
+def lamb_problem(dtype: torch.dtype) -> nn.ParameterList:
     generator = torch.Generator().manual_seed(0)
     shapes = [(7, 5), (6, 3, 2, 2), (4, 1, 5, 5), (3, 3), (9,), (1,), (2, 2)]
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     tensors[3].zero_()  # a weight of zero
-    return [nn.Parameter(tensor) for tensor in tensors]
-
-
-def lamb_groups(parameters: list[nn.Parameter], decay: float) -> list[dict]:
-    model = nn.Module()
-    model.values = nn.ParameterList(parameters)
-    return train.parameter_groups(model, decay)
+    return nn.ParameterList(tensors)
 
 
 @pytest.mark.parametrize(
     ("decay", "scale", "dtype", "tolerance"),
     [
         (0.0, 1.0, torch.float32, 1e-6),
-        (0.02, 0.01, torch.float32, 1e-6),  # gradients below, about and above the clipping norm
+        (0.02, 0.01, torch.float32, 1e-6),  # gradients below, near and above the clipping norm
         (0.02, 1.0, torch.float32, 1e-6),
         (0.02, 100.0, torch.float32, 1e-6),
         (0.02, 1.0, torch.float64, 1e-12),
     ],
 )
-def test_lamb_follows_timm_for_50_steps(decay, scale, dtype, tolerance):
+def test_lamb_equals_timm_for_50_steps(decay, scale, dtype, tolerance):
     ours, theirs = lamb_problem(dtype), lamb_problem(dtype)
-    mine = Lamb(lamb_groups(ours, decay), lr=2e-3)
-    other = timm.optim.lamb.Lamb(lamb_groups(theirs, decay), lr=2e-3, eps=1e-6, max_grad_norm=1.0)
+    mine = Lamb(train.parameter_groups(ours, decay), lr=2e-3)
+    groups = train.parameter_groups(theirs, decay)
+    other = timm.optim.lamb.Lamb(groups, lr=2e-3, eps=1e-6, max_grad_norm=1.0)
     generator = torch.Generator().manual_seed(1)
     for step in range(50):
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             gradient = (torch.randn(a.shape, generator=generator) * scale).to(dtype)
             if (i == 4 and step < 20) or i == 5:
-                gradient.zero_()  # an update of zero, at first or for good
-            a.grad = None if i == 6 else gradient.clone()
-            b.grad = None if i == 6 else gradient
+                gradient.zero_()  # zero updates, at first or always
+            a.grad, b.grad = (None, None) if i == 6 else (gradient.clone(), gradient)
         for optimizer in (mine, other):
             for group in optimizer.param_groups:
                 group["lr"] = 2e-3 * (1 - step / 60)
-        mine.step()
-        other.step()
+            optimizer.step()
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     assert not torch.equal(ours[0], lamb_problem(dtype)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_lamb_s_first_step_by_hand(dtype):
+def test_first_step_of_lamb_by_hand(dtype):
     # Adam's first update is 1 per value. With decay it is 1.02; 1 - 0.1 * 1.02 * trust ratio 4 / (4 * 1.02)
     # = 0.9. A group without decay steps by lr.
     p, q = nn.Parameter(torch.ones(4, 4, dtype=dtype)), nn.Parameter(torch.ones(4, dtype=dtype))
     groups = [{"params": [p], "weight_decay": 0.02}, {"params": [q], "weight_decay": 0.0}]
-    p.grad, q.grad = torch.full_like(p, 100.0), torch.full_like(q, 100.0)  # norms beyond float16 if squared
+    p.grad, q.grad = torch.full_like(p, 100.0), torch.full_like(q, 100.0)  # squared norms overflow float16
     Lamb(groups, lr=0.1).step()
     for value in (p, q):
         torch.testing.assert_close(value.data, torch.full_like(value, 0.9), rtol=0, atol=4e-3)
 
 
 @pytest.mark.parametrize("decay", [0.02, 0.0])
-def test_lamb_goes_by_values_whatever_their_order_in_memory(decay):
-    """Also when it continues from moments in another order, as from a run in the other layout."""
+def test_lamb_does_not_depend_on_memory_layout(decay):
+    """Also change the layout of the moments, as when a run is resumed in another layout."""
 
     def run(change, moments=torch.clone) -> torch.Tensor:
         torch.manual_seed(0)
-        weight = torch.randn(8, 4, 3, 3)
-        p = nn.Parameter(change(weight))
+        p = nn.Parameter(change(torch.randn(8, 4, 3, 3)))
         optimizer = Lamb([p], lr=1e-2, weight_decay=decay)
         for _ in range(4):
-            state = optimizer.state_dict()
-            for values in state["state"].values():
-                values |= {name: moments(value) for name, value in values.items()}
-            optimizer = Lamb([p], lr=0.5, weight_decay=decay)
-            optimizer.load_state_dict(state)
+            state = optimizer.state[p]
+            state.update({name: moments(value) for name, value in state.items()})
             p.grad = torch.randn(8, 4, 3, 3)
             optimizer.step()
         return p.detach().contiguous()
@@ -192,7 +176,7 @@ def test_lamb_goes_by_values_whatever_their_order_in_memory(decay):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_decay_goes_by_dimensions():
+def test_biases_and_norms_have_no_weight_decay():
     model = create_model(TINY)
     decayed, rest = train.parameter_groups(model, 0.02)
     norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
@@ -202,7 +186,7 @@ def test_decay_goes_by_dimensions():
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
-def test_schedule_is_timm_s():
+def test_schedule_equals_timm():
     options = resolve(Options(data="/somewhere", model="nexception_t"))
     values = [train.lr_at(epoch, options) for epoch in range(310)]
     assert values[:5] == pytest.approx([1e-4, 4.8e-4, 8.6e-4, 1.24e-3, 1.62e-3], rel=1e-12)
@@ -222,7 +206,7 @@ def test_schedule_is_timm_s():
 
 
 @pytest.mark.parametrize("alphas", [(0.1, 1.0), (0.4, 0.0), (0.0, 1.0)])
-def test_mixup_is_timm_s_with_the_same_draws(alphas, monkeypatch):
+def test_mixup_equals_timm(alphas, monkeypatch):
     rng = np.random.default_rng(0)
     for name, draw in (("rand", rng.random), ("beta", rng.beta), ("randint", rng.integers)):
         monkeypatch.setattr(np.random, name, draw)
@@ -244,10 +228,10 @@ def test_mixup_is_timm_s_with_the_same_draws(alphas, monkeypatch):
     assert torch.equal(mixed, images) and torch.equal(targets, torch.eye(3)[torch.arange(8) % 3])
 
 
-def test_losses_are_timm_s():
+def test_losses_equal_timm():
     generator = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(16, 10, generator=generator), torch.rand(16, 10, generator=generator)
-    targets[0, 0] = 0.2  # the threshold itself does not count
+    targets[0, 0] = 0.2  # a target at the threshold counts as 0
     options = Options(loss_threshold=0.2)
     theirs = timm.loss.BinaryCrossEntropy(smoothing=0.0, target_threshold=0.2)(logits, targets)
     torch.testing.assert_close(train.LOSSES["bce"](logits, targets, options), theirs)
@@ -259,9 +243,9 @@ def test_losses_are_timm_s():
 # Options and recipes
 
 
-@train.dataclass
+@dataclasses.dataclass
 class Sample:
-    """Options of every kind."""
+    """One option of each kind."""
 
     path: str = option("here", "a path", positional=True)
     count: int | None = option(None, "a number", least=1, most=9)
@@ -270,7 +254,7 @@ class Sample:
     fast: bool = option(False, "speed")
 
 
-def test_parser_reads_every_kind():
+def test_parser_reads_all_kinds_of_options():
     assert parse(Sample, [], "x") == Sample("here", None, ("a",), (), False)
     given = ["there", "--count", "9", "--names", "a,b", "--rates", "1e-3,2", "--fast"]
     assert parse(Sample, given, "x") == Sample("there", 9, ("a", "b"), (1e-3, 2.0), True)
@@ -283,7 +267,7 @@ def test_parser_reads_every_kind():
 
 
 def test_paper_recipe_is_the_default_of_the_paper_s_models(tmp_path):
-    grown = tmp_path / "found.json"  # an S of another kernel: recipes go by shape, not by name
+    grown = tmp_path / "found.json"  # an S with another kernel: its recipe is chosen by shape, not by name
     ModelConfig.from_dict(MODELS["nexception_s"].to_dict() | {"kernel": 7}).to_json(grown)
     for name, batch, lr, seed in (
         ("nexception_t", 64, 2e-3, 1), ("nexception_tp", 64, 2e-3, 1), ("nexception_s", 32, 1.4e-3, 2),
@@ -306,8 +290,8 @@ def test_recipes_are_chosen_by_data_and_initial_weights(reference):
     said = []
     small = resolve(Options(data="/photos", model="nexception_s"), images=3800, say=said.append)
     assert (small.repeats, small.cooldown_epochs, small.rand_augment, small.epochs) == (1, 0, 0.0, 263)
-    assert "recipe small-folder, chosen by its 3,800 training images (--recipe paper" in said[-2]
-    assert said[-1].startswith("note: trained weights (--init-weights)")
+    why = "the image count, 3,800 (--recipe paper for ImageNet's)"
+    assert f"recipe small-folder, chosen by {why}" in said[-2] and "--init-weights" in said[-1]
     paper = resolve(Options(data="/photos", model="nexception_s", recipe="paper"), images=3800)
     assert (paper.epochs, paper.repeats, paper.lr) == (300, 3, 1.4e-3)
     weights = str(reference / "best.pt")  # network and size come from the checkpoint
@@ -346,8 +330,8 @@ def test_command_line_overrides_the_recipe():
         ("--device meta", "--device meta: no such device"),
         ("--eval /nowhere.pt", "/nowhere.pt: no such file"),
         ("--eval /nowhere.pt --lr 1", "--lr has no effect with --eval"),
-        ("--eval {weights}", "takes in_channels 1, and images have 3"),
-        ("--init-weights {weights}", "takes in_channels 1, and images have 3"),
+        ("--eval {weights}", "has in_channels=1, but images have 3 channels"),
+        ("--init-weights {weights}", "has in_channels=1, but images have 3 channels"),
         ("--init-weights /nowhere.pt --model nexception_nano", "/nowhere.pt: no such file"),
     ],
 )
@@ -364,8 +348,8 @@ def test_user_errors_are_one_sentence_and_leave_no_folder(given, said, tmp_path,
     assert not (tmp_path / "runs").exists()
 
 
-def test_micro_batches_that_cannot_be_shared():
-    refused = r"8 processes .* 4 micro-batches of 64: --accumulate 1 --batch 32 comes"
+def test_micro_batches_are_split_among_processes():
+    refused = "4 micro-batches of 64 .* 8 processes: the closest is --accumulate 1 --batch 32"
     with pytest.raises(UsageError, match=refused):
         resolve(Options(data="/imagenet", model="nexception_t"), world=8)
     assert resolve(Options(data="/imagenet", model="nexception_t", accumulate=1), world=3).accumulate == 1
@@ -376,16 +360,17 @@ def test_micro_batches_that_cannot_be_shared():
 # Training and evaluation
 
 
-def make_training(**changes) -> tuple[Training, object]:
+def make_training(**changes) -> tuple[Training, data.Data]:
     options = resolve(Options(**({"epochs": 1, "warmup_epochs": 0, "size": 16, "device": "cpu"} | changes)))
-    plan = Plan(options.batch, options.accumulate, seed=options.seed)
-    data = open_data("digits", plan, size=options.size, augment=train.augmentation(options))
+    plan, device = Plan(options.batch, options.accumulate, seed=options.seed), torch.device(options.device)
+    data = open_data("digits", plan, size=16, augment=train.augmentation(options), device=device)
     torch.manual_seed(options.seed)
-    return Training(create_model(TINY, num_classes=10, drop_path=options.drop_path), options), data
+    network = create_model(TINY, num_classes=10, drop_path=options.drop_path)
+    return Training(network, options, Process(device=device)), data
 
 
 class StopAfter:
-    """A stop signal that comes after so many steps; `action` is called after each."""
+    """Stop signal that arrives after `steps` steps; `action` is called after each step."""
 
     signal = 0
 
@@ -398,20 +383,18 @@ class StopAfter:
         return self.steps == 0
 
 
-def test_an_epoch_interrupted_anywhere_continues_bit_for_bit():
+def test_resuming_in_mid_epoch_is_exact():
     settings = {"ema": 0.9, "lr": 0.02, "accumulate": 2, "batch": 32}
     whole, data = make_training(**settings)
-    metrics = fit(whole, data)
+    fit(whole, data)
     parts, data = make_training(**settings)
     with pytest.raises(Stopped):
         fit(parts, data, stop=StopAfter(7))
     assert len(parts.losses) == 7
     resumed, data = make_training(**settings)
     resumed.load_state(copy.deepcopy(parts.state()))
-    assert without_clock(fit(resumed, data)) == without_clock(metrics)
-    ours, theirs = resumed.state(), whole.state()
-    ours["metrics"] = theirs["metrics"] = None
-    assert_same(ours, theirs)
+    fit(resumed, data)
+    assert_same(results(resumed.state()), results(whole.state()))
 
 
 def test_accumulated_gradients_are_the_mean_over_micro_batches():
@@ -431,9 +414,9 @@ def test_accumulated_gradients_are_the_mean_over_micro_batches():
     torch.testing.assert_close(found[0], list(expected), rtol=1e-5, atol=1e-7)
 
 
-def test_running_statistics_are_those_of_a_process_per_micro_batch():
-    """Four simulated processes: each step starts from rank 0's statistics, an epoch ends with their mean."""
-    plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": 1e-30}  # weights stay
+def test_running_statistics_equal_those_of_a_process_per_micro_batch():
+    """Simulate four processes: each step starts from rank 0's statistics; an epoch ends with their mean."""
+    plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": 1e-30}  # weights do not change
     training, data = make_training(batch=64, accumulate=4, **plain)
     ranks = [copy.deepcopy(training.model).train() for _ in range(4)]
     batches = data.train_batches(0)
@@ -449,31 +432,27 @@ def test_running_statistics_are_those_of_a_process_per_micro_batch():
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_averaged_weights_are_timm_s():
+def test_averaged_weights_equal_timm():
     training, data = make_training(ema=0.75)
     average = timm.utils.ModelEmaV3(training.model, decay=0.75, use_warmup=True)
     updates = iter(range(1, 100))
     fit(training, data, stop=StopAfter(action=lambda: average.update(training.model, step=next(updates))))
     for name, value in training.ema.state_dict().items():
         torch.testing.assert_close(value, average.module.state_dict()[name], rtol=1e-6, atol=1e-6)
-    assert train.ema_decay(1, 0.9) == 0 and train.ema_decay(2, 0.9) == pytest.approx(1 - 2 ** (-2 / 3))
 
 
-def test_other_optimizers_see_clipped_gradients(monkeypatch):
+def test_gradients_of_other_optimizers_are_clipped(monkeypatch):
     monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e-3)
     training, data = make_training(optimizer="adamw")
-    step, seen = training.optimizer.step, []
-
-    def noted():
-        seen.append(train.norms([p.grad for p in training.model.parameters()]).norm().item())
-        step()
-
-    training.optimizer.step = noted
+    seen, parameters = [], list(training.model.parameters())
+    training.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(train.norms([p.grad for p in parameters]).norm().item())
+    )
     fit(training, data)
-    assert len(seen) == data.steps and seen == pytest.approx([1e-3] * data.steps, rel=1e-2)
+    assert seen == pytest.approx([1e-3] * data.steps, rel=1e-2)
 
 
-def test_freezing_trains_the_classifier_alone():
+def test_freezing_trains_the_classifier_only():
     training, data = make_training(freeze=True, init_weights="given", model="nexception_nano")
     before = copy.deepcopy(training.model.state_dict())
     fit(training, data)
@@ -482,50 +461,35 @@ def test_freezing_trains_the_classifier_alone():
     assert moved == {"head.fc.weight", "head.fc.bias"}
 
 
-class Table(nn.Module):
-    """Answers image n, whose pixels are n, with row n of a table of logits."""
+def test_evaluation_by_hand():
+    """Use logits as images, and a network that returns its input."""
+    identity = nn.PReLU(init=1.0)
 
-    def __init__(self, rows):
-        super().__init__()
-        self.rows = nn.Parameter(rows)
+    def images(logits, labels):
+        return SimpleNamespace(
+            transform=SimpleNamespace(normalize=lambda images: images),
+            count=lambda split: len(labels) + 1,  # including an unreadable file
+            eval_batches=lambda split: zip(logits.split(4), labels.split(4), strict=True),
+        )
 
-    def forward(self, images):
-        return self.rows[images[:, 0, 0, 0].round().long()]
-
-
-class FewImages:
-    transform = EvalTransform(2, 1.0, "bilinear", (0.0,) * 3, (1 / 255,) * 3)
-
-    def __init__(self, labels):
-        self.labels = labels
-
-    def count(self, split):
-        return len(self.labels) + 1  # one more that cannot be read
-
-    def eval_batches(self, split):
-        images = torch.arange(len(self.labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
-        yield from zip(images.split(4), self.labels.split(4), strict=True)
-
-
-def test_evaluation_counts_by_hand():
     labels = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5])
-    ranks = [0, 0, 1, 4, 5, 9, 0, 2, 3]  # of the right answer
-    rows = -torch.arange(10.0).repeat(9, 1)
+    ranks = [0, 0, 1, 4, 5, 9, 0, 2, 3]  # of the correct class
+    logits = -torch.arange(10.0).repeat(9, 1)
     for n, (rank, label) in enumerate(zip(ranks, labels, strict=True)):
-        rows[n, [rank, label]] = rows[n, [label, rank]]
-    result = evaluate(Table(rows), FewImages(labels))
+        logits[n, [rank, label]] = logits[n, [label, rank]]
+    result = evaluate(identity, images(logits, labels))
     assert (result["count"], result["unreadable"]) == (9, 1)
     assert result["top1"] == pytest.approx(100 * 3 / 9)
     assert result["top5"] == pytest.approx(100 * 7 / 9)
     total = sum(math.exp(-i) for i in range(10))
     assert result["loss"] == pytest.approx(sum(rank + math.log(total) for rank in ranks) / 9)
-    few = evaluate(Table(torch.eye(10)[labels]), FewImages(labels - 1), columns=torch.arange(1, 10))
-    assert few["top1"] == 100
+    right = images(torch.eye(10)[labels], labels - 1)
+    assert evaluate(identity, right, columns=torch.arange(1, 10))["top1"] == 100
 
 
 def test_digits_are_learned_and_recorded(tmp_path, capsys):
     out = tmp_path / "run"
-    assert train.main(["--out", str(out), "--epochs", "5", "--size", "16", "--device", "cpu"]) == 0
+    assert train.main(f"--out {out} --epochs 5 --size 16 --device cpu".split()) == 0
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in metrics[:-1]] == [1, 2, 3, 4, 5]
     assert metrics[-1]["test_top1"] > 85 and metrics[-1]["test_count"] == 266
@@ -554,21 +518,21 @@ def test_bfloat16_and_compile_train(tiny, tmp_path, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="eager"))
     out = tmp_path / "run"
-    assert train.main(arguments(tiny, out, "--amp", "bf16", "--compile")) == 0
+    assert train.main(arguments(tiny, out, "--amp bf16 --compile")) == 0
     state = learned(out)
     assert not any("_orig_mod" in name for name in state["model"])
     assert state["metrics"][2]["train_loss"] < state["metrics"][0]["train_loss"]
 
 
 # --------------------------------------------------------------------------------------------------
-# Stopping and continuing
+# Stopping and resuming
 
 
 @pytest.mark.parametrize(
     ("kind", "after", "place"),
-    [(signal.SIGTERM, 24, 6), (signal.SIGINT, 24, 6), (signal.SIGTERM, 38, 19)],  # 38: while evaluating
+    [(signal.SIGTERM, 24, 6), (signal.SIGINT, 24, 6), (signal.SIGTERM, 38, 19)],  # 38: during evaluation
 )
-def test_signals_save_in_mid_epoch_and_the_same_command_continues(
+def test_signals_save_in_mid_epoch_and_the_same_command_resumes(
     kind, after, place, tiny, reference, tmp_path, monkeypatch, capsys
 ):
     out, taken = tmp_path / "run", []
@@ -584,27 +548,23 @@ def test_signals_save_in_mid_epoch_and_the_same_command_continues(
     monkeypatch.setattr(train.StopSignal, "agreed", signalled)
     assert train.main(arguments(tiny, out)) == 128 + kind
     printed = capsys.readouterr().out
-    assert f"{kind.name}: saved in epoch 2 after step {place}; the same command" in printed
+    assert f"{kind.name}: saved in epoch 2 after step {place}; repeat the command" in printed
     assert signal.getsignal(kind) is before
     assert train.main(arguments(tiny, out)) == 0
     assert f"continuing at epoch 2/3, step {place + 1}" in capsys.readouterr().out
     assert_same(learned(out), learned(reference))
 
 
-def test_killed_at_any_moment_it_ends_the_same(tiny, reference, tmp_path):
+def test_killed_runs_end_with_the_same_result(tiny, reference, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), *arguments(tiny, out)]
     settings = {"cwd": tmp_path, "env": ONE_THREAD, "text": True}
     rng = np.random.default_rng(int(time.time()))
     for _ in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=1, **settings)
-        for line in process.stdout:
-            if line.startswith("epoch "):
-                time.sleep(rng.uniform(0, 0.3))
-                break
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=1, **settings) as process:
+            any(line.startswith("epoch ") for line in process.stdout)  # wait for the first epoch
+            time.sleep(rng.uniform(0, 0.3))
+            process.kill()
     last = subprocess.run(command, capture_output=True, **settings)
     assert last.returncode == 0, last.stderr
     assert re.search("continuing at epoch [23]|finished", last.stdout), last.stdout
@@ -612,14 +572,11 @@ def test_killed_at_any_moment_it_ends_the_same(tiny, reference, tmp_path):
     assert not list(out.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_broken_checkpoint_falls_back_to_the_previous(damage, tiny, reference, finished, capsys):
-    if damage == "truncated":
-        os.truncate(finished / "last.pt", 1000)
-    else:
-        (finished / "last.pt").unlink()
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 1000), Path.unlink])
+def test_the_previous_checkpoint_replaces_a_broken_one(damage, tiny, reference, finished, capsys):
+    damage(finished / "last.pt")
     assert train.main(arguments(tiny, finished)) == 0
-    assert ("last.pt is broken" in capsys.readouterr().err) == (damage == "truncated")
+    assert ("last.pt is broken" in capsys.readouterr().err) == (damage is not Path.unlink)
     assert_same(learned(finished), learned(reference))
 
 
@@ -633,13 +590,10 @@ def test_folders_without_a_checkpoint_of_ours_are_refused(tiny, finished, capsys
     assert "can be read: move it away" in capsys.readouterr().err
 
 
-def test_a_finished_run_tests_no_more(tiny, finished, monkeypatch, capsys):
-    def no_evaluation(*_, **__):
-        raise AssertionError("evaluated again")
-
+def test_finished_runs_are_not_evaluated_again(tiny, finished, monkeypatch, capsys):
     before = (finished / "last.pt").read_bytes()
-    monkeypatch.setattr(train, "evaluate", no_evaluation)
-    assert train.main(arguments(tiny, finished, "--workers", "1", "--root", "elsewhere")) == 0
+    monkeypatch.setattr(train, "evaluate", None)
+    assert train.main(arguments(tiny, finished, "--workers 1 --root elsewhere")) == 0
     printed = capsys.readouterr().out
     assert "finished" in printed and "test top-1" in printed
     assert (finished / "last.pt").read_bytes() == before
@@ -648,27 +602,24 @@ def test_a_finished_run_tests_no_more(tiny, finished, monkeypatch, capsys):
 def test_other_options_on_a_run_are_refused(tiny, reference, capsys):
     before = learned(reference)
     given = "--lr 0.5 --epochs 4 --accumulate 2 --amp bf16 --optimizer adamw"
-    assert train.main(arguments(tiny, reference, *given.split())) == 2
+    assert train.main(arguments(tiny, reference, given)) == 2
     error = capsys.readouterr().err
     for name, theirs, ours in (
         ("lr", 0.01, 0.5), ("epochs", 3, 4), ("micro-batches a step", 1, 2), ("amp", "off", "bf16"),
         ("optimizer", "lamb", "adamw"),
     ):  # fmt: skip
-        assert f"{name} {theirs} there, {ours} now" in error
+        assert f"{name} was {theirs}, now {ours}" in error
     assert_same(learned(reference), before)
 
 
-def test_a_run_on_a_folder_keeps_its_list_and_is_continued_on_its_own_data_alone(
-    tiny, tmp_path, capsys, monkeypatch
-):
+def test_runs_on_a_folder_keep_its_list_and_refuse_other_data(tiny, tmp_path, capsys, monkeypatch):
     photos, out = tmp_path / "photos", tmp_path / "run"
     rng = np.random.default_rng(0)
     for number in range(40):
         path = photos / ("train" if number < 32 else "val") / ("cat", "dog")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (18, 20, 3), dtype=np.uint8)).save(path)
-    given = f"--data {photos} --model {tiny} --out {out} --size 16 --epochs 1 --batch 8 --workers 0"
-    given = [*given.split(), "--device", "cpu"]
+    given = arguments(tiny, out, f"--data {photos} --epochs 1 --batch 8 --workers 0")
     assert train.main(given) == 0
     assert "recipe small-folder" in capsys.readouterr().out
     with monkeypatch.context() as patched:
@@ -683,8 +634,8 @@ def test_a_run_on_a_folder_keeps_its_list_and_is_continued_on_its_own_data_alone
         (photos / part / "cat").rename(photos / part / "zebra")
     assert train.main(given) == 2
     error = capsys.readouterr().err
-    assert "cat there, dog now" in error and "dog there, zebra now" in error and error.count("\n") == 1
-    assert train.main(["--eval", str(out / "best.pt"), "--data", str(photos), "--device", "cpu"]) == 2
+    assert "was cat, now dog" in error and "was dog, now zebra" in error and error.count("\n") == 1
+    assert train.main(f"--eval {out / 'best.pt'} --data {photos} --device cpu".split()) == 2
 
 
 def test_a_folder_in_use_is_refused(tiny, tmp_path, capsys):
@@ -695,56 +646,56 @@ def test_a_folder_in_use_is_refused(tiny, tmp_path, capsys):
     folder.close()
 
 
-@pytest.mark.parametrize("broken", ["the loss", "the weights' norm"])
-def test_what_is_not_finite_is_not_saved(broken, tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("broken", "found", "taken"), [("the loss", 12, 15), ("the weights' norm", 19, 19)])
+def test_values_that_are_not_finite_are_not_saved(broken, found, taken, tiny, tmp_path, monkeypatch, capsys):
     out, loss, step, calls = tmp_path / "run", train.bce_loss, Lamb.step, []
 
     def infinite_loss(*args):
         calls.append(1)
-        return loss(*args) * (math.inf if broken == "the loss" and len(calls) == 19 + 12 else 1)
+        return loss(*args) * (math.inf if (broken, len(calls)) == ("the loss", 19 + found) else 1)
 
     def infinite_weight(self):
         step(self)
-        if broken == "the weights' norm" and len(calls) == 19 + 19:
+        if (broken, len(calls)) == ("the weights' norm", 19 + found):
             self.param_groups[0]["params"][0].data.fill_(math.inf)
 
     monkeypatch.setattr(train, "bce_loss", infinite_loss)
     monkeypatch.setattr(Lamb, "step", infinite_weight)
     monkeypatch.setattr(train, "LOG_EVERY", 5)
     assert train.main(arguments(tiny, out)) == 1
-    found, taken = (12, 15) if broken == "the loss" else (19, 19)  # no step beyond the look that finds it
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err  # the first check of the value ends the run
     assert f"{broken} is inf at epoch 2, step {found}" in error and len(calls) == 19 + taken
-    assert f"continues from {out / 'last.pt'}" in error
+    assert f"last checkpoint: {out / 'last.pt'}" in error
     last = learned(out)
     assert last["epoch"] == 1 and all(v.isfinite().all() for v in last["model"].values())
 
 
-def test_skipped_float16_steps_stop_a_run_only_when_many_follow_one_another():
+def test_only_many_consecutive_skipped_float16_steps_stop_a_run():
     bad = [math.nan] * train.MAX_SKIPPED
     train.check_finite([*bad, 1.0, *bad, 1.0], "the loss", 0, 0, train.MAX_SKIPPED)
     with pytest.raises(RunError, match="the loss is nan at epoch 1, step 121"):
         train.check_finite([*bad, math.nan], "the loss", 0, 100, train.MAX_SKIPPED)
 
 
-def test_a_float16_pass_that_overflows_leaves_no_trace_in_batch_norms(tiny, tmp_path, monkeypatch):
-    whole, calls = train.Mixup.__call__, []
+def test_float16_overflow_leaves_batch_norms_finite(tiny, tmp_path, monkeypatch):
+    mix, calls = Mixup.__call__, []
 
-    def third_overflows(self, images, *rest):
-        calls.append(images)
-        images, targets = whole(self, images, *rest)
+    def third_overflows(*given):
+        calls.append(given)
+        images, targets = mix(*given)
         return images * (math.inf if len(calls) == 3 else 1), targets
 
-    monkeypatch.setattr(train.Mixup, "__call__", third_overflows)
-    assert train.main(arguments(tiny, tmp_path / "run", "--amp", "fp16", "--epochs", "1")) == 0
-    assert all(v.isfinite().all() for v in learned(tmp_path / "run")["model"].values())
-    assert math.isfinite(learned(tmp_path / "run")["metrics"][0]["val_loss"])
+    monkeypatch.setattr(Mixup, "__call__", third_overflows)
+    assert train.main(arguments(tiny, tmp_path / "run", "--amp fp16 --epochs 1")) == 0
+    state = learned(tmp_path / "run")
+    assert all(v.isfinite().all() for v in state["model"].values())
+    assert math.isfinite(state["metrics"][0]["val_loss"])
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(tiny, finished, tmp_path, capsys):
+def test_a_full_disk_is_reported_in_one_line_and_loses_nothing(tiny, finished, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # bytes: writing beyond fails like a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # writing more bytes fails as on a full disk
     try:
         with pytest.raises(RunError, match=r"cannot write .*last\.pt: File too large"):
             train.save_checkpoint(finished / "last.pt", {"x": torch.zeros(10_000)}, finished / "previous.pt")
@@ -811,25 +762,21 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_two_processes_learn_what_one_does_although_one_is_killed(tiny, tmp_path):
-    settings = ("--batch", "16", "--mixup", "0.2", "--cutmix", "1.0", "--lr", "1e-3")
+def test_two_processes_equal_one_even_if_one_is_killed(tiny, tmp_path):
+    settings = "--batch 16 --mixup 0.2 --cutmix 1.0 --lr 1e-3 --accumulate"
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--max-restarts=1", "script.py"]
-    command += arguments(tiny, tmp_path / "two", *settings, "--accumulate", "2")
+    command += ["--max-restarts=1", "script.py", *arguments(tiny, tmp_path / "two", f"{settings} 2")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process, output = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, **pipes), ""
-    for line in process.stdout:
-        output += line
-        if line.startswith("epoch 1/3"):
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-            break
+    process = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, **pipes)
+    if any(line.startswith("epoch 1/3") for line in process.stdout):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
     rest, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert re.search(r"continuing at epoch [23]/3", rest), rest
     assert rest.count("epoch 3/3  loss") == 1 and "on 266 images" in rest
-    assert train.main(arguments(tiny, tmp_path / "one", *settings, "--accumulate", "4")) == 0
+    assert train.main(arguments(tiny, tmp_path / "one", f"{settings} 4")) == 0
     two, one = (learned(tmp_path / name) for name in ("two", "one"))
     for part in ("model", "ema"):  # running statistics too
         for name, value in one[part].items():
@@ -840,24 +787,19 @@ def test_two_processes_learn_what_one_does_although_one_is_killed(tiny, tmp_path
 
 
 @pytest.mark.gpu
-def test_an_epoch_does_not_wait_for_the_gpu():
-    options = resolve(Options(epochs=2, warmup_epochs=0, amp="bf16", device="cuda"))
-    device = torch.device("cuda")
-    data = open_data("digits", Plan(options.batch), augment=train.augmentation(options), device=device)
-    training = Training(create_model(TINY, num_classes=10), options, Process(device=device))
-    steps = 0
+def test_training_does_not_synchronize_with_the_gpu():
+    training, data = make_training(epochs=2, amp="bf16", device="cuda")
+    steps = itertools.count(1)
 
-    def forbid_waiting():  # between the first and the last step of the second epoch; the first warms up
-        nonlocal steps
-        steps += 1
-        inside = data.steps < steps < 2 * data.steps
+    def forbid_synchronizing():  # from the first to the last step of the second epoch; the first warms up
+        inside = data.steps < next(steps) < 2 * data.steps
         torch.cuda.set_sync_debug_mode("error" if inside else "default")
 
-    assert len(fit(training, data, stop=StopAfter(action=forbid_waiting))) == 2
+    assert len(fit(training, data, stop=StopAfter(action=forbid_synchronizing))) == 2
 
 
 def test_a_data_set_an_optimizer_and_a_loss_are_one_entry_each(tiny, monkeypatch):
-    """Left half white or right half white, learned with plain SGD and a squared error."""
+    """Learn whether the left or the right half is white with plain SGD and a squared error."""
 
     def load_halves(size, _root):
         images = torch.zeros(64, 3, size, size, dtype=torch.uint8)
