@@ -1,16 +1,16 @@
-"""Search the NEXcepTion design space with SMAC, as in section 3 of the paper, and explain what was found.
+"""Search the NEXcepTion design space with SMAC (section 3 of the paper) and show which choices matter.
 
-    python search.py                                  # numbers: a real search in 10 minutes on 2 CPU cores
+    python search.py                                  # numbers: a search of 8 minutes on 2 CPU cores
     python search.py --data cifar100 --walltime 3d    # the paper's search: three days on one GPU
     python search.py status runs/search-numbers       # progress of a search, from another terminal
-    python search.py importance runs/search-numbers   # which choices matter: Figure 4 of the paper
+    python search.py importance runs/search-numbers   # importance of each choice: Figure 4 of the paper
     python search.py report runs/search-numbers       # report.md: progress, importance, the ten best
 
-A search ends with the best configuration, its accuracy beside NEXcepTion's and Xception's own choices trained
-alike, and the command that trains the network in full. Kill it at any moment: the same command continues with
-every finished trial. `--trials` and `--walltime` may grow.
+A search ends with its best configuration, the test accuracy of that configuration beside NEXcepTion's and
+Xception's, and the command that trains the network in full. A search may be killed at any time: repeat the
+command to resume it, with larger `--trials` or `--walltime` if needed.
 
-A run folder holds `search.json` (what is searched), `trials.jsonl` (the finished trials, one per line) and
+A run folder holds `search.json` (the settings), `trials.jsonl` (the finished trials, one per line),
 `trials.csv` (the same as a table), `state.json` (Hyperband's brackets), `smac/` (a SMAC3 run folder, for
 DeepCAVE), `incumbent.json` (the network found, for `train.py --model`), `final.json` (the comparison) and
 `report.md` with its figures.
@@ -22,7 +22,6 @@ import contextlib
 import copy
 import csv
 import functools
-import importlib
 import io
 import itertools
 import json
@@ -32,6 +31,8 @@ import multiprocessing
 import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
+import pkgutil
+import re
 import signal
 import sys
 import tempfile
@@ -42,6 +43,7 @@ import zlib
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 from data import SMALL_SETS, Data, Plan, RunError, UsageError, cpu_count, lock_file, open_data, write_whole
@@ -86,18 +88,17 @@ from smac.random_design import ProbabilityRandomDesign
 from smac.runhistory import StatusType, TrialInfo, TrialValue
 from smac.runhistory.encoder import RunHistoryEncoder
 
-ETA = 3  # Hyperband keeps the best third for three times the epochs
-FAILURES_THAT_STOP = 5  # a search whose first trials all fail has a fault of its own
-SCHEDULER_PATIENCE = 30  # seconds to wait for an answer of a Dask scheduler
-RANDOM_START = 16  # random configurations before the forest has anything to learn from
-TREES, FEW_TREES = 100, 10  # in the forest behind the importances, and in those behind their intervals
-RESAMPLES, SHUFFLES = 100, 10  # of the trials, for the intervals; per choice, for what noise gives
-REPEATS = 3  # trainings of each network in the final comparison
+ETA = 3  # Hyperband promotes the best third of a stage to three times the epochs
+FAILURES_THAT_STOP = 5  # a search stops if its first trials all fail
+SCHEDULER_PATIENCE = 30  # seconds to connect to a Dask scheduler
+RANDOM_START = 16  # random configurations before the first forest is fitted
+TREES, FEW_TREES = 100, 10  # per forest: for the importances; for their intervals and noise levels
+RESAMPLES, SHUFFLES = 100, 10  # bootstrap samples for the intervals; shuffles per choice for the noise levels
+REPEATS = 3  # training runs of each network in the final comparison
 START_LIMIT = 300  # seconds for the imports of a trial process
-OUT_OF_MEMORY = 251  # exit status of a trial process above its memory limit
+OUT_OF_MEMORY = 251  # exit status of a trial process that exceeds its memory limit
 
-# For each objective: its cost (smaller is better) from what a trial reports, its value from the cost, how to
-# print a value, and the label of its axis.
+# objective -> cost of a trial's results (smaller is better), value of a cost, format of a value, axis label
 # fmt: off
 OBJECTIVES = {
     "accuracy": (lambda t: 1 - t["top1"] / 100, lambda c: 100 - 100 * c, "{:.2f}%", "validation top-1, %"),
@@ -106,7 +107,7 @@ OBJECTIVES = {
     "parameters": (lambda t: t["parameters"] / 1e6, lambda c: c, "{:.3f} M parameters", "parameters, M"),
 }
 # fmt: on
-IMPORTANCES = {  # the kinds of importance, see `importances`
+IMPORTANCES = {  # kind (see `importances`) -> title
     "local": "local variance share",
     "fanova": "fANOVA main effect",
     "improvement": "improvement ratio (DeepCAVE's)",
@@ -133,22 +134,22 @@ def decode(config: dict) -> dict:
 
 
 def current_space() -> dict[str, list[str]]:
-    """Return the values of each choice as strings, as the registries of `blocks.py` hold them now."""
+    """Return the values of each choice as strings, with those added to `blocks.py` at run time."""
     return {name: [encode(value) for value in values] for name, values in SPACE.items()}
 
 
 def points() -> dict[str, dict[str, str]]:
-    """Return NEXcepTion's and Xception's own choices, as configurations."""
+    """Return NEXcepTion's and Xception's choices as configurations."""
     return {name: {c: encode(getattr(model, c)) for c in SPACE} for name, model in POINTS.items()}
 
 
 def model_config(config: dict, base: str) -> ModelConfig:
-    """Return the network of a configuration, in the macro-architecture of the model named `base`."""
+    """Return the network of a configuration in the macro-architecture of the model named `base`."""
     return replace(MODELS[base], **decode(config))
 
 
 class Pool(ConfigurationSpace):
-    """A space in which the configurations of a list, `pool`, are the only ones."""
+    """A space restricted to the configurations in its list `pool`."""
 
     def sample_configuration(self, size=None):
         drawn = [self.pool[i] for i in self.random.randint(len(self.pool), size=size or 1)]
@@ -158,10 +159,8 @@ class Pool(ConfigurationSpace):
         return len(self.pool)
 
 
-def configspace(
-    space: dict[str, list[str]] | None = None, seed: int = 0, pool: list[dict] | None = None
-) -> ConfigurationSpace:
-    """Return the space of section 3, 61,440 configurations, or another one; of `pool` alone, where given."""
+def configspace(space: dict | None = None, seed: int = 0, pool: list | None = None) -> ConfigurationSpace:
+    """Return a space (default: the paper's 61,440 configurations), restricted to `pool` if given."""
     result = (Pool if pool else ConfigurationSpace)(name="nexception", seed=seed)
     values = (space or current_space()).items()
     result.add([CategoricalHyperparameter(name, list(names)) for name, names in values])
@@ -171,7 +170,7 @@ def configspace(
 
 
 def short(config: dict) -> str:
-    """Return a configuration in a few characters: `patchify 5 blur bottleneck SE gelu@2 batch@12`."""
+    """Abbreviate a configuration: `patchify 5 blur bottleneck SE gelu@2 batch@12`."""
     if set(config) != set(SPACE):
         return " ".join(f"{name}={value}" for name, value in config.items())
     c = {name: str(value).replace("none", "-") for name, value in config.items()}
@@ -183,9 +182,8 @@ def short(config: dict) -> str:
 # --------------------------------------------------------------------------------------------------
 # Options
 
-
-# Defaults of a search: shape of the networks, lowest and highest budget (epochs), wall time, time limit of a
-# trial, batch. On numbers, ranks after one epoch say nothing of ranks after nine (results/README.md).
+# data -> macro-architecture, lowest and highest budget (epochs), wall time, time limit of a trial, batch. On
+# numbers, ranks after one epoch are unrelated to ranks after nine (README.md).
 DEFAULTS = {
     "numbers": ("nexception_nano", 3, 9, "5m", "3m", 32),
     "digits": ("nexception_nano", 1, 9, "7m", "2m", 64),
@@ -196,34 +194,35 @@ OTHERS = ("nexception_reduced", 5, 45, "3d", "2h", 64)
 # fmt: off
 @dataclass
 class Options:
-    """Search for the best network of the design space. The same command continues a search."""
+    """Search for the best network of the design space. Repeat the command to continue a search."""
 
     data: str = option("numbers", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
     root: str = option("data", "folder of the CIFAR files")
-    model: str = option("", "shape of the networks (default: nexception_nano; nexception_reduced for CIFAR)")
+    model: str = option("", "macro-architecture (default: nexception_nano for numbers and digits, else "
+                        "nexception_reduced)", choices=tuple(MODELS))
     out: str = option("", "run folder (default: runs/search-DATA)")
-    trials: int = option(0, "stop after this many trials in total (default: --walltime decides)", 0)
+    trials: int = option(0, "stop after this many trials in total (default: no limit)", 0)
     walltime: str = option("", "stop after this time in total: 90s, 10m (default without --trials: 5m to 3d)")
-    sampler: str = option("smac", "a forest in Hyperband, random draws in it, or random draws at full budget",
-                          choices=("smac", "hyperband", "random"))
+    sampler: str = option("smac", "Hyperband with a random forest, Hyperband alone, or random search at the "
+                          "highest budget", choices=("smac", "hyperband", "random"))
     min_epochs: int = option(0, "lowest budget in epochs (default: numbers 3, digits 1, others 5)", 0)
     max_epochs: int = option(0, "highest budget: the lowest times a power of 3 (default: 9, others 45)", 0)
-    objectives: str = option("accuracy", "for a Pareto front: accuracy,throughput or macs or parameters")
-    priors: bool = option(True, "start with the choices of NEXcepTion and Xception")
+    objectives: str = option("accuracy", "several give a Pareto front: accuracy,throughput,macs,parameters")
+    priors: bool = option(True, "start with NEXcepTion's and Xception's choices")
     batch: int = option(0, "images per training batch (default: 32 for numbers, else 64)", 0)
-    workers: int = option(0, "concurrent trials (default: CPU cores up to 4, or by --workers-per-gpu)", 0)
-    workers_per_gpu: int = option(1, "concurrent trials on each GPU", 1)
+    workers: int = option(0, "concurrent trials (default: CPU cores up to 4; GPUs: --workers-per-gpu)", 0)
+    workers_per_gpu: int = option(1, "concurrent trials per GPU", 1)
     scheduler: str = option("", "address of a Dask cluster that runs the trials, tcp://host:8786")
-    time_limit: str = option("", "stop a trial that takes longer (default: 2m to 2h)")
-    memory_limit: float = option(0.0, "stop a trial that takes more, GB (default: 0.9 RAM / workers)", 0)
+    time_limit: str = option("", "time limit of a trial (default: 2m to 2h)")
+    memory_limit: float = option(0.0, "memory limit of a trial in GB (default: 0.9 RAM / workers)", 0)
     compile: bool = option(False, "torch.compile the network of each trial; pays off in long trials on GPUs")
     device: str = option("auto", "auto (all GPUs, else the CPU), cpu, cuda, cuda:1, ...")
-    grow: str = option("", "write the network found in this size of NEXcepTion", choices=("", "t", "s", "tp"))
-    seed: int = option(0, "seed of the sampler, from which that of each trial follows", 0, 2**32 - 1)
+    grow: str = option("", "NEXcepTion size in which to write the best network", choices=("", "t", "s", "tp"))
+    seed: int = option(0, "seed of the sampler, from which the trials' seeds are derived", 0, 2**32 - 1)
     # fmt: on
 
     def resolved(self) -> Options:
-        """Fill in the defaults that depend on the data; UsageError for contradictions."""
+        """Fill in the defaults that depend on the data. Raises UsageError for contradictions."""
         o = replace(self)
         model, lowest, highest, walltime, time_limit, batch = DEFAULTS.get(o.data, OTHERS)
         o.model, o.batch, o.time_limit = o.model or model, o.batch or batch, o.time_limit or time_limit
@@ -235,41 +234,29 @@ class Options:
         names = o.objectives.split(",")
         if names[0] != "accuracy" or len(set(names)) < len(names) or set(names) - set(OBJECTIVES):
             known = ", ".join(name for name in OBJECTIVES if name != "accuracy")
-            raise UsageError(f"--objectives {o.objectives}: takes accuracy first, then any of {known}")
+            raise UsageError(f"--objectives {o.objectives}: give accuracy first, then any of {known}")
         if o.batch == 1:
             raise UsageError("--batch 1: batch norm needs at least 2 images")
-        if o.model not in MODELS:
-            raise UsageError(f"--model {o.model}: is none of {', '.join(MODELS)}")
         return o
 
 
 def seconds(text: str, name: str) -> float:
-    """Return `90s`, `10m`, `12h`, `3d` or plain seconds as seconds; an empty text means no limit."""
+    """Parse `90s`, `10m`, `12h`, `3d` or plain seconds; an empty text means no limit."""
     if not text:
         return math.inf
-    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    try:
-        value = float(text[:-1]) * unit[text[-1]] if text[-1] in unit else float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < math.inf:
+    found = re.fullmatch(r"(\d*\.?\d+)([smhd]?)", text)
+    if not found or not float(found[1]):
         raise UsageError(f"{name} {text}: write a time as 90s, 10m, 12h or 3d")
-    return value
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def clock(span: float) -> str:
-    """Return seconds as people read them: 4.2 s, 3:20, 2:03:20."""
-    if span < 60:
-        return f"{span:.1f} s"
-    minutes, rest = divmod(round(span), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    """Format seconds: 4.2 s, 3:20, 2:03:20."""
+    return f"{span:.1f} s" if span < 60 else str(timedelta(seconds=round(span))).lstrip("0:")
 
 
 def check_budgets(lowest: int, highest: int) -> list[int]:
-    """Return the budgets from lowest to highest by factors of 3; UsageError with the nearest that fit."""
-    if highest < lowest:
-        raise UsageError(f"--max-epochs {highest} is below --min-epochs {lowest}")
+    """Return the budgets from lowest to highest by factors of 3. Raises UsageError if there are none."""
     budgets = [lowest]
     while budgets[-1] * ETA <= highest:
         budgets.append(budgets[-1] * ETA)
@@ -282,45 +269,43 @@ def check_budgets(lowest: int, highest: int) -> list[int]:
 
 
 def trial_devices(o: Options) -> list[tuple[str, int]]:
-    """Return where each of the concurrent trials runs: (device, CPU threads; 0 for PyTorch's default)."""
+    """Return (device, CPU threads) of each concurrent trial; 0 threads: PyTorch's default."""
     if o.scheduler:
         return [("auto", 0)] * (o.workers or 1)
-    device = pick_device(o.device)
-    if device.type == "cpu":
+    device = str(pick_device(o.device))
+    if device.startswith("cpu"):
         workers = o.workers or min(cpu_count(), 4)
         return [("cpu", max(1, cpu_count() // workers))] * workers
-    several = device.index is None and device.type == "cuda"
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if several else [str(device)]
-    workers = o.workers or len(gpus) * o.workers_per_gpu
-    return [(gpus[i % len(gpus)], 1) for i in range(workers)]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else [device]
+    return [(gpus[i % len(gpus)], 1) for i in range(o.workers or len(gpus) * o.workers_per_gpu)]
 
 
 # --------------------------------------------------------------------------------------------------
 # The trial
 
-open_once = functools.cache(open_data)  # the data stay on their device for the next trials of a process
+open_once = functools.cache(open_data)  # keeps the data on their device for later trials of the process
 
 
 def trial_settings(changes: dict) -> dict:
-    """Return the settings of a trial (see `train`): those of the default search, with changes."""
+    """Return the settings of a trial (see `train`): the default search's, updated with `changes`."""
     s = {"data": "numbers", "root": "data", "model": "nexception_nano", "device": "auto", "compile": False}
     s |= {"precision": "auto", "objectives": ["accuracy"], "split": "val"} | changes
     return {"batch": DEFAULTS.get(s["data"], OTHERS)[-1], **s}
 
 
 def train(config: dict, seed: int, budget: float, settings: dict | None = None):
-    """Build the small network of a configuration, train it for `budget` epochs and score it.
+    """Train the network of a configuration for `budget` epochs and evaluate it.
 
-    This is SMAC's target function, also for SMAC facades of your own.
+    This is the target function of the search; any SMAC facade can use it.
 
     Args:
         config: a value for each choice of `SPACE`, as strings (see `encode`).
-        settings: what differs from the default search: data, root, model, batch, device, compile, precision
-            ("auto", "bf16", "fp16" or "off"), objectives, and the split to score ("val"; "test" for the
-            final comparison, where the data have one).
+        settings: changes to the default search's settings: data, root, model, batch, device, compile,
+            precision ("auto", "bf16", "fp16" or "off"), objectives, and the split to evaluate ("val"; "test"
+            for the final comparison, if the data have one).
 
     Returns:
-        The cost, or a list of costs where there are several objectives, and a dictionary of other results.
+        The cost (a list for several objectives) and a dictionary of further results.
         Raises RunError when the loss is not finite.
     """
     s = trial_settings(settings or {})
@@ -328,7 +313,7 @@ def train(config: dict, seed: int, budget: float, settings: dict | None = None):
     if device.type == "cpu":
         keep_large_buffers()
     else:
-        torch.cuda.set_device(device.index or 0)  # starts CUDA, without which resetting its statistics fails
+        torch.cuda.set_device(device.index or 0)  # initializes CUDA; resetting its statistics needs that
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats(device)
     options = trial_options(s, epochs, seed, device)
@@ -340,11 +325,11 @@ def train(config: dict, seed: int, budget: float, settings: dict | None = None):
     network = model_config(config, s["model"])
     network = create_model(network, num_classes=len(data.classes), input_size=data.transform.size)
     training = Training(network, options, Process(device=device))
-    scored = {epochs // ETA**k for k in range(epochs) if epochs % ETA**k == 0}  # the budgets up to it
+    scored = {epochs // ETA**k for k in range(epochs) if epochs % ETA**k == 0}  # this budget and lower ones
     curve = fit(training, data, score_after=scored)
-    scores, split = {"top1": curve[-1]["val_top1"], "loss": curve[-1]["val_loss"]}, "val"
-    if s["split"] != "val" and s["split"] in data.splits:
-        split = s["split"]
+    split = s["split"] if s["split"] in data.splits else "val"
+    scores = {"top1": curve[-1]["val_top1"], "loss": curve[-1]["val_loss"]}
+    if split != "val":
         scores = evaluate(training.scored, data, split, training.amp)
     info = {
         "top1": scores["top1"],
@@ -355,7 +340,7 @@ def train(config: dict, seed: int, budget: float, settings: dict | None = None):
         "training_images_per_second": float(np.median([epoch["images_per_second"] for epoch in curve])),
         "inference_images_per_second": inference_speed(network, data, training.amp, s["objectives"]),
         "seconds": time.perf_counter() - begun,
-        # Of each epoch: mean training loss, validation top-1 in percent (None: not evaluated)
+        # per epoch: mean training loss, validation top-1 in percent (None: not evaluated)
         "curve": [
             [round(epoch["train_loss"], 5), round(epoch["val_top1"], 3) if i in scored else None]
             for i, epoch in enumerate(curve, 1)
@@ -370,19 +355,16 @@ def train(config: dict, seed: int, budget: float, settings: dict | None = None):
     return costs if len(costs) > 1 else costs[0], info
 
 
-TRAIN = f"{train.__module__}:{train.__qualname__}"
-
-
 def fastest_precision(model: str, device: str) -> str:
-    """Return the mixed precision that pays off on a device: "bf16", "fp16" or "off"."""
+    """Return the fastest precision of training a model on a device: "bf16", "fp16" or "off"."""
     device = pick_device(device)
-    if device.type == "cpu":  # AMX makes bf16 1.6 times as fast at the paper's width; at nano's, no faster
+    if device.type == "cpu":  # with AMX, bf16 is 1.6 times as fast at the paper's width, no faster at nano's
         return "bf16" if model != "nexception_nano" and torch.cpu._is_amx_tile_supported() else "off"
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype("auto", device), "off")
 
 
 def trial_options(settings: dict, epochs: int, seed: int, device: torch.device) -> TrainOptions:
-    """Return the recipe of `train.py` with the trial's epochs, of which at most a quarter are warm-up."""
+    """Return the recipe of `train.py` for a trial: its epochs, of which at most a quarter are warm-up."""
     s, usual = settings, resolve(TrainOptions(data=settings["data"], model=settings["model"]))
     precision = fastest_precision(s["model"], str(device)) if s["precision"] == "auto" else s["precision"]
     return replace(
@@ -394,9 +376,9 @@ def trial_options(settings: dict, epochs: int, seed: int, device: torch.device) 
 
 @torch.inference_mode()
 def inference_speed(network: torch.nn.Module, data: Data, amp: torch.dtype | None, objectives: list) -> float:
-    """Return images per second in evaluation mode: the median of ten batches; of three if it is no objective.
+    """Return images per second in evaluation mode: the median of ten batches after one for warm-up.
 
-    On a CPU, ten batches take a sixth of the time of a short trial. One batch before them warms up.
+    Three batches if throughput is no objective: on a CPU, ten take a sixth of the time of a short trial.
     """
     device = next(network.parameters()).device
     images = data.transform.normalize(next(iter(data.eval_batches("val")))[0])
@@ -413,33 +395,27 @@ def inference_speed(network: torch.nn.Module, data: Data, amp: torch.dtype | Non
 
 
 # --------------------------------------------------------------------------------------------------
-# Trial processes: warm, killable, one trial at a time
+# Trial processes
 
-_memory = {"peak": 0, "limit": math.inf}  # resident bytes; in a trial process
-
-
-def import_target(target: str):
-    """Return the function that `module:name` names."""
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
+_memory = {"peak": 0, "limit": math.inf}  # of a trial process, resident bytes
 
 
 def prepare_process(job: dict, log: str) -> None:
-    """Run once in each trial process, before the clock of its first trial starts."""
-    os.setsid()  # signals to the search's process group are for the search to act on
+    """Initialize a trial process, before the time of its first trial starts to count."""
+    os.setsid()  # only the search handles signals to its process group
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.unlink(log)  # the search has it open
+    os.unlink(log)  # the search keeps it open
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     threading.Thread(target=watch, daemon=True).start()
-    with contextlib.suppress(Exception):  # the trial meets the same error, and reports it
-        import_target(job["target"])
+    with contextlib.suppress(Exception):  # the trial raises the same error again and reports it
+        pkgutil.resolve_name(job["target"])
 
 
 def watch() -> None:
-    """End this process when its parent dies, or when it holds more memory than the trial may."""
+    """End this process when its parent dies or when it exceeds its memory limit."""
     parent, process = multiprocessing.parent_process(), psutil.Process()
     while parent.is_alive():
         _memory["peak"] = max(_memory["peak"], process.memory_info().rss)
@@ -450,19 +426,19 @@ def watch() -> None:
 
 
 def answer(job: dict) -> dict:
-    """Run a job in a trial process; whatever happens, return {"status", "cost", "info"}."""
+    """Run a job in a trial process; return {"status", "cost" (of a success), "info"}, also for exceptions."""
     _memory.update(peak=0, limit=job["memory_limit"])
     try:
-        arguments = [job["config"], job["seed"], job["budget"]]
-        result = import_target(job["target"])(*arguments, *([job["settings"]] if job["settings"] else []))
+        arguments = [job[name] for name in ("config", "seed", "budget", "settings") if job[name] is not None]
+        result = pkgutil.resolve_name(job["target"])(*arguments)
         cost, info = result if isinstance(result, tuple) else (result, {})
-        costs = [float(value) for value in (cost if isinstance(cost, (list, tuple)) else [cost])]
-        if not all(math.isfinite(value) for value in costs):
+        costs = np.atleast_1d(cost).astype(float).tolist()
+        if not np.isfinite(costs).all():
             raise FloatingPointError(f"diverged: the cost is {costs}")
-        json.dumps(info)
+        json.dumps(info)  # the journal must be able to hold it
         info = {**info, "peak_rss_mb": round(_memory["peak"] / 1e6)}
         return {"status": "success", "cost": costs, "info": info}
-    except BaseException as error:  # SystemExit and KeyboardInterrupt too: no trial may end the search
+    except BaseException as error:  # including SystemExit and KeyboardInterrupt: no trial ends the search
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
         info = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-4000:]}
         return {"status": "memoryout" if memory else "crashed", "info": info}
@@ -471,15 +447,14 @@ def answer(job: dict) -> dict:
 
 
 class TrialProcess:
-    """A spawned process for trials, in a pebble pool of its own: ending one trial never touches another."""
+    """A spawned process that runs trials one by one, in a pebble pool of its own so that it can be killed."""
 
     def __init__(self, job: dict):
-        handle, path = tempfile.mkstemp(prefix="trial-")
-        self.log = os.fdopen(handle, "rb")
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPool(1, initializer=prepare_process, initargs=(job, path), context=spawn)
-        # Ctrl-C is for the search alone, also while the process starts: it inherits the mask of this thread
-        # (which the start of multiprocessing's tracker would lift).
+        self.log = tempfile.NamedTemporaryFile(prefix="trial-", delete=False)  # noqa: SIM115
+        arguments, spawn = (job, self.log.name), multiprocessing.get_context("spawn")
+        self.pool = ProcessPool(1, initializer=prepare_process, initargs=arguments, context=spawn)
+        # Only the search handles Ctrl-C, also while the process starts: the process inherits the signal mask
+        # of this thread (which starting multiprocessing's resource tracker would reset).
         multiprocessing.resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -488,10 +463,10 @@ class TrialProcess:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def run(self, job: dict) -> dict:
-        """Return the outcome of a trial within the job's limits on time (seconds) and memory (bytes)."""
+        """Run a trial within the job's limits of time (seconds) and memory (bytes); return its outcome."""
         begun, ended = time.time(), True
         try:
-            self.future.result(START_LIMIT)  # the imports do not count as time of the first trial
+            self.future.result(START_LIMIT)  # imports do not count as time of the first trial
             begun = time.time()
             self.future = self.pool.schedule(answer, (job,), timeout=job["time_limit"])
             outcome, ended = self.future.result(), False
@@ -502,7 +477,7 @@ class TrialProcess:
             code, status = getattr(end, "exitcode", None), "memoryout"
             if code == OUT_OF_MEMORY:
                 error = f"above --memory-limit, {job['memory_limit'] / 1e9:.2f} GB"
-            elif code == -signal.SIGKILL:  # on Linux the kernel's way to free memory
+            elif code == -signal.SIGKILL:  # as sent by Linux when memory runs out
                 error = "killed by the system, most likely out of memory"
             else:
                 status, error = "crashed", f"the trial process died with status {code}"
@@ -510,17 +485,17 @@ class TrialProcess:
             tail = self.log.read()[-2000:].decode(errors="replace")
             outcome = {"status": status, "info": {"error": error, "traceback": tail}}
         if ended or outcome["status"] == "memoryout" or "CUDA" in outcome["info"].get("error", ""):
-            self.close()  # it is dead, or its next trial might meet the same error
+            self.close()  # dead, or the next trial might fail with the same error
         return {**outcome, "start": begun, "end": time.time()}
 
     def close(self) -> None:
-        """Kill the process, and end a `run` that waits for it with CancelledError."""
+        """Kill the process; a `run` that waits for it raises CancelledError."""
         self.future.cancel()
         self.pool.stop()
         self.pool.join()
 
 
-_idle: dict[tuple, list[TrialProcess]] = {}  # by (target, device, threads); of this process
+_idle: dict[tuple, list[TrialProcess]] = {}  # of this process, by (target, device, threads)
 _busy: set[TrialProcess] = set()
 
 
@@ -528,14 +503,14 @@ def run_trial(job: dict) -> dict:
     """Run a trial in a warm process and return its outcome: status, cost (of a success), info, start, end.
 
     job: target ("module:function"), config, seed, budget, settings (None, or the target's fourth argument),
-    device and threads (0 for PyTorch's default), time_limit (seconds), memory_limit (bytes).
+    device and threads (0: PyTorch's default), time_limit (seconds), memory_limit (bytes).
     """
-    # Workers that Dask's nanny starts are daemons, which may not have children unless they say so.
+    # Dask's nanny starts its workers as daemons, which multiprocessing does not allow to have children.
     multiprocessing.current_process().daemon = False
     idle = _idle.setdefault((job["target"], job["device"], job["threads"]), [])
     while idle:
         process = idle.pop()
-        if process.pool.active:  # unless the system has killed it meanwhile
+        if process.pool.active:  # False if the system has killed the process since
             break
     else:
         process = TrialProcess(job)
@@ -551,12 +526,12 @@ def run_trial(job: dict) -> dict:
 
 def close_trial_processes() -> None:
     """Kill all trial processes of this process."""
-    for process in [*_busy, *(process for idle in _idle.values() for process in idle)]:
+    for process in [*_busy, *itertools.chain(*_idle.values())]:
         process.close()
     _idle.clear()
 
 
-# Before multiprocessing waits for its children, also where atexit functions come too late: in Dask's workers.
+# Runs before multiprocessing waits for its children; in Dask's workers, atexit functions run too late.
 multiprocessing.util.Finalize(None, close_trial_processes, exitpriority=100)
 
 # --------------------------------------------------------------------------------------------------
@@ -564,7 +539,7 @@ multiprocessing.util.Finalize(None, close_trial_processes, exitpriority=100)
 
 
 def parse_rows(content: bytes) -> list[dict]:
-    """Return the rows of a journal; a last line that a kill cut short is no finished trial."""
+    """Parse the rows of a journal, except for a last line that a kill left incomplete."""
     return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
@@ -577,23 +552,22 @@ def read_json(path: Path) -> dict:
 
 
 class Journal:
-    """The finished trials, one JSON object per line, on the disk before SMAC hears of them.
+    """The finished trials, one JSON object per line, written to disk before SMAC is told.
 
     A row: config, seed (of the training), smac_seed (the same for all), budget (epochs), status ("success",
     "crashed", "timeout", "memoryout"), cost (a list, one value per objective, smaller is better; finite for
     failures too), start and end (seconds since 1970), elapsed (seconds of search so far), origin (who
-    proposed it), info (what the trial reported). UsageError when another search holds the folder.
+    proposed it), info (the trial's results). Raises UsageError if another search holds the folder.
     """
 
     def __init__(self, path: Path):
-        path.touch()
-        self.file = open(path, "r+b")  # noqa: SIM115 (open as long as the search)
+        self.file = open(path, "a+b")  # noqa: SIM115 (open as long as the search)
         if not lock_file(self.file):
             raise UsageError(f"another search is running in {path.parent}: wait, or give another --out")
+        self.file.seek(0)
         content = self.file.read()
         self.rows = parse_rows(content)
-        self.file.seek(content.rfind(b"\n") + 1)
-        self.file.truncate()
+        self.file.truncate(content.rfind(b"\n") + 1)
 
     def append(self, row: dict) -> None:
         self.file.write(json.dumps(row).encode() + b"\n")
@@ -609,7 +583,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def settings_of(folder: Path) -> dict:
-    """Return what a run folder searches (see `Search`), with the defaults of the version that began it."""
+    """Return the settings of a run folder; missing ones get the default of the version that began it."""
     found = read_json(folder / "search.json")
     if not found:
         raise UsageError(f"{folder} is not the folder of a search: it has no readable search.json")
@@ -617,11 +591,10 @@ def settings_of(folder: Path) -> dict:
 
 
 def best_rows(rows: list[dict], budget: float) -> list[dict]:
-    """Return the incumbents at a budget: trials that none beats in every objective, most accurate first."""
+    """Return the Pareto front at a budget, best top-1 first; with one objective, the incumbent alone."""
     front: list[dict] = []
     for row in sorted(successes(rows, budget), key=lambda row: row["cost"]):
-        costs = [zip(other["cost"], row["cost"], strict=True) for other in front]
-        if not any(all(a <= b for a, b in pairs) for pairs in costs):
+        if not any(np.less_equal(other["cost"], row["cost"]).all() for other in front):
             front.append(row)
     return front
 
@@ -637,7 +610,7 @@ def accuracy(row: dict) -> float:
 
 
 def result_text(costs: list[float], objectives: list[str]) -> str:
-    """Return costs as people read them: 98.15%  2,310 images/s  12.3 MMACs  0.41 M parameters."""
+    """Format costs as values: 98.15%  2,310 images/s  12.3 MMACs  0.41 M parameters."""
     pairs = zip(objectives, costs, strict=False)
     return "  ".join(OBJECTIVES[name][2].format(OBJECTIVES[name][1](cost)) for name, cost in pairs)
 
@@ -649,7 +622,7 @@ def incumbent_text(rows: list[dict], settings: dict) -> str:
 
 
 def write_csv(folder: Path, rows: list[dict], settings: dict) -> None:
-    """Write trials.csv: one row per trial, with columns that pandas reads in one line."""
+    """Write trials.csv, one row per trial."""
     names = {"top1": "accuracy", "loss": "loss", "parameters": "parameters", "macs": "macs"}
     names |= {"training_images_per_second": "images_per_second", "precision": "precision", "error": "error"}
     text = io.StringIO()
@@ -668,7 +641,7 @@ def write_csv(folder: Path, rows: list[dict], settings: dict) -> None:
 
 
 def one_hot(codes: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Return codes of unordered choices, (N, P), as indicator columns, (N, sum of sizes)."""
+    """Encode unordered choices, (N, P) integers, as indicator columns, (N, sum of sizes)."""
     codes = codes.astype(int)
     columns = [np.eye(size, dtype=np.float32)[codes[:, i]] for i, size in enumerate(sizes)]
     return np.concatenate(columns, axis=1)
@@ -676,14 +649,14 @@ def one_hot(codes: np.ndarray, sizes: list[int]) -> np.ndarray:
 
 def every_point(sizes: list[int]) -> np.ndarray:
     """Return the codes of all configurations, (product of sizes, P)."""
-    return np.stack([axis.ravel() for axis in np.meshgrid(*map(np.arange, sizes), indexing="ij")], axis=1)
+    return np.indices(sizes).reshape(len(sizes), -1).T
 
 
 class OneHotForest(RandomForest):
-    """SMAC's random forest, on indicator columns instead of the arbitrary integer codes of the choices.
+    """SMAC's random forest on indicator columns instead of arbitrary integer codes of the choices.
 
-    SMAC has no option for the encoding, so this overrides the methods that its models are made of. By default
-    its forest allows 2**20 leaves, and scikit-learn sets aside room for all of them: a second per forest.
+    SMAC has no option for the encoding, so this overrides private methods of its models. The number of leaves
+    is unlimited, as scikit-learn allocates memory for SMAC's limit of 2**20: a second per forest.
     """
 
     def __init__(self, space: ConfigurationSpace, seed: int):
@@ -705,50 +678,46 @@ class OneHotForest(RandomForest):
 
 
 class BestOfAll(AbstractAcquisitionMaximizer):
-    """Score every configuration of the space: exact where local search samples, and faster.
+    """Maximize the acquisition function over all configurations: exact, and faster than SMAC's local search.
 
-    `proposed`, to be set, returns the configurations proposed so far, the latest last.
+    `proposed()` returns the configurations proposed so far, latest last.
     """
 
-    CANDIDATES = 8  # SMAC takes one, or draws a random configuration, and asks again
-    DISTANCE = 3  # choices in which the configurations of one bracket differ, where they can
+    CANDIDATES = 8  # returned per call; SMAC takes one of them or a random configuration, then calls again
+    DISTANCE = 3  # minimum number of choices in which configurations of a bracket differ, where possible
 
-    def __init__(self, space: ConfigurationSpace, seed: int):
+    def __init__(self, space: ConfigurationSpace, seed: int, proposed):
         super().__init__(space, seed=seed)
         self._points = every_point([len(space[name].choices) for name in space]).astype(float)
         if isinstance(space, Pool):
             self._points = np.array([config.get_array() for config in space.pool])
-        self._trained = 0
-        self.proposed = list
+        self._trained, self._proposed = 0, proposed
 
     def _maximize(self, previous_configs, n_points):
-        proposed, function = self.proposed(), self.acquisition_function
+        proposed, function = self._proposed(), self.acquisition_function
         if function.model.trained != self._trained:
-            # The public call takes Configurations, of which 61,440 would take seconds to make.
+            # The public method takes Configuration objects; creating 61,440 of them takes seconds.
             self._trained, self._values = function.model.trained, function._compute(self._points).ravel()
-        elif proposed:  # one bracket, drawn from one forest: keep it from being one idea in nine variations
+        elif proposed:  # same bracket, same forest: exclude configurations that hardly differ from the last
             last = proposed[-1].get_array()
             self._values[(self._points != last).sum(axis=1) < self.DISTANCE] = -1.0
-        known = {tuple(config.get_array()) for config in proposed}
-        best = []
-        for i in np.lexsort((self._rng.rand(len(self._values)), -self._values)):
-            if tuple(self._points[i]) not in known:
-                config = Configuration(self._configspace, vector=self._points[i])
-                config.origin = "expected improvement"
-                best.append((self._values[i], config))
-            if len(best) == self.CANDIDATES:
-                break
-        return best or [(0.0, previous_configs[0])]  # SMAC skips what it knows, but wants a list
+        known, best = {tuple(config.get_array()) for config in proposed}, []
+        order = np.lexsort((self._rng.rand(len(self._values)), -self._values))  # ties in random order
+        unknown = (i for i in order if tuple(self._points[i]) not in known)
+        for i in itertools.islice(unknown, self.CANDIDATES):
+            config = Configuration(self._configspace, vector=self._points[i], origin="expected improvement")
+            best.append((self._values[i], config))
+        return best or [(0.0, previous_configs[0])]  # SMAC requires a list and skips known configurations
 
 
 class ExactHyperband(Hyperband):
-    """Hyperband with the brackets of its paper, which also finishes spaces smaller than its brackets.
+    """Hyperband with exactly the brackets of its paper, also in spaces smaller than a bracket.
 
-    SMAC computes brackets with floating-point logarithms and powers: it leaves one out for budgets from 1 to
-    243, and from 1 to 729 the last stage of its first bracket is empty. When it runs out of configurations
-    within a bracket, it stops and forgets those it has drawn. Here such a bracket is smaller, and later ones
-    take up configurations at budgets that they have not had, until all have had the highest. SMAC publishes
-    nothing for that; these are the hooks by which it makes Hyperband from successive halving.
+    SMAC computes brackets with floating-point logarithms and powers: from 1 to 243 epochs a bracket is
+    missing, and from 1 to 729 the last stage of the first is empty. When it runs out of configurations within
+    a bracket, it stops and discards those already drawn. Here such a bracket is smaller, and later brackets
+    run known configurations at budgets that they have not had, until all have run at the highest. SMAC has no
+    public interface for this; its Hyperband overrides the same methods of successive halving.
     """
 
     @staticmethod
@@ -769,7 +738,7 @@ class ExactHyperband(Hyperband):
 
     def set_state(self, state):
         super().set_state(state)
-        self._tracker[0, 0]  # SMAC fills a tracker without any bracket from the trials it knows
+        self._tracker[0, 0]  # creates a bracket: SMAC fills a tracker without any from the run history
 
     def known(self) -> list[Configuration]:
         """Return all configurations proposed so far."""
@@ -783,7 +752,6 @@ class ExactHyperband(Hyperband):
         return self._drawn
 
     def _get_next_bracket(self):
-        drawn = []
         for _ in range(self._s_max + 1):
             bracket = super()._get_next_bracket()
             drawn = self._draw(bracket)
@@ -794,11 +762,11 @@ class ExactHyperband(Hyperband):
         return bracket
 
     def _draw(self, bracket: int) -> list[Configuration]:
-        """Return new configurations for a bracket; once there are none, those without its first budget."""
+        """Return new configurations for a bracket, then known ones that have not run at its first budget."""
         wanted, drawn, known = self._planned[bracket][0], [], set(self.known())
         while len(drawn) < wanted and len(known) < self._scenario.configspace.estimate_size():
             config = next(self._config_generator)
-            if config not in known:  # SMAC repeats itself as long as it has no results
+            if config not in known:  # SMAC repeats configurations as long as it has no results
                 known.add(config)
                 drawn.append(config)
                 self._known = drawn
@@ -813,63 +781,59 @@ class ExactHyperband(Hyperband):
         return drawn
 
     def _get_best_configs(self, configs, bracket, stage, from_keys):
-        if stage + 1 < len(self._planned[bracket]):  # of a bracket that fell short, no more than there are
+        if stage + 1 < len(self._planned[bracket]):  # a smaller bracket promotes at most what it has
             planned = self._planned[bracket][stage + 1]
             self._n_configs_in_stage[bracket][stage + 1] = min(planned, len(configs))
         return super()._get_best_configs(configs, bracket, stage, from_keys)
 
 
 class Sampler:
-    """SMAC's facade to ask and tell: it runs nothing and reads nothing from the folder itself.
+    """Ask-and-tell interface to a SMAC facade: runs no trials and reads no files; SMAC writes to `folder`.
 
-    A single budget makes Hyperband plain Bayesian optimization. The first configurations are NEXcepTion's and
-    Xception's (`priors`), then random ones, then the forest's. `crash_cost` is one cost per objective. Of the
-    settings of `search.json` it reads space, seed, objectives, priors, sampler and budgets.
+    The first configurations are NEXcepTion's and Xception's (`priors`), then random ones, then the forest's.
+    With a single budget, Hyperband is plain Bayesian optimization. Of the settings in `search.json` it reads
+    space, seed, objectives, priors, sampler and budgets. `crash_cost` has one cost per objective.
 
-    With a `pool` of configurations it proposes these alone, until all have had the highest budget: `play` in
-    bench.py searches among finished trials. `folder` is where SMAC writes.
+    With a `pool` it proposes only configurations of this list, until all have run at the highest budget:
+    `play` in bench.py searches among finished trials.
     """
 
     def __init__(self, folder: Path, settings: dict, crash_cost: list[float], pool: list[dict] | None = None):
         space, seed, names = settings["space"], settings["seed"], settings["objectives"]
         self.space, self._stages = configspace(space, seed, pool), len(settings["budgets"])
-        start = [(point, "prior") for point in settings["priors"] if not pool or point in pool]
+        priors = [point for point in settings["priors"] if not pool or point in pool]
         drawn = configspace(space, seed, pool).sample_configuration(RANDOM_START)
-        start += [(dict(config), "random") for config in drawn]
-        start = [Configuration(self.space, point, origin=origin) for point, origin in start]
+        start = [Configuration(self.space, point, origin="prior") for point in priors]
+        start += [Configuration(self.space, dict(config), origin="random") for config in drawn]
         logging.getLogger("smac").setLevel(logging.ERROR)
         scenario = Scenario(
             self.space, name="smac", output_directory=folder, deterministic=True, seed=seed,
             objectives=names if len(names) > 1 else names[0],
             crash_cost=crash_cost if len(names) > 1 else crash_cost[0],
             min_budget=settings["budgets"][0], max_budget=settings["budgets"][-1],
-            n_trials=10**9,  # the search's own loop counts
+            n_trials=10**9,  # the search itself counts them
         )  # fmt: skip
         self.intensifier = ExactHyperband(scenario, eta=ETA, incumbent_selection="highest_budget")
         facade, parts = HyperbandFacade, {}
         if settings["sampler"] == "smac":
-            facade, maximizer = MultiFidelityFacade, BestOfAll(self.space, seed)
-            maximizer.proposed = self.intensifier.known
-            parts = {"model": OneHotForest(self.space, seed), "acquisition_function": EI()}
-            parts |= {"acquisition_maximizer": maximizer}
+            facade, parts = MultiFidelityFacade, {"model": OneHotForest(self.space, seed)}
+            parts |= {"acquisition_maximizer": BestOfAll(self.space, seed, self.intensifier.known)}
+            parts |= {"acquisition_function": EI(), "runhistory_encoder": RunHistoryEncoder(scenario)}
             parts |= {"random_design": ProbabilityRandomDesign(0.2, seed=seed)}
-            parts |= {"runhistory_encoder": RunHistoryEncoder(scenario)}
-        # A budget's trials teach the forest once there are as many as choices.
-        selector = ConfigSelector(
-            scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(space)
-        )
+        # The forest uses the trials of a budget once there are as many as choices.
+        select = ConfigSelector(scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(space))
         self.smac = facade(
-            scenario, intensifier=self.intensifier, config_selector=selector,
+            scenario, intensifier=self.intensifier, config_selector=select,
             initial_design=RandomInitialDesign(scenario, n_configs=0, additional_configs=start),
             multi_objective_algorithm=ParEGO(scenario) if len(names) > 1 else None,
             logging_level=False, overwrite=True, **parts,
         )  # fmt: skip
 
     def replay(self, rows: list[dict], state: dict, elapsed: float = 0.0) -> None:
-        """Tell all finished trials, and return Hyperband's brackets to where they stood.
+        """Tell SMAC all finished trials and restore Hyperband's brackets.
 
-        Nothing is ever "running" afterwards: what a kill interrupted is a trial of a bracket without a
-        result, which SMAC asks for again. Without brackets (no or a broken `state.json`) new ones begin.
+        No trial counts as running afterwards: SMAC asks again for a trial of a bracket that has no result.
+        Without valid brackets (`state.json` missing or broken) new ones begin.
         """
         for row in rows:
             config = Configuration(self.space, row["config"], origin=row["origin"])
@@ -886,13 +850,13 @@ class Sampler:
         self._trials = iter(self.intensifier)
 
     def ask(self) -> TrialInfo | None:
-        """Return the next trial, or None when there is none before another one finishes."""
+        """Return the next trial, or None if a running one must finish first."""
         for _ in range(self._stages + 1):
             trial = next(self._trials, None)
             if trial is not None:
                 self.smac.runhistory.add_running_trial(trial)
                 return trial
-            self._trials = iter(self.intensifier)  # the last one may have ended with a promotion
+            self._trials = iter(self.intensifier)  # the previous iterator may have ended with a promotion
         return None
 
     def tell(self, trial: TrialInfo, row: dict) -> None:
@@ -900,7 +864,7 @@ class Sampler:
 
 
 def trial_value(row: dict) -> TrialValue:
-    """Return a row of the journal as SMAC wants to be told it."""
+    """Convert a row of the journal to the type that SMAC is told."""
     return TrialValue(
         cost=row["cost"] if len(row["cost"]) > 1 else row["cost"][0], time=row["end"] - row["start"],
         status=StatusType[row["status"].upper()], starttime=row["start"], endtime=row["end"],
@@ -912,7 +876,7 @@ def trial_value(row: dict) -> TrialValue:
 
 
 class Search:
-    """SMAC proposes, trial processes run, the journal remembers.
+    """A search: SMAC proposes trials, trial processes run them, the journal records them.
 
     `choices` is the space (default: `SPACE`). `target` is a function of an importable module, `target(config,
     seed, budget)` -> cost, list of costs, or either with a dictionary of plain values; `train` also gets the
@@ -921,13 +885,13 @@ class Search:
 
     def __init__(self, options: Options, choices: dict | None = None, target=train):
         self.options = o = options.resolved()
-        self.target = f"{target.__module__}:{target.__qualname__}"
+        self.default_target = target is train
         budgets = check_budgets(o.min_epochs, o.max_epochs)
         space = current_space() if choices is None else choices
         self.settings = {
             "space": {name: list(values) for name, values in space.items()},
-            "target": self.target, "data": o.data, "model": o.model, "batch": o.batch,
-            "budgets": budgets[-1:] if o.sampler == "random" else budgets,
+            "target": f"{target.__module__}:{target.__qualname__}", "data": o.data, "model": o.model,
+            "batch": o.batch, "budgets": budgets[-1:] if o.sampler == "random" else budgets,
             "objectives": o.objectives.split(","), "sampler": o.sampler,
             "priors": list(points().values()) if o.priors and choices is None else [],
             "seed": o.seed, "trial_seeds": "from the configuration", "precision": None,
@@ -936,11 +900,11 @@ class Search:
         self.trials, self.seconds = o.trials or math.inf, seconds(o.walltime, "--walltime")
         self.time_limit, memory = seconds(o.time_limit, "--time-limit"), psutil.virtual_memory().total
         self.memory_limit = o.memory_limit * 1e9 or 0.9 * memory / len(self.devices)
-        if self.target == TRAIN and not o.scheduler:  # no search for data that are not there
+        if self.default_target and not o.scheduler:  # raises UsageError if the data are missing
             open_data(o.data, Plan(batch=o.batch), root=o.root, workers=0).close()
         with torch.device("meta"):
             network = create_model(model_config(points()["NEXcepTion"], o.model))
-        worst = {"top1": 0.0, "inference_images_per_second": 0.0}  # what a failure costs, at twice the size
+        worst = {"top1": 0.0, "inference_images_per_second": 0.0}  # of a failure; twice NEXcepTion's size
         worst |= {"macs": 2 * count_macs(network), "parameters": 2 * count_parameters(network)}
         self.failed = [OBJECTIVES[name][0](worst) for name in self.settings["objectives"]]
         self.folder, self.client, self.lost, self.cluster = Path(o.out), None, False, set()
@@ -952,11 +916,10 @@ class Search:
                 raise UsageError(reason.replace("\n", " ")) from None
         try:
             self.adopt_folder()
-            if self.target == TRAIN and not self.settings["precision"]:
-                # One for all trials: unlike machines must not compare bfloat16 with float32.
-                args = fastest_precision, o.model, self.devices[0][0]
-                here = self.client.submit(*args).result() if self.client else fastest_precision(*args[1:])
-                self.settings["precision"] = here
+            if self.default_target and not self.settings["precision"]:
+                # One precision for all trials, so that accuracies of unlike machines are comparable.
+                find = functools.partial(fastest_precision, o.model, self.devices[0][0])
+                self.settings["precision"] = self.client.submit(find).result() if self.client else find()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.journal = Journal(self.folder / "trials.jsonl")
         except OSError as error:
@@ -979,7 +942,7 @@ class Search:
         return self.earlier + time.monotonic() - self.begun
 
     def adopt_folder(self) -> None:
-        """Take from the folder what has no option; UsageError with the differences from another search."""
+        """Take settings that have no option from the run folder. Raises UsageError if others differ."""
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
         before, now = settings_of(self.folder), self.settings
@@ -987,27 +950,24 @@ class Search:
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if changed:
             lines = "; ".join(f"{name} was {before.get(name)}, is now {now.get(name)}" for name in changed)
-            raise UsageError(f"{self.folder} holds another search ({lines}): take another --out")
+            raise UsageError(f"{self.folder} holds another search ({lines}): give another --out")
 
     def restore(self, state: dict) -> None:
-        """Bring a new sampler to where the journal and the brackets say that the search stood."""
+        """Create a sampler in the state given by the journal and the brackets."""
         self.sampler = Sampler(self.folder, self.settings, self.failed)
         self.sampler.replay(self.rows, state, self.elapsed)
         self.save(force=True)
 
     def save(self, force: bool = False) -> None:
-        """Write the brackets; also SMAC's folder and the table, in less than a twentieth of the time."""
-        begun = time.monotonic()
+        """Write state.json, and SMAC's folder and trials.csv as often as takes 5% of the time at most."""
+        begun, o = time.monotonic(), self.options
         state = {"elapsed": self.elapsed, "intensifier": self.sampler.intensifier.get_state()}
-        o = self.options
         state |= {"trials": o.trials, "walltime": o.walltime, "running": len(self.running)}
         write_whole(self.folder / "state.json", json.dumps(state))
         if force or begun > self.saved_at:
             self.sampler.smac.optimizer.save()
             write_csv(self.folder, self.rows, self.settings)
             self.saved_at = begun + 20 * (time.monotonic() - begun)
-
-    # The loop
 
     def run(self) -> int:
         """Search until the trials or the time are used up, compare, report; return the exit status."""
@@ -1020,14 +980,14 @@ class Search:
                     if not self.running:
                         break
                     self.collect()
-                self.running.clear()  # SMAC counts what was interrupted as running: begin again without it
+                self.running.clear()  # SMAC counts interrupted trials as running: restart it without them
                 self.restore({"intensifier": self.sampler.intensifier.get_state()})
                 if not self.signal:
                     self.conclude()
             finally:
                 close_trial_processes()
                 if self.client is not None:
-                    with contextlib.suppress(Exception):  # a cluster that is gone must not hide why
+                    with contextlib.suppress(Exception):  # a lost cluster must not hide the first error
                         if not self.lost:
                             self.client.run(close_trial_processes)
                         self.client.close(timeout=2)
@@ -1035,37 +995,34 @@ class Search:
                     self.executor.shutdown(wait=False)
         if not self.signal:
             return 0
-        print(f"stopped by signal {self.signal}; the same command continues from {len(self.rows)} trials")
+        print(f"ended by signal {self.signal} after {len(self.rows)} trials; repeat the command to continue")
         print(incumbent_text(self.rows, self.settings))
         return 128 + self.signal
 
     @contextlib.contextmanager
     def signals(self):
-        """Ctrl-C and SIGTERM end the search between two steps; the second one ends it at once."""
+        """Handle SIGINT and SIGTERM: the first ends the search after the current step, the second at once."""
 
         def receive(number, _frame):
             if self.signal:
-                os._exit(128 + number)  # nothing is lost: the journal is on the disk
+                os._exit(128 + number)  # nothing is lost: the journal is on disk
             self.signal = number
 
-        in_main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-        before = {number: signal.signal(number, receive) for number in numbers}
-        try:
+        with contextlib.ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    stack.callback(signal.signal, number, signal.signal(number, receive))
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def fill(self) -> None:
-        """Give each free worker a trial, as long as there are trials and time left."""
+        """Submit a trial for each free worker while trials and time are left."""
         while self.devices and self.elapsed < self.seconds:
             if len(self.rows) + len(self.running) >= self.trials:
                 return
             trial = self.sampler.ask()
             if trial is None:
                 if not self.running:
-                    print(f"every configuration has run the highest budget: {len(self.rows)} trials")
+                    print(f"every configuration has run at the highest budget: {len(self.rows)} trials")
                 return
             config, seed = {name: str(value) for name, value in trial.config.items()}, trial.seed
             if self.settings["trial_seeds"] == "from the configuration":
@@ -1075,11 +1032,12 @@ class Search:
             self.save()
 
     def submit(self, trial, config: dict, seed: int, budget: float, limit: float, split: str = "val") -> None:
-        """Send a trial to the next free worker; `finished` yields `trial` with its job and outcome."""
+        """Submit a trial to a free worker; `finished` yields `trial` with its job and outcome."""
         device, threads = self.devices.pop()
-        job = {"target": self.target, "config": config, "seed": seed, "budget": budget, "settings": None}
-        job |= {"device": device, "threads": threads, "time_limit": limit, "memory_limit": self.memory_limit}
-        if self.target == TRAIN:
+        job = {"config": config, "seed": seed, "budget": budget, "settings": None, "time_limit": limit}
+        job |= {"device": device, "threads": threads, "memory_limit": self.memory_limit}
+        job["target"] = self.settings["target"]
+        if self.default_target:
             names = ("data", "model", "batch", "objectives", "precision")
             job["settings"] = {name: self.settings[name] for name in names}
             job["settings"] |= {"root": self.options.root, "compile": self.options.compile}
@@ -1087,14 +1045,13 @@ class Search:
         self.running[self.executor.submit(run_trial, job)] = trial, job
 
     def finished(self):
-        """Wait a moment; yield (trial, job, outcome) of each trial that has finished."""
-        if self.client is not None:  # Dask gives the trials of a lost worker to others without a word
+        """Wait for up to 0.2 s; yield (trial, job, outcome) of each finished trial."""
+        if self.client is not None:  # Dask moves the trials of a lost worker to others silently
             cluster = set(self.client.scheduler_info(n_workers=-1)["workers"])
             for address in self.cluster - cluster:
                 print(f"lost the Dask worker at {address}: its trials run again on another, if there is one")
             self.cluster = cluster
-        done, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED).done:
             trial, job = self.running.pop(future)
             self.devices.append((job["device"], job["threads"]))
             try:
@@ -1106,36 +1063,33 @@ class Search:
                 self.lost = True
                 what = "lost the Dask cluster" if self.client else "cannot start a trial process"
                 why = " ".join(f"{type(error).__name__} {error}".split())
-                raise RunError(f"{what} ({why}); the same command continues") from None
+                raise RunError(f"{what} ({why}); repeat the command to continue") from None
             outcome.setdefault("cost", self.failed)
             yield trial, job, outcome
 
     def collect(self) -> None:
-        """Write down what has finished, then tell SMAC."""
+        """Record finished trials in the journal, then tell SMAC."""
         for trial, job, outcome in self.finished():
-            cut = job["time_limit"] < self.time_limit  # to what was left of --walltime
+            cut = job["time_limit"] < self.time_limit  # by the end of --walltime
             if outcome["status"] != "success" and (self.signal or (cut and outcome["status"] == "timeout")):
                 if not self.signal:
                     print("stopped a trial at the end of --walltime; it runs again if the search continues")
-                continue  # no fault of the network's
-            row = {
-                **{"config": job["config"], "seed": int(job["seed"])},
-                **{"smac_seed": int(trial.seed), "budget": float(trial.budget)},
-                **{name: outcome[name] for name in ("status", "cost", "start", "end", "info")},
-                **{"elapsed": self.elapsed, "origin": trial.config.origin},
-            }
+                continue  # not a failure of the network
+            row = {"config": job["config"], "seed": int(job["seed"]), "smac_seed": int(trial.seed)}
+            row |= {"budget": float(trial.budget), "elapsed": self.elapsed, "origin": trial.config.origin}
+            row |= outcome
             self.journal.append(row)
             self.sampler.tell(trial, row)
             self.say(row)
             first = self.rows[self.kept :][:FAILURES_THAT_STOP]
             if len(first) == FAILURES_THAT_STOP and all(row["status"] != "success" for row in first):
-                if not self.kept:  # they run again once the fault is mended
+                if not self.kept:  # run them again in the next search
                     (self.folder / "trials.jsonl").replace(self.folder / "failed.jsonl")
                 error, trace = first[0]["info"]["error"], first[0]["info"].get("traceback", "")
                 raise RunError(f"the first {len(first)} trials all failed; the first one: {error}\n{trace}")
 
     def say(self, row: dict) -> None:
-        """Print one line about a finished trial, and how long the search will go on."""
+        """Print one line about a finished trial, with an estimate of the time left."""
         n, objectives = len(self.rows), self.settings["objectives"]
         best = best_rows(self.rows, self.settings["budgets"][-1])
         failure = f"{row['status']}: {row['info'].get('error', '').split(chr(10))[0][:80]}"
@@ -1156,8 +1110,8 @@ class Search:
         if best and set(best[0]["config"]) == set(SPACE):
             config = model_config(best[0]["config"], f"nexception_{o.grow}" if o.grow else o.model)
             write_whole(network, json.dumps(config.to_dict(), indent=2) + "\n")
-        if best and self.target == TRAIN:
-            self.compare(best[0])
+        if best and self.default_target:
+            self.compare(best[0]["config"])
         if self.signal:
             return
         try:
@@ -1167,12 +1121,12 @@ class Search:
         if network.exists():
             print(f"train it in full: python train.py --data {o.data} --model {network}")
 
-    def compare(self, best: dict) -> None:
-        """Train the incumbent and the two known points alike, several times each; score the test split."""
+    def compare(self, incumbent: dict) -> None:
+        """Train the incumbent and the known points REPEATS times each and evaluate them on the test split."""
         path, budget, waiting = self.folder / "final.json", self.settings["budgets"][-1], {}
         scored = read_json(path)
         for repeat in range(1, REPEATS + 1):
-            for config in (best["config"], *points().values()):
+            for config in (incumbent, *points().values()):
                 waiting[repeat_name(config, repeat)] = config, trial_seed(self.settings, config, repeat)
         waiting = {name: job for name, job in waiting.items() if name not in scored}
         if waiting:
@@ -1185,21 +1139,21 @@ class Search:
                 if outcome["status"] == "success" or not self.signal:
                     scored[name] = {"status": outcome["status"], "seed": job["seed"], **outcome["info"]}
                     write_whole(path, json.dumps(scored, indent=1))
-        print(comparison(self.folder, best["config"]))
+        print(comparison(self.folder, incumbent))
 
 
 def trial_seed(settings: dict, config: dict, *repeat: int) -> int:
-    """Return the seed of a trial, and those of the final comparison's repetitions."""
+    """Return the training seed of a configuration, or of one of its runs in the final comparison."""
     return zlib.crc32(json.dumps([settings["seed"], *repeat, sorted(config.items())]).encode())
 
 
 def repeat_name(config: dict, repeat: int) -> str:
-    """Return the name of one of a network's final trainings (earlier versions had one of each)."""
+    """Return the name of a training run in the final comparison (earlier versions had one per network)."""
     return short(config) + (f" #{repeat}" if repeat > 1 else "")
 
 
 def comparison(folder: Path, incumbent: dict) -> str:
-    """Return mean and deviation of the final trainings, and whether differences exceed their noise."""
+    """Format mean and deviation of the final training runs, and Welch's t-tests of their differences."""
     scored, splits, lines, accuracies = read_json(folder / "final.json"), set(), [], {}
     for name, config in {"incumbent": incumbent, **points()}.items():
         found = [scored.get(repeat_name(config, repeat)) for repeat in range(1, REPEATS + 1)]
@@ -1224,7 +1178,7 @@ def comparison(folder: Path, incumbent: dict) -> str:
 
 
 def status_text(folder: Path) -> str:
-    """Return progress, incumbent and failures of a running or finished search; needs no lock."""
+    """Format progress, incumbent and failures of a running or finished search; takes no lock."""
     settings, rows, state = settings_of(folder), rows_of(folder), read_json(folder / "state.json")
     of = [f" of {state[name]}" if state.get(name) else "" for name in ("trials", "walltime")]
     lines = [f"{folder}: {settings['sampler']} on {settings['data']}, budgets {settings['budgets']} epochs"]
@@ -1248,10 +1202,10 @@ def status_text(folder: Path) -> str:
 
 
 def leaves(tree, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the leaves of a scikit-learn tree on indicator columns, and their predictions.
+    """Return the leaves of a scikit-learn tree on indicator columns, and their predictions (L,).
 
     A leaf is a box, (L, sum of sizes) of bool: the values of each choice that lead to it. Sums over boxes are
-    exact where sums over configurations, of which there may be millions, take far longer.
+    exact, and much faster than sums over all configurations, of which there may be millions.
     """
     choice = np.repeat(np.arange(len(sizes)), sizes)
     inside = np.ones((tree.node_count, len(choice)), dtype=bool)
@@ -1265,13 +1219,11 @@ def leaves(tree, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return inside[ends], tree.value[ends, 0, 0]
 
 
-def effects(
-    codes: np.ndarray, costs: np.ndarray, sizes: list[int], incumbent: np.ndarray | None = None, **forest
-) -> dict[str, np.ndarray]:
-    """Weigh each choice by a forest of the costs; see `importances` for arguments and meaning.
+def effects(codes: np.ndarray, costs: np.ndarray, sizes: list[int], incumbent=None, **forest) -> dict:
+    """Fit a forest to the costs and return the importances of `importances`, without intervals.
 
-    Returns {"local": (P,), "fanova": (P,), "improvement": (P,), "pairs": (P, P)}. `incumbent` (P,) is by
-    default the row of least cost.
+    Returns {"local": (P,), "fanova": (P,), "improvement": (P,), "pairs": (P, P)}. incumbent: codes (P,),
+    default: the row of least cost. forest: arguments of RandomForestRegressor.
     """
     forest = RandomForestRegressor(max_features=5 / 6, **forest).fit(one_hot(codes, sizes), costs)
     incumbent = codes[np.argmin(costs)] if incumbent is None else incumbent
@@ -1294,8 +1246,8 @@ def effects(
         value = value - volume @ value
         variance = len(forest.estimators_) * (volume @ value**2 or 1)
         scaled = inside / share[:, choice]
-        means = (volume * value) @ scaled  # (sum of sizes,): marginal means of each value
-        joint = scaled.T @ ((volume * value)[:, None] * scaled)  # the same of two values
+        means = (volume * value) @ scaled  # (sum of sizes,): marginal mean of each value
+        joint = scaled.T @ ((volume * value)[:, None] * scaled)  # of each pair of values
         main += np.add.reduceat(means**2, starts) / sizes / variance
         squares = (joint - means - means[:, None]) ** 2
         squares = np.add.reduceat(np.add.reduceat(squares, starts, axis=0), starts, axis=1)
@@ -1305,22 +1257,23 @@ def effects(
 
 
 def importances(codes: np.ndarray, costs: np.ndarray, sizes: list[int], seed: int = 0) -> dict:
-    """Weigh each choice in three ways, and pairs of choices in one, by a forest of the costs.
+    """Return three importances of each choice, and one of each pair, from random forests of the costs.
 
-    codes: (N, P) integers, row i of cost costs[i] (N,); sizes: how many values each of the P choices has.
+    codes: (N, P) integers; costs: (N,); sizes: the number of values of each of the P choices.
 
     - local: the variance of a tree's predictions over all values of a choice, around the incumbent (the row
       of least cost), divided by the sum over the choices; mean over the trees (Biedenkapp et al., 2018).
     - fanova: the variance of the marginal mean of a choice over all configurations, divided by the variance
-      of all predictions, tree by tree (Hutter et al., 2014). pairs: the same of what two choices do together
-      beyond the sum of what each does alone.
+      of all predictions; mean over the trees (Hutter et al., 2014). pairs: the same of the joint marginal
+      mean of two choices minus their own marginal means.
     - improvement: (mean prediction of a choice's other values around the incumbent - the incumbent's) / (the
       default's - the incumbent's), the default being the first value of each choice. DeepCAVE showed this
-      up to release 1.2, and so did the paper's Figure 4 (with negative ones as 0).
+      ratio up to release 1.2, and so did the paper's Figure 4 (with negative ratios as 0).
 
-    Returns {kind: (4, P)} and {"pairs": (4, P, P)}: the estimate; the ends of its 90% interval, from forests
-    of resampled trials; and what noise gives, the median of forests of trials among which the values of that
-    choice are shuffled. For pairs the residuals of an additive fit are: forests see pairs in mere sums, too.
+    Returns {kind: (4, P)} and {"pairs": (4, P, P)}: the estimate; both ends of its 90% interval, from forests
+    of resampled trials; and the noise level, the median over forests of trials in which the values of that
+    choice are shuffled. For pairs the residuals of an additive fit are shuffled instead, because forests find
+    pair effects in purely additive costs, too.
     """
     rng, few = np.random.default_rng(seed), {"n_estimators": FEW_TREES, "random_state": seed}
     found = effects(codes, costs, sizes, n_estimators=TREES, random_state=seed)
@@ -1341,17 +1294,17 @@ def importances(codes: np.ndarray, costs: np.ndarray, sizes: list[int], seed: in
     residuals = (costs - fitted) * math.sqrt(len(costs) / max(freedom, 1))
     sums = [effects(codes, fitted + rng.permutation(residuals), sizes, **few) for _ in range(2 * SHUFFLES)]
     noise["pairs"] = np.median([result["pairs"] for result in sums], axis=0)
-    noise["pairs"] += freedom == 0  # without residuals no pair can be told apart
+    noise["pairs"] += freedom == 0  # without residuals every pair counts as noise
     ends = {kind: np.quantile([result[kind] for result in resampled], [0.05, 0.95], axis=0) for kind in found}
     return {kind: np.stack([found[kind], *ends[kind], noise[kind]]) for kind in found}
 
 
 def importance(folder: Path) -> dict:
-    """Return the importances per budget of a run folder, from its successes; write importance.json and .png.
+    """Return the importances at each budget of a run folder; write importance.json and importance.png.
 
-    {budget: {"trials": N, kind: {choice: [estimate, low, high, noise]}, "pairs": {"a × b": [...]}}}, of the
-    pairs the five strongest (see `importances`). UsageError when no budget has twice as many trials as there
-    are choices: a forest of fewer says nothing.
+    {budget: {"trials": N, kind: {choice: [estimate, low, high, noise]}, "pairs": {"a × b": [...]}}}, with the
+    five strongest pairs (see `importances`). Budgets with fewer successful trials than twice the number of
+    choices are left out; raises UsageError if there is no other.
     """
     settings, rows = settings_of(folder), rows_of(folder)
     space = settings["space"]
@@ -1376,12 +1329,12 @@ def importance(folder: Path) -> dict:
 
 
 def is_noise(cell: list[float]) -> bool:
-    """Tell whether the interval of an importance, [estimate, low, high, noise], reaches what noise gives."""
+    """Return whether the interval of an importance, [estimate, low, high, noise], reaches the noise level."""
     return cell[1] <= cell[3]
 
 
 def importance_text(found: dict) -> str:
-    """Return the importances as tables, one per kind: each choice at each budget, with its interval."""
+    """Format the importances as one table per kind: each choice at each budget, with its interval."""
     last, lines = found[max(found)], []
     for kind, title in IMPORTANCES.items():
         of = found if kind != "pairs" else {max(found): last}
@@ -1390,8 +1343,8 @@ def importance_text(found: dict) -> str:
             cells = [r[kind][name] for r in of.values()]
             texts = ["{:.3f} [{:.3f}, {:.3f}]".format(*cell) + " ~"[is_noise(cell)] for cell in cells]
             lines.append(f"  {name:32}" + "".join(f"{text:>28}" for text in texts))
-    lines.append("[ ] is the 90% interval from resampled trials; ~ marks what is not told apart from noise.")
-    lines.append("The paper's Figure 4 shows improvement ratios (DeepCAVE up to 1.2): compare those alone.")
+    lines.append("[ ]: 90% interval from resampled trials; ~: not distinguishable from noise.")
+    lines.append("Only the improvement ratio is comparable with the paper's Figure 4 (DeepCAVE up to 1.2).")
     return "\n".join(lines)
 
 
@@ -1400,7 +1353,7 @@ def importance_text(found: dict) -> str:
 
 
 def subplots(columns: int, width: float, height: float, rows: int = 1, **kwargs) -> tuple[Figure, np.ndarray]:
-    """Return a figure with plain axes (rows x columns,)."""
+    """Return a figure and its axes, (rows * columns,), without top and right spines."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs).ravel()
     for axis in axes:
@@ -1419,7 +1372,7 @@ def epochs_text(budget: float) -> str:
 
 
 def draw_importance(found: dict, path: Path) -> None:
-    """Draw the kinds side by side, a bar for each choice and budget; pale where it may be noise."""
+    """Draw one panel per kind, with a bar for each choice and budget; pale bars may be noise."""
     local = found[max(found)]["local"]
     names = sorted(local, key=lambda name: local[name][0])
     kinds = [kind for kind in IMPORTANCES if kind != "pairs"]
@@ -1428,29 +1381,28 @@ def draw_importance(found: dict, path: Path) -> None:
     for axis, kind in zip(axes, kinds, strict=True):
         for i, result in enumerate(found.values()):
             cells = [result[kind][name] for name in names]
-            _, lows, highs, noise = np.array(cells).T
+            values, lows, highs, noise = np.array(cells).T
             places = np.arange(len(names)) + thickness * ((len(found) - 1) / 2 - i)
-            for place, cell in zip(places, cells, strict=True):
-                alpha = 0.3 if is_noise(cell) else 1.0
-                axis.barh(place, cell[0], thickness, color=colours[i], alpha=alpha)
+            shades = [(*colours[i][:3], 0.3 if is_noise(cell) else 1.0) for cell in cells]
+            axis.barh(places, values, thickness, color=shades)
             axis.hlines(places, lows, highs, color="black", linewidth=0.8)
             axis.plot(noise, places, "|", color="crimson", markersize=24 * thickness)
         axis.set_title(IMPORTANCES[kind], fontsize=10)
         axis.set_xlim(0, 1.02)
     largest = max(cell[0] for result in found.values() for cell in result["improvement"].values())
-    axes[-1].set_xlim(-0.5, np.clip(1.1 * largest, 1.1, 3.0))  # a ratio has no bounds
+    axes[-1].set_xlim(-0.5, np.clip(1.1 * largest, 1.1, 3.0))  # the ratio is unbounded
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     labels = [f"{epochs_text(budget)}, {result['trials']} trials" for budget, result in found.items()]
     handles = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
-    handles += [Patch(color="0.8", label="pale: not told apart from noise")]
-    handles += [Line2D([], [], color="crimson", marker="|", linestyle="", label="what noise gives")]
+    handles += [Patch(color="0.8", label="pale: not distinguishable from noise")]
+    handles += [Line2D([], [], color="crimson", marker="|", linestyle="", label="noise level")]
     handles += [Line2D([], [], color="black", linewidth=0.8, label="90% interval")]
     figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside lower center", ncols=len(handles))
     save_figure(figure, path)
 
 
 def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
-    """Draw the best accuracy at the highest budget against time, and all successes as dots."""
+    """Draw the best accuracy at the highest budget against time, and all successful trials as dots."""
     budgets = settings["budgets"]
     figure, (axis,) = subplots(1, 6.5, 3.8)
     unit, length = ("hours", 3600) if rows[-1]["elapsed"] > 2 * 3600 else ("minutes", 60)
@@ -1459,7 +1411,7 @@ def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
         done = successes(rows, budget)
         times, accuracies = [row["elapsed"] / length for row in done], [accuracy(row) for row in done]
         axis.scatter(times, accuracies, s=14, color=colour, label=epochs_text(budget))
-    best = np.maximum.accumulate(accuracies)  # those of the highest budget
+    best = np.maximum.accumulate(accuracies)  # at the highest budget
     times, best = [*times, rows[-1]["elapsed"] / length], [*best, best[-1]]
     axis.step(times, best, where="post", color="crimson", label="best at the highest budget")
     axis.set(xlabel=unit, ylabel=OBJECTIVES["accuracy"][3])
@@ -1468,7 +1420,7 @@ def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
 
 
 def draw_front(done: list[dict], front: list[dict], settings: dict, path: Path) -> None:
-    """Draw top-1 against each further objective: the Pareto front among the trials at the highest budget."""
+    """Draw top-1 against each other objective, for the Pareto front and all trials at the highest budget."""
     others = settings["objectives"][1:]
     figure, axes = subplots(len(others), 5 * len(others), 3.8)
     for i, (axis, name) in enumerate(zip(axes, others, strict=True), start=1):
@@ -1482,7 +1434,7 @@ def draw_front(done: list[dict], front: list[dict], settings: dict, path: Path) 
 
 
 def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
-    """Draw the mean accuracy of each value of each choice, its 90% interval, and the paper's two points."""
+    """Draw the mean accuracy of each value of each choice with its 90% interval, and the known points."""
     rng, columns = np.random.default_rng(0), 3
     rows = -(-len(space) // columns)
     figure, axes = subplots(columns, 10, 2.5 * rows, rows, sharey=True)
@@ -1508,7 +1460,7 @@ def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
 
 
 def space_text(done: list[dict], highest: int) -> str:
-    """Describe the space by random trials: spread, what early epochs tell, the place of the known points."""
+    """Describe the space by random trials: quantiles, rank correlation with early epochs, known points."""
     drawn = [row for row in done if row["origin"] != "prior"]
     batch = [row for row in drawn if row["config"].get("norm") == "batch"]
     lines = ["| random configurations | | p10 | median | p90 |", "|---|---:|---:|---:|---:|"]
@@ -1537,12 +1489,12 @@ def report(folder: Path) -> Path:
     done = successes(rows, budgets[-1])
     highest = epochs_text(budgets[-1])
     if not done:
-        raise UsageError(f"{folder}: no trial has finished the highest budget, {highest}, yet")
+        raise UsageError(f"{folder}: no trial has finished at the highest budget, {highest}, yet")
     states = [row["status"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     page = [
         f"# Search on {settings['data']}\n",
-        f"{len(rows)} trials ({counts}) in {clock(rows[-1]['elapsed'])}; networks of the shape of "
+        f"{len(rows)} trials ({counts}) in {clock(rows[-1]['elapsed'])}; macro-architecture "
         f"{settings['model']}; sampler {settings['sampler']}; budgets {', '.join(f'{b:g}' for b in budgets)} "
         f"epochs; objectives: {', '.join(objectives)}.\n",
         "## The ten best\n",
@@ -1574,7 +1526,7 @@ def report(folder: Path) -> Path:
         if settings["sampler"] == "random":
             page.append(f"\n## The space\n\n{space_text(done, round(budgets[-1]))}")
         else:
-            page.append("\nThe sampler preferred good configurations: no fair sample of the space.")
+            page.append("\nThe sampler prefers good configurations: these are not means over the space.")
     if (folder / "final.json").exists():
         text = comparison(folder, front[0]["config"])
         page.append(f"\n## Final comparison\n\n```text\n{text}\n```")
@@ -1587,7 +1539,7 @@ def report(folder: Path) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """Search, or explain a run folder; print errors for users as one sentence."""
+    """Run a search or a command; return 0, 1 (it failed), 2 (a mistake of the user's) or 128 + a signal."""
     commands = {
         "importance": lambda folder: f"{importance_text(importance(folder))}\n{folder / 'importance.png'}",
         "report": report,
@@ -1596,7 +1548,7 @@ def main(argv: list[str]) -> int:
     try:
         if argv and argv[0] in commands:
             if len(argv) != 2 or argv[1].startswith("-"):
-                raise UsageError(f"write: python search.py {argv[0]} RUN")
+                raise UsageError(f"usage: python search.py {argv[0]} RUN")
             print(commands[argv[0]](Path(argv[1])))
             return 0
         return Search(parse(Options, argv, "search.py")).run()
@@ -1608,6 +1560,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    import search  # by its name, by which Dask's workers and the trial processes know its functions
+    import search  # the module name by which Dask's workers and trial processes find its functions
 
     run_script(search.main)

@@ -1,19 +1,20 @@
-"""Cheap targets for the tests of search.py, and its long tests, to be run by hand:
+"""Cheap targets for the tests of search.py, and a long test to run by hand:
 
-    python tests/search_targets.py kill OUT 30 2    # SIGKILL at any moment, thirty times; two workers
+    python tests/search_targets.py kill OUT 30 2    # kill a search of two workers thirty times
 
-`search OUT TRIALS WORKERS TARGET` is one search, to be killed.
+`search OUT TRIALS WORKERS TARGET` runs the search that is killed.
 """
 
 import json
 import math
 import os
 import random
+import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired
 
 import numpy as np
 import torch
@@ -23,13 +24,12 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 
 def formula(config, seed, budget):
-    """A cost with known effects: block 0.2, kernel 0.1, a norm after convolution 1 0.05, epochs a little."""
+    """A cost with known effects: block 0.2, kernel 0.1, norm after convolution 1 0.05, epochs little."""
     cost = 0.5 - 0.2 * (config["block"] == "bottleneck") - 0.1 * (config["kernel"] in ("5", "7"))
     return cost - 0.05 * ("1" in config["norm_positions"]) - 0.002 * budget, {"seed": seed}
 
 
 def slow(config, seed, budget):
-    """`formula`, which takes a while."""
     time.sleep(0.05 + 0.02 * budget)
     return formula(config, seed, budget)
 
@@ -39,7 +39,7 @@ def endless(config, seed, budget):
 
 
 def loading(config, seed, budget):
-    """A trial that has loader workers of its own, as those of image folders do."""
+    """Start a loader worker, as trials on image folders do."""
     assert len(list(torch.utils.data.DataLoader(range(4), num_workers=1))) == 4
     return formula(config, seed, budget)
 
@@ -52,7 +52,7 @@ def two_costs(config, seed, budget):
 
 
 def moody(config, seed, budget):
-    """Bottlenecks succeed; each kernel of the other block fails in its own way."""
+    """Bottleneck blocks succeed; with Xception's, each kernel fails in a different way."""
     if config["block"] == "bottleneck":
         return formula(config, seed, budget)
     if config["kernel"] == "3":
@@ -61,21 +61,16 @@ def moody(config, seed, budget):
         raise SystemExit("a target that wants out")
     if config["kernel"] == "7":
         os._exit(7)
-    if config["kernel"] == "9":
-        hoard = [np.ones(10_000_000) for _ in range(50)]  # 4 GB
-        time.sleep(60)
-        return float(len(hoard))
-    while True:
-        time.sleep(1)
+    hoard = [np.ones(10_000_000) for _ in range(50 * (config["kernel"] == "9"))]  # 4 GB
+    time.sleep(3600)
+    return float(len(hoard))
 
 
 def broken(config, seed, budget):
     raise RuntimeError("the data set is not where it should be")
 
 
-def play(
-    folder, sampler="smac", space=None, trials=math.inf, workers=1, target=formula, pool=None, priors=()
-):
+def play(out, sampler="smac", space=None, trials=math.inf, workers=1, target=formula, pool=None, priors=()):
     """Let a sampler propose and a target answer, without a Search; a cost of 1 is a failure.
 
     Returns the sampler and its trials, in the order in which they finished.
@@ -84,7 +79,7 @@ def play(
 
     settings = {"space": space or search.current_space(), "seed": 3, "objectives": ["accuracy"]}
     settings |= {"sampler": sampler, "budgets": [9] if sampler == "random" else [1, 3, 9], "priors": priors}
-    proposes, running, played = search.Sampler(Path(folder), settings, [1.0], pool=pool), [], []
+    proposes, running, played = search.Sampler(Path(out), settings, [1.0], pool=pool), [], []
     proposes.replay([], {})
     while len(played) < trials:
         while len(running) < workers and (trial := proposes.ask()) is not None:
@@ -99,18 +94,15 @@ def play(
 
 
 def start(out, trials, workers, target="slow"):
-    """Start a search in a process of its own, its output line by line."""
+    """Start a search in a process of its own, with its output in a pipe."""
     command = [sys.executable, __file__, "search", str(out), str(trials), str(workers), target]
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, text=True)
 
 
 def finished_line(line):
-    """Return configuration and budget from the line of a finished trial, None from other lines."""
-    parts = line.split(" epochs ")
-    head = parts[0].split(None, 1)
-    return head[1] if len(parts) > 1 and "/" in head[0] and head[0].split("/")[0].isdigit() else None
+    """Return configuration and budget from the line of a finished trial, None for other lines."""
+    found = re.match(r" *\d+/\d+ (.+?) epochs ", line)
+    return " ".join(found[1].split()) if found else None
 
 
 def killed(out, trials, workers, wait, from_first_trial=True):
@@ -128,42 +120,36 @@ def killed(out, trials, workers, wait, from_first_trial=True):
         time.sleep(0.05)
     try:
         said, _ = search.communicate(timeout=wait)
-    except subprocess.TimeoutExpired:
+    except TimeoutExpired:
         search.send_signal(signal.SIGKILL)
         said, _ = search.communicate()
     return search.returncode, said.splitlines()
 
 
 def survive(out, trials, workers, kills, seed=0):
-    """Kill one search at random moments, then let it end; compare what it printed with what it kept."""
-    rng, announced = random.Random(seed), []
-    for kill in range(1, kills + 1):
-        # Two thirds amid the trials, one third anywhere from the start of the process on.
-        code, said = killed(out, trials, workers, rng.uniform(0.0, 4.0), rng.random() < 2 / 3)
-        announced += [line for line in map(finished_line, said) if line]
-        assert code == -signal.SIGKILL, (code, said[-5:])
-        print(f"kill {kill}: {len(announced)} trials announced so far", file=sys.stderr, flush=True)
-    code, said = killed(out, trials, workers, None)
-    announced += [line for line in map(finished_line, said) if line]
-    rows = [json.loads(line) for line in (Path(out) / "trials.jsonl").read_bytes().splitlines()]
-    from search import short
+    """Kill a search at random moments, then let it end; compare its output with its journal."""
+    from search import rows_of, short
 
-    kept = {" ".join(f"{short(row['config'])} {row['budget']:g}".split()) for row in rows}
-    lost = [line for line in announced if " ".join(line.split()) not in kept]
-    keys = {(json.dumps(row["config"], sort_keys=True), row["budget"]) for row in rows}
+    rng, said = random.Random(seed), []
+    for kill in range(1, kills + 1):
+        # Two thirds of the kills come during the trials, one third at any time after the start.
+        code, lines = killed(out, trials, workers, rng.uniform(0.0, 4.0), rng.random() < 2 / 3)
+        assert code == -signal.SIGKILL, (code, lines[-5:])
+        said += lines
+        print(f"kill {kill} of {kills}", file=sys.stderr, flush=True)
+    code, lines = killed(out, trials, workers, None)
+    announced = {finished_line(line) for line in said + lines} - {None}
+    rows = rows_of(Path(out))
+    kept = {(short(row["config"]), row["budget"]) for row in rows}
     history = json.loads((Path(out) / "smac/0/runhistory.json").read_text())
     return {
-        "kills": kills,
-        "workers": workers,
-        "asked_for": trials,
-        "exit_status": code,
-        "finished": len(rows),
-        "run_twice": len(rows) - len(keys),
-        "announced_and_lost": len(lost),
+        "kills": kills, "workers": workers, "asked_for": trials, "exit_status": code,
+        "finished": len(rows), "run_twice": len(rows) - len(kept),
+        "announced_and_lost": len(announced - {f"{config} {budget:g}" for config, budget in kept}),
         "in_smac_run_folder": history["stats"]["finished"],
         "still_running_there": history["stats"]["running"],
-        "incumbent": next((line for line in said if line.startswith("incumbent")), None),
-    }
+        "incumbent": next((line for line in lines if line.startswith("incumbent")), None),
+    }  # fmt: skip
 
 
 def main(command, out, *numbers):
@@ -172,7 +158,7 @@ def main(command, out, *numbers):
         return
     import search
 
-    import search_targets
+    import search_targets  # the module name by which trial processes find the target
 
     trials, workers, target = numbers
     options = search.Options(out=out, trials=int(trials), workers=int(workers))

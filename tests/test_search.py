@@ -1,4 +1,4 @@
-"""search.py: the space, budgets, what survives, how it proposes, what it records and explains."""
+"""search.py: the space, options, resuming, failures, the sampler, importance and report."""
 
 import csv
 import itertools
@@ -8,18 +8,19 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
+from subprocess import PIPE, Popen
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import blocks
 import search
 from data import UsageError
 from model import MODELS, create_model
-from search import Options, Search
+from search import Options, Search, read_json
 from train import RunError
 
 import numpy as np
@@ -35,22 +36,14 @@ from smac.runner.target_function_runner import TargetFunctionRunner
 
 
 def start(out, trials, target=targets.formula, choices=None, **options):
-    options = {"data": "digits", **options}  # whose budgets are 1, 3 and 9
-    return Search(Options(out=str(out), trials=trials, **options), choices=choices, target=target)
-
-
-def run(out, trials, target=targets.formula, **options):
-    """Run a search in this process to its end; return its exit status and rows."""
-    status = start(out, trials, target, **options).run()
-    return status, search.rows_of(Path(out))
+    """Open a search with the budgets of digits: 1, 3 and 9."""
+    options = {"data": "digits", "out": str(out), "trials": trials, **options}
+    return Search(Options(**options), choices, target)
 
 
 def told(opened, trials, target=targets.formula):
     """Run the next trials of a search in this process, one at a time."""
-    while len(opened.rows) < trials:
-        trial = opened.sampler.ask()
-        if trial is None:
-            return opened
+    while len(opened.rows) < trials and (trial := opened.sampler.ask()) is not None:
         opened.save()
         cost, _ = target(trial.config, trial.seed, trial.budget)
         costs, now = cost if isinstance(cost, list) else [cost], time.time()
@@ -62,7 +55,7 @@ def told(opened, trials, target=targets.formula):
 
 
 def jobs_of(opened):
-    """Return the jobs of the first trials that a search sends to its workers, and run none."""
+    """Return the jobs of the first trials that a search submits, without running them."""
     jobs = []
     opened.executor = SimpleNamespace(submit=lambda function, job: jobs.append(job) or object())
     opened.fill()
@@ -79,22 +72,21 @@ def few_resamples():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished search of 60 trials by two workers."""
+    """A finished search of 60 trials on two workers."""
     out = tmp_path_factory.mktemp("search") / "run"
-    status, rows = run(out, 60, workers=2)
-    assert status == 0
-    return out, rows
+    assert start(out, 60, workers=2).run() == 0
+    return out, search.rows_of(out)
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """A search that stopped after 20 trials, amid its second round of brackets."""
+    """A search that stopped after 20 trials, in its second round of brackets."""
     out = tmp_path_factory.mktemp("interrupted") / "run"
     told(start(out, 20), 20).journal.file.close()
     return out
 
 
-# The space
+# The space and the options
 
 
 def test_the_space_is_the_papers():
@@ -114,29 +106,26 @@ def test_the_space_is_the_papers():
     assert len({search.short(dict(c)) for c in configs}) == len({tuple(c.values()) for c in configs})
 
 
-# Budgets and options
-
-
 def test_budgets_and_times():
-    for lowest, highest, budgets in ((1, 9, [1, 3, 9]), (5, 45, [5, 15, 45]), (4, 4, [4])):
-        assert search.check_budgets(lowest, highest) == budgets
-    for lowest, highest, nearest in ((1, 10, "9 and 27"), (2, 53, "18 and 54"), (5, 14, "5 and 15")):
+    budgets = [search.check_budgets(*ends) for ends in ((1, 9), (5, 45), (4, 4))]
+    assert budgets == [[1, 3, 9], [5, 15, 45], [4]]
+    for lowest, highest, nearest in ((2, 53, "18 and 54"), (5, 14, "5 and 15"), (5, 4, "5 and 15")):
         with pytest.raises(UsageError, match=nearest):
             search.check_budgets(lowest, highest)
-    for text, value in (("90s", 90), ("10m", 600), ("1.5h", 5400), ("3d", 259200), ("7", 7)):
-        assert search.seconds(text, "--walltime") == value
+    texts = ("90s", "10m", "1.5h", "3d", "7")
+    assert [search.seconds(text, "--walltime") for text in texts] == [90, 600, 5400, 259200, 7]
+    assert [search.clock(s) for s in (4.24, 200, 600, 7400)] == ["4.2 s", "3:20", "10:00", "2:03:20"]
 
 
 @pytest.mark.parametrize("power", range(8))
 def test_hyperband_has_the_brackets_of_its_paper(power):
     """SMAC's floor(log(243) / log(3)) is 4, and its first bracket of 1 to 729 ends with 0 configurations."""
+    hyperband = search.ExactHyperband
     for lowest in (1, 2, 5, 7, 13):
         highest = lowest * 3**power
-        assert search.ExactHyperband._get_max_iterations(3, highest, lowest) == power
+        assert hyperband._get_max_iterations(3, highest, lowest) == power
         for s in range(power + 1):
-            stages, sizes = search.ExactHyperband._compute_configs_and_budgets_for_stages(
-                3, highest, s, power
-            )
+            stages, sizes = hyperband._compute_configs_and_budgets_for_stages(3, highest, s, power)
             n = math.ceil((power + 1) * 3**s / (s + 1) - 1e-9)
             assert sizes == [n // 3**i for i in range(s + 1)] and sizes[-1] > 0
             assert stages == search.check_budgets(lowest, highest)[power - s :]
@@ -147,9 +136,10 @@ def test_hyperband_has_the_brackets_of_its_paper(power):
     [
         (["--max-epochs", "10"], "9 and 27"),
         (["--walltime", "soon"], "90s, 10m, 12h or 3d"),
+        (["--walltime", "0s"], "90s, 10m, 12h or 3d"),
         (["--objectives", "macs"], "accuracy first"),
         (["--objectives", "accuracy,beauty"], "throughput, macs, parameters"),
-        (["--model", "resnet"], "none of"),
+        (["--model", "resnet"], "invalid choice"),
         (["--memory-limit", "-1"], "at least 0"),
         (["--tirals", "3"], "unrecognized"),
         (["--data", "nowhere"], "nowhere"),
@@ -173,18 +163,17 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments, words, tmp_path,
     assert os.listdir(tmp_path) == ["file"]
 
 
-# What a search keeps
+# The run folder
 
 
-def test_a_search_ends_with_what_was_asked_for(finished):
+def test_a_search_runs_the_trials_asked_for(finished):
     out, rows = finished
-    assert len(rows) == 60
+    assert len(rows) == len({(json.dumps(row["config"]), row["budget"]) for row in rows}) == 60
     assert {row["budget"] for row in rows} == {1.0, 3.0, 9.0}
-    assert len({(json.dumps(row["config"]), row["budget"]) for row in rows}) == 60
     first = [row["config"] for row in rows if row["origin"] == "prior" and row["budget"] == 1]
     assert len(first) == 2 and all(point in first for point in search.points().values())
     assert {type(value) for row in rows for value in row["config"].values()} == {str}
-    best = json.loads((out / "incumbent.json").read_text())
+    best = read_json(out / "incumbent.json")
     assert best["block"] == "bottleneck" and best["kernel"] in (5, 7)
     late = [row["config"]["block"] for row in rows if row["origin"] == "expected improvement"]
     assert late.count("bottleneck") > 0.7 * len(late)
@@ -197,21 +186,20 @@ def test_the_folder_is_a_smac3_run_folder_with_the_same_incumbent(finished):
     history.load(folder / "runhistory.json", ConfigurationSpace.from_json(folder / "configspace.json"))
     assert history.finished == len(history) == 60 and history.running == 0
     assert sorted(value.cost for value in history.values()) == sorted(row["cost"][0] for row in rows)
-    assert json.loads((folder / "optimization.json").read_text())["used_walltime"] > 0
-    best = search.best_rows(rows, 9)[0]
-    assert best["cost"] == min(row["cost"] for row in rows if row["budget"] == 9)
-    incumbent = json.loads((folder / "intensifier.json").read_text())["incumbent_ids"][0]
-    smacs = json.loads((folder / "runhistory.json").read_text())["configs"][str(incumbent)]
+    assert read_json(folder / "optimization.json")["used_walltime"] > 0
     costs = {json.dumps(row["config"], sort_keys=True): row["cost"] for row in rows if row["budget"] == 9}
-    assert costs[json.dumps(smacs, sort_keys=True)] == best["cost"]
+    best = search.best_rows(rows, 9)[0]["cost"]
+    incumbent = read_json(folder / "intensifier.json")["incumbent_ids"][0]
+    config = read_json(folder / "runhistory.json")["configs"][str(incumbent)]
+    assert best == min(costs.values()) == costs[json.dumps(config, sort_keys=True)]
 
 
 def test_a_folder_of_another_search_or_of_none_is_refused(interrupted, tmp_path):
-    options = {"min_epochs": 1, "max_epochs": 9}
     changes = ({"max_epochs": 27}, {"data": "cifar10"}, {"seed": 5}, {"objectives": "accuracy,macs"})
     for changed in (*changes, {"priors": False}, {"sampler": "random"}):
+        options = {"min_epochs": 1, "max_epochs": 9, "model": "nexception_nano", **changed}
         with pytest.raises(UsageError, match="holds another search"):
-            start(interrupted, 60, **{**options, "model": "nexception_nano", **changed})
+            start(interrupted, 60, **options)
     with pytest.raises(UsageError, match="space was"):
         start(interrupted, 60, choices={**search.current_space(), "kernel": ["3", "5"]})
     (tmp_path / "last.pt").touch()
@@ -223,7 +211,7 @@ def test_a_folder_of_another_search_or_of_none_is_refused(interrupted, tmp_path)
     first.journal.file.close()
 
 
-# What survives
+# Kills, signals and failures
 
 
 @pytest.mark.parametrize(
@@ -245,19 +233,19 @@ def test_damage_is_repaired(file, damage, interrupted, tmp_path):
     assert len(opened.sampler.smac.runhistory) == 20 and opened.sampler.smac.runhistory.running == 0
     told(opened, 30)
     rows = search.rows_of(out)
-    assert rows[:20] == before and len(rows) == 30
-    assert len({(json.dumps(row["config"]), row["budget"]) for row in rows}) == 30
+    assert rows[:20] == before
+    assert len(rows) == len({(json.dumps(row["config"]), row["budget"]) for row in rows}) == 30
 
 
 @pytest.mark.parametrize("sampler", ["smac", "hyperband", "random"])
-def test_brackets_go_on_where_they_stood(sampler, tmp_path):
-    """A continued search asks for the same trials as one that never stopped (of the forest: its start)."""
+def test_a_resumed_search_asks_for_the_same_trials(sampler, tmp_path):
+    """Equal to a search that never stopped; with the forest, only until it is first fitted."""
     trials = 20 if sampler == "smac" else 26
     whole = told(start(tmp_path / "whole", 40, sampler=sampler), trials)
     parts = tmp_path / "parts"
     for count in (3, 4, 10, 15, trials):
         part = told(start(parts, 40, sampler=sampler), count)
-        part.sampler.ask()  # asked for, and never heard of again
+        part.sampler.ask()  # a trial that never finishes
         part.save()
         part.journal.file.close()
     kept = [(row["config"], row["budget"]) for row in search.rows_of(parts)]
@@ -267,7 +255,7 @@ def test_brackets_go_on_where_they_stood(sampler, tmp_path):
 
 
 def test_sigkill_loses_nothing(tmp_path):
-    """The short version of `search_targets.py kill`, which kills thirty times."""
+    """One kill; `search_targets.py kill` runs the same with thirty."""
     result = targets.survive(tmp_path / "run", trials=40, workers=2, kills=1, seed=11)
     assert result["exit_status"] == 0
     assert result["finished"] == result["in_smac_run_folder"] == 40
@@ -282,25 +270,31 @@ def test_ctrl_c_ends_with_the_incumbent(tmp_path):
     rest, _ = process.communicate(timeout=60)
     announced = sum(bool(targets.finished_line(line)) for line in [*lines, *rest.splitlines()])
     assert process.returncode == 130
-    assert "incumbent: " in rest and "continues from" in rest and "Traceback" not in rest
+    assert "incumbent: " in rest and "repeat the command" in rest and "Traceback" not in rest
     assert announced == len(search.rows_of(tmp_path / "run"))
-    history = json.loads((tmp_path / "run/smac/0/runhistory.json").read_text())
-    assert (
-        history["stats"]["running"] == json.loads((tmp_path / "run/state.json").read_text())["running"] == 0
-    )
+    history, state = (read_json(tmp_path / "run" / name) for name in ("smac/0/runhistory.json", "state.json"))
+    assert history["stats"]["running"] == state["running"] == 0
+
+
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+    exits = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    opened, before = start(tmp_path / "run", 5), signal.getsignal(signal.SIGINT)
+    with opened.signals():
+        signal.raise_signal(signal.SIGINT)
+        assert opened.signal == signal.SIGINT and not exits
+        signal.raise_signal(signal.SIGINT)
+    assert exits == [130] and signal.getsignal(signal.SIGINT) == before
 
 
 def test_every_failure_is_recorded_and_the_search_goes_on(tmp_path):
-    space = {
-        "kernel": ("3", "5", "7", "9", "mixed"),
-        "block": ("xception", "bottleneck"),
-        "norm_positions": "1",
-    }
+    kernels = ("3", "5", "7", "9", "mixed")
+    space = {"kernel": kernels, "block": ("xception", "bottleneck"), "norm_positions": "1"}
     options = {"time_limit": "10s", "memory_limit": 1.2, "workers": 2, "max_epochs": 1}
     assert start(tmp_path / "run", 0, targets.moody, space, walltime="1h", **options).run() == 0
     rows = search.rows_of(tmp_path / "run")
     assert len(rows) == 10  # every configuration of this space
-    expected = {"3": "crashed", "5": "crashed", "7": "crashed", "9": "memoryout", "mixed": "timeout"}
+    expected = dict(zip(kernels, ("crashed", "crashed", "crashed", "memoryout", "timeout"), strict=True))
     for row in rows:
         config = row["config"]
         failed = config["block"] == "xception"
@@ -322,40 +316,29 @@ def test_a_search_whose_first_trials_all_fail_stops_with_the_first_error(tmp_pat
 
 
 def test_a_dask_cluster_runs_trials_that_fork_loader_workers(tmp_path):
-    with LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", dashboard_address="127.0.0.1:0"
-    ) as cluster:
+    settings = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "protocol": "tcp"}
+    with LocalCluster(**settings, dashboard_address="127.0.0.1:0") as cluster:
         address = cluster.scheduler_address
-        status, rows = run(tmp_path / "run", 6, targets.loading, workers=2, scheduler=address)
-    assert status == 0 and [row["status"] for row in rows] == ["success"] * 6
+        opened = start(tmp_path / "run", 6, targets.loading, workers=2, scheduler=address)
+        assert opened.run() == 0
+    assert [row["status"] for row in opened.rows] == ["success"] * 6
 
 
-def test_a_lost_worker_is_mentioned_and_a_lost_cluster_one_sentence(tmp_path, capsys):
-    """The scheduler dies in mid-search, so cleaning up fails as well."""
-
-    class Cluster:
-        def get_executor(self, pure):
-            return self
-
-        def submit(self, function, job):
-            future = Future()
-            future.set_exception(CancelledError("scheduler-connection-lost"))
-            return future
-
-        def scheduler_info(self, n_workers):
-            return {"workers": {}}
-
-        def close(self, timeout):
-            raise OSError("cannot reach the scheduler")
-
-    opened = start(tmp_path / "run", 5)
-    opened.client, opened.cluster = Cluster(), {"tcp://b"}
-    with pytest.raises(RunError, match=r"lost the Dask cluster.*scheduler-connection-lost.*continues"):
+def test_lost_dask_workers_are_reported_and_a_lost_cluster_is_one_sentence(tmp_path, capsys):
+    """The scheduler dies during the search, so that cleaning up fails as well."""
+    opened, lost = start(tmp_path / "run", 5, workers=1), Future()
+    lost.set_exception(CancelledError("scheduler-connection-lost"))
+    opened.client, opened.cluster = Mock(), {"tcp://b"}
+    opened.client.get_executor.return_value.submit.return_value = lost
+    opened.client.scheduler_info.return_value = {"workers": {}}
+    opened.client.close.side_effect = OSError("cannot reach the scheduler")
+    with pytest.raises(RunError, match=r"lost the Dask cluster.*scheduler-connection-lost.*repeat"):
         opened.run()
+    assert opened.client.close.called
     assert "lost the Dask worker at tcp://b" in capsys.readouterr().out
 
 
-def test_the_wall_time_ends_a_trial_that_is_not_recorded(tmp_path, capsys):
+def test_a_trial_ended_by_the_wall_time_is_not_recorded(tmp_path, capsys):
     opened = start(tmp_path / "run", 0, targets.endless, walltime="2s", time_limit="1h", workers=1)
     assert opened.run() == 0
     assert opened.rows == [] and "runs again" in capsys.readouterr().out
@@ -366,9 +349,44 @@ def test_the_wall_time_ends_a_trial_that_is_not_recorded(tmp_path, capsys):
     assert dict(trial.config) == search.points()["NEXcepTion"]
 
 
+def test_the_comparison_trains_each_network_three_times_and_resumes(tmp_path, capsys):
+    """Resumed, it repeats nothing; each training has a seed of its own; those of earlier versions count."""
+    opened, path, jobs = start(tmp_path / "run", 1, workers=2), tmp_path / "run/final.json", []
+    best = {**search.points()["NEXcepTion"], "kernel": "9"}
+    tops = {"9": [71.0, 71.5, 72.0], "5": [70.5, 72.0, 71.0], "3": [60.0, 61.0, 60.5]}
+    tops = {kernel: itertools.cycle(values) for kernel, values in tops.items()}
+
+    def submit(function, job):
+        kernel, future = job["config"]["kernel"], Future()
+        jobs.append((kernel, job["seed"]))
+        future.set_result({"status": "success", "info": {"top1": next(tops[kernel]), "split": split}})
+        opened.signal = signal.SIGINT if len(jobs) == interrupt else 0
+        return future
+
+    opened.executor, split, interrupt = SimpleNamespace(submit=submit), "test", 4
+    opened.compare(best)
+    assert len(read_json(path)) == len(jobs) == 4
+    opened.signal, interrupt = 0, None
+    opened.compare(best)
+    assert len(set(jobs)) == len(jobs) == len(read_json(path)) == 9
+    assert search.trial_seed(opened.settings, best) not in [seed for _, seed in jobs]
+    said = capsys.readouterr().out
+    assert "accuracy on the test split" in said and "71.50% ± 0.50 (3)" in said
+    assert re.search(r"incumbent - NEXcepTion: \+0.33 points does not exceed", said)
+    assert re.search(r"incumbent - Xception: \+11.00 points exceeds .*p = ", said)
+    old = {search.short(config): {"status": "success", "top1": 50.0} for config in search.points().values()}
+    path.write_text(json.dumps(old))
+    split, jobs[:] = "val", []
+    opened.compare(search.points()["Xception"])
+    assert len(jobs) == 4 and "accuracy on the validation split" in capsys.readouterr().out
+
+
+# The sampler
+
+
 @pytest.mark.parametrize("sampler", ["smac", "hyperband", "random"])
-def test_a_pool_is_all_there_is(sampler, tmp_path):
-    """Each of its configurations runs the highest budget once, and none runs that is not in it."""
+def test_a_pool_runs_only_its_configurations(sampler, tmp_path):
+    """Each of them runs once at the highest budget."""
     drawn = search.configspace(seed=8).sample_configuration(40)
     pool = [search.points()["Xception"], *({k: str(v) for k, v in config.items()} for config in drawn)]
     _, trials = targets.play(tmp_path, sampler, pool=pool, priors=[*search.points().values()])
@@ -384,14 +402,14 @@ def test_a_pool_is_all_there_is(sampler, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("sampler", ["smac", "hyperband", "random"])
 def test_small_spaces_end_with_all_their_configurations_at_the_highest_budget(sampler, workers, tmp_path):
-    """Failures are not repeated, nothing runs twice, and it ends by itself."""
+    """Failures are not repeated, nothing runs twice, and the search ends."""
     for values in (1, 3, 6):
         space = {"x": [str(i) for i in range(values)], "z": ["a", "b"]}
-        bad = "0" if values > 1 else None
-        _, trials = targets.play(
-            tmp_path / str(values), sampler, space, workers=workers,
-            target=lambda config, seed, budget, bad=bad: (1.0 if config["x"] == bad else 0.1, {}),
-        )  # fmt: skip
+
+        def target(config, seed, budget, bad="0" if values > 1 else None):
+            return 1.0 if config["x"] == bad else 0.1, {}
+
+        _, trials = targets.play(tmp_path / str(values), sampler, space, workers=workers, target=target)
         had = [(*map(str, trial.config.values()), trial.budget) for trial in trials]
         assert len(set(had)) == len(had)
         assert {(x, z) for x, z, _ in had} == set(itertools.product(*space.values()))
@@ -399,8 +417,7 @@ def test_small_spaces_end_with_all_their_configurations_at_the_highest_budget(sa
         assert {(x, z) for x, z, budget in had if budget == 9} >= set(succeed)
 
 
-def test_seeds_follow_from_configuration_and_search(tmp_path):
-    """The same for every budget of a configuration, different otherwise."""
+def test_training_seeds_depend_on_configuration_and_search_seed(tmp_path):
     seeds = {}
     for seed in (0, 1):
         opened = start(tmp_path / str(seed), 12, seed=seed)
@@ -411,81 +428,17 @@ def test_seeds_follow_from_configuration_and_search(tmp_path):
     assert both and all(seeds[0][name] != seeds[1][name] for name in both)
 
 
-def test_one_precision_for_all_trials(tmp_path):
-    """It is recorded at the start, kept on a machine that would choose another, and used by the trial."""
-    options = Options(out=str(tmp_path / "run"), trials=1, device="cpu")
-    Search(options).journal.file.close()
-    path = tmp_path / "run/search.json"
-    assert '"precision": "off"' in path.read_text()
-    path.write_text(path.read_text().replace('"precision": "off"', '"precision": "bf16"'))
-    (job,) = jobs_of(Search(options))
-    assert job["settings"]["precision"] == "bf16"
-    assert search.trial_options(job["settings"], 9, 1, torch.device("cpu")).amp == "bf16"
-
-
-def test_the_comparison_trains_each_network_three_times_and_resumes(tmp_path, capsys):
-    """Interrupted, it repeats nothing; each training has its seed; those of earlier versions count."""
-    opened, path, jobs = start(tmp_path / "run", 1, workers=2), tmp_path / "run/final.json", []
-    best = {**search.points()["NEXcepTion"], "kernel": "9"}
-    tops = {"9": [71.0, 71.5, 72.0], "5": [70.5, 72.0, 71.0], "3": [60.0, 61.0, 60.5]}
-
-    def submit(function, job):
-        jobs.append((job["config"]["kernel"], job["seed"]))
-        top1 = tops[job["config"]["kernel"]][
-            [kernel for kernel, _ in jobs].count(job["config"]["kernel"]) - 1
-        ]
-        info = {"top1": top1, "split": split}
-        future = Future()
-        future.set_result({"status": "success", "cost": [1 - top1 / 100], "info": info})
-        opened.signal = signal.SIGINT if len(jobs) == interrupt else 0
-        return future
-
-    opened.executor, split, interrupt = SimpleNamespace(submit=submit), "test", 4
-    opened.compare({"config": best})
-    assert len(json.loads(path.read_text())) == len(jobs) == 4
-    opened.signal, interrupt = 0, None
-    opened.compare({"config": best})
-    assert len(set(jobs)) == len(jobs) == len(json.loads(path.read_text())) == 9
-    assert search.trial_seed(opened.settings, best) not in [seed for _, seed in jobs]
-    said = capsys.readouterr().out
-    assert "accuracy on the test split" in said and "71.50% ± 0.50 (3)" in said
-    assert re.search(r"incumbent - NEXcepTion: \+0.33 points does not exceed", said)
-    assert re.search(r"incumbent - Xception: \+11.00 points exceeds .*p = ", said)
-    old = {search.short(config): {"status": "success", "top1": 50.0} for config in search.points().values()}
-    path.write_text(json.dumps(old))
-    split, jobs[:] = "val", []
-    opened.compare({"config": search.points()["Xception"]})
-    assert len(jobs) == 4 and "accuracy on the validation split" in capsys.readouterr().out
-
-
-def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
-    exits = []
-    monkeypatch.setattr(os, "_exit", exits.append)
-    opened = start(tmp_path / "run", 5)
-    with opened.signals():
-        signal.raise_signal(signal.SIGINT)
-        assert opened.signal == signal.SIGINT and not exits
-        signal.raise_signal(signal.SIGINT)
-    assert exits == [130]
-
-
-# How it proposes
-
-
-def test_searches_repeat_whatever_the_hash_seed():
+def test_searches_repeat_under_any_hash_seed():
     program = (
         "import search, search_targets, tempfile\n"
         "for trial in search_targets.play(tempfile.mkdtemp(), trials=60)[1]:\n"
         "    print(search.short(dict(trial.config)), trial.budget)\n"
     )
-    path = f"{targets.REPOSITORY}:{targets.REPOSITORY / 'tests'}"
+    env = {"PYTHONPATH": f"{targets.REPOSITORY}:{targets.REPOSITORY / 'tests'}"}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
-            env={"PYTHONHASHSEED": hashes, "PYTHONPATH": path},
-        )
-        for hashes in "12"
-    ]  # fmt: skip
+        Popen([sys.executable, "-c", program], stdout=PIPE, text=True, env={**env, "PYTHONHASHSEED": seed})
+        for seed in "12"
+    ]
     first, second = (process.communicate()[0] for process in processes)
     assert len(set(first.splitlines())) == 60
     assert first == second
@@ -502,8 +455,7 @@ def test_the_forest_sees_no_order_in_choices():
     assert forest._rf.n_features_in_ == 10
 
 
-def test_a_bracket_is_not_one_idea_in_variations(tmp_path):
-    """Its configurations differ in three choices at least, except where they are drawn at random."""
+def test_configurations_of_a_bracket_differ_in_three_choices(tmp_path):
     sampler, _ = targets.play(tmp_path, trials=30)
     drawn = [c.get_array() for c in sampler.intensifier._draw(0) if c.origin == "expected improvement"]
     assert len(drawn) > 4
@@ -526,24 +478,22 @@ def test_two_objectives_end_with_the_pareto_front(tmp_path):
 
 
 def sampled(function, sizes, count=400, noise=0.0):
-    """Return codes (count, P) at random, and their costs."""
+    """Return random codes (count, P) and their costs."""
     rng = np.random.default_rng(4)
     codes = rng.integers(0, sizes, (count, len(sizes)))
     return codes, np.array([function(*row) for row in codes]) + noise * rng.normal(size=count)
 
 
 def test_importances_of_known_functions():
-    """2a + b has variances 1 and 1/4, so 0.8 and 0.2; a xor b has no main effects and is a pair's alone."""
+    """2a + b has variances 1 and 1/4, so 0.8 and 0.2; a xor b has no main effects, only a pair effect."""
     sizes = [2, 2, 4]
     result = search.importances(*sampled(lambda a, b, c: 3 - 2 * a - b, sizes, noise=0.05), sizes)
-    for kind, truth in {
-        "local": [0.8, 0.2, 0],
-        "fanova": [0.8, 0.2, 0],
-        "improvement": [2 / 3, 1 / 3, 0],
-    }.items():
-        assert np.allclose(result[kind][0], truth, atol=0.05), kind
+    shares = [0.8, 0.2, 0]
+    for kind, truth in {"local": shares, "fanova": shares, "improvement": [2 / 3, 1 / 3, 0]}.items():
+        estimate, low, high, _ = result[kind]
+        assert np.allclose(estimate, truth, atol=0.05), kind
         assert [search.is_noise(cell) for cell in result[kind].T] == [False, False, True], kind
-        assert (result[kind][1] <= result[kind][0]).all() and (result[kind][0] <= result[kind][2]).all(), kind
+        assert (low <= estimate).all() and (estimate <= high).all(), kind
     assert result["pairs"][0].max() < 0.01
     sizes = [2, 2, 3]
     result = search.importances(*sampled(lambda a, b, c: 1 - (a ^ b), sizes, noise=0.1), sizes)
@@ -555,7 +505,7 @@ def test_importances_of_known_functions():
 
 
 def test_effects_are_those_of_all_predictions():
-    """Sums over leaves against every configuration's prediction, and DeepCAVE's formula written out."""
+    """Sums over leaves equal sums over every configuration's prediction; DeepCAVE's formula written out."""
     sizes, table = [2, 3, 4], np.random.default_rng(1).normal(size=(2, 3, 4))
     codes, costs = sampled(lambda *at: table[at], sizes, 60, noise=0.3)
     found = search.effects(codes, costs, sizes, n_estimators=7, random_state=3)
@@ -574,19 +524,16 @@ def test_effects_are_those_of_all_predictions():
         local.append(np.array(around) / sum(around))
         means = [grid.mean(axis=tuple({0, 1, 2} - {i}), keepdims=True) - grid.mean() for i in range(3)]
         main.append([m.var() / grid.var() for m in means])
-        both = [
-            (grid.mean(axis=3 - i - j, keepdims=True), means[i] + means[j])
-            for i, j in ((0, 1), (0, 2), (1, 2))
-        ]
-        pairs.append([(joint - alone).var() / grid.var() for joint, alone in both])
+        joint = {(i, j): grid.mean(axis=3 - i - j, keepdims=True) for i, j in ((0, 1), (0, 2), (1, 2))}
+        pairs.append([(both - means[i] - means[j]).var() / grid.var() for (i, j), both in joint.items()])
     assert np.allclose(found["local"], np.mean(local, axis=0))
     assert np.allclose(found["fanova"], np.mean(main, axis=0))
     assert np.allclose(found["pairs"][np.triu_indices(3, 1)], np.mean(pairs, axis=0))
     assert np.allclose(found["pairs"], found["pairs"].T)
 
 
-def test_importance_of_a_run(finished, tmp_path):
-    """Two hundred random trials show both effects, whatever else crashed."""
+def test_importance_of_a_run(finished, interrupted, tmp_path):
+    """Two hundred random trials show both effects, with or without failed trials among them."""
     out, rows = finished
     template = next(row for row in rows if row["budget"] == 1)
     drawn = [dict(config) for config in search.configspace(seed=0).sample_configuration(200)]
@@ -600,20 +547,16 @@ def test_importance_of_a_run(finished, tmp_path):
     assert found[0] == found[1] and set(found[0]) == {1}
     local = found[0][1]["local"]
     assert sorted(local, key=local.get)[-2:] == ["kernel", "block"]
-    told = {name for name, cell in local.items() if not search.is_noise(cell)}
-    assert {"kernel", "block"} <= told and not told & {"stem", "se", "pooling", "activation"}
+    clear = {name for name, cell in local.items() if not search.is_noise(cell)}
+    assert {"kernel", "block"} <= clear and not clear & {"stem", "se", "pooling", "activation"}
     assert "~" in next(line for line in search.importance_text(found[0]).splitlines() if "stem" in line)
     assert len(found[0][1]["pairs"]) == 5
-    assert (tmp_path / "importance.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "importance.json").read_text())["1"]["trials"] == 200
-
-
-def test_importance_of_too_few_trials_is_refused(interrupted):
+    assert read_json(tmp_path / "importance.json")["1"]["trials"] == 200
     with pytest.raises(UsageError, match=r"too few successful trials.*needs 18"):
         search.importance(interrupted)
 
 
-def test_the_report_and_the_table_say_what_was_found(finished, capsys):
+def test_the_report_and_the_table_have_all_trials(finished):
     out, rows = finished
     assert search.main(["report", str(out)]) == 0
     page = (out / "report.md").read_text()
@@ -629,7 +572,7 @@ def test_the_report_and_the_table_say_what_was_found(finished, capsys):
 
 
 def test_the_report_of_a_random_search_maps_the_space(tmp_path):
-    """A made-up map: accuracy follows the kernel; the third epoch tells it, the first the opposite."""
+    """Made-up trials: accuracy depends on the kernel; ranks after 3 epochs are final, after 1 reversed."""
     rng, rows = np.random.default_rng(0), []
     settings = start(tmp_path, 1, sampler="random").settings
     drawn = search.configspace(seed=8).sample_configuration(60)
@@ -650,33 +593,42 @@ def test_the_report_of_a_random_search_maps_the_space(tmp_path):
     assert (tmp_path / "marginals.png").read_bytes().startswith(b"\x89PNG") and "](marginals.png)" in page
 
 
-# The real thing
+# Real folders and trainings
 
 
-def test_folders_of_the_first_version_go_on(tmp_path, capsys):
-    """results/search-digits: importance, report and continuation; its trials all have the same seed."""
-    kept, out = targets.REPOSITORY / "results/search-digits", tmp_path / "run"
+def test_folders_of_the_first_version_are_continued(tmp_path):
+    """results/search-digits: report and next trial; its trials all have the same seed."""
+    out = tmp_path / "run"
     out.mkdir()
     for name in ("search.json", "trials.jsonl", "final.json"):
-        shutil.copy(kept / name, out)
+        shutil.copy(targets.REPOSITORY / "results/search-digits" / name, out)
     rows = search.rows_of(out)
     assert search.main(["report", str(out)]) == 0
-    found = json.loads((out / "importance.json").read_text())
-    assert found["9"]["trials"] == sum(row["budget"] == 9 for row in rows)
-    opened = Search(Options(out=str(out), data="digits", trials=len(rows) + 1))
+    assert read_json(out / "importance.json")["9"]["trials"] == sum(row["budget"] == 9 for row in rows)
+    opened = start(out, len(rows) + 1, search.train)
     assert opened.settings["trial_seeds"] == "one for all" and opened.settings["sampler"] == "smac"
     (job,) = jobs_of(opened)
     assert job["seed"] == rows[0]["seed"]
     assert job["config"] not in [row["config"] for row in rows if row["budget"] == job["budget"]]
 
 
+def test_all_trials_use_the_precision_recorded_at_the_start(tmp_path):
+    """Also on a machine that would choose another."""
+    start(tmp_path / "run", 1, search.train, device="cpu").journal.file.close()
+    path = tmp_path / "run/search.json"
+    assert '"precision": "off"' in path.read_text()
+    path.write_text(path.read_text().replace('"precision": "off"', '"precision": "bf16"'))
+    (job,) = jobs_of(start(tmp_path / "run", 1, search.train, device="cpu"))
+    assert job["settings"]["precision"] == "bf16"
+    assert search.trial_options(job["settings"], 9, 1, torch.device("cpu")).amp == "bf16"
+
+
 def test_the_target_works_for_smac_and_for_an_activation_added_at_run_time(monkeypatch):
-    """`train` with SMAC's three arguments, in SMAC's own runner; hardswish is in the space at once."""
+    """SMAC's own runner calls `train` with three arguments."""
     monkeypatch.setitem(blocks.ACTIVATIONS, "hardswish", torch.nn.Hardswish)
     space = search.configspace()
     assert space.estimate_size() == 61_440 * 5 / 4
-    config = search.points()["NEXcepTion"] | {"activation": "hardswish"}
-    config = search.Configuration(space, config)
+    config = search.Configuration(space, search.points()["NEXcepTion"] | {"activation": "hardswish"})
     scenario = Scenario(space, deterministic=True, output_directory=None, min_budget=1, max_budget=9)
     runner = TargetFunctionRunner(scenario, search.train, ["config", "seed", "budget"])
     status, cost, _, _, info = runner.run(config, seed=1, budget=1)
@@ -693,18 +645,17 @@ def test_a_real_search_of_digits(tmp_path, monkeypatch, capsys):
     assert search.main(arguments) == 0
     said = capsys.readouterr().out
     (row,) = search.rows_of(Path("run"))
-    assert row["status"] == "success"
     info = row["info"]
     network = create_model(search.model_config(row["config"], "nexception_nano"), num_classes=10)
     assert info["parameters"] == sum(p.numel() for p in network.parameters())
     assert info["top1"] == pytest.approx(100 - 100 * row["cost"][0])
     assert info["curve"][-1][1] == pytest.approx(info["top1"], abs=0.01)
     assert info["macs"] > 0 and info["training_images_per_second"] > 0 and info["peak_rss_mb"] > 100
-    scored = json.loads(Path("run/final.json").read_text())
+    scored = read_json(Path("run/final.json"))
     assert {search.short(config) for config in search.points().values()} <= set(scored)
     assert {score["split"] for score in scored.values()} == {"test"} and "on the test split" in said
     assert "python train.py --data digits --model run/incumbent.json" in said
     grown = create_model("run/incumbent.json", num_classes=10)
     assert grown.config.layout == "pyramid" and grown.config.widths == MODELS["nexception_tp"].widths
-    assert search.main(arguments) == 0  # nothing is left to do, and nothing is done twice
-    assert json.loads(Path("run/final.json").read_text()) == scored
+    assert search.main(arguments) == 0  # nothing left to do: trains nothing again
+    assert read_json(Path("run/final.json")) == scored
