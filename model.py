@@ -1,16 +1,15 @@
-"""Xception, NEXcepTion-T, -S, -TP and every network of the paper's search space, as values of one dataclass.
+"""Xception, NEXcepTion-T, -S, -TP and every network of the paper's search space, described by one dataclass.
 
-    python model.py                             # table of the named models: parameters, MACs, input size
-    python model.py best.pt photo.jpg ...       # the five most likely classes of each photograph
+    python model.py                                   # list the named models: parameters, MACs, input size
+    python model.py best.pt photo.jpg ...             # print the five most likely classes of each photograph
 
 In Python:
 
     model = create_model("nexception_t", num_classes=10, drop_path=0.0)
-    load_weights(model, "nexception_t.pth")     # ours, the authors' or, for xception, timm's legacy_xception
+    load_weights(model, "nexception_t.pth")           # ours, the authors' or timm's legacy_xception
     model = load_checkpoint("runs/digits/best.pt")    # in evaluation mode, with .classes and .transform
 
-The named models have exactly 24,544,976 (T), 43,386,944 (S), 26,559,112 (TP) and 22,855,952 (Xception)
-parameters; logits and gradients agree with the authors' models and with timm's `legacy_xception` in float64.
+Logits and gradients agree with the authors' models and with timm's `legacy_xception` in float64.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -50,10 +50,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class ModelConfig(Design):
-    """A network described by plain values. The defaults are NEXcepTion-T's (appendix, tables 5 and 6).
+    """Configuration of a network. The defaults are NEXcepTion-T's (appendix, tables 5 and 6).
 
-    The fields inherited from `Design` are the paper's search space, those below the macro-architecture around
-    it. Impossible values raise a UsageError that begins with the name of the field.
+    The fields inherited from `Design` span the paper's search space; those below set the macro-architecture.
+    Invalid values raise a UsageError that starts with the name of the field.
     """
 
     layout: str = "isotropic"  # "isotropic" (Xception's three flows) or "pyramid" (ConvNeXt's stages)
@@ -67,7 +67,7 @@ class ModelConfig(Design):
     drop_path_spread: str = "constant"  # over the blocks: "constant", or "linear" from 0 to the rate
     in_channels: int = 3
     num_classes: int = 1000  # 0: no classifier, the model returns the pooled features
-    input_size: int = 224  # side, in pixels, of the images it is meant for; others work too
+    input_size: int = 224  # default input size, pixels per side; other sizes work too
 
     def __post_init__(self):
         for name in ("activation_positions", "norm_positions", "widths", "depths", "exit_widths"):
@@ -96,7 +96,7 @@ class ModelConfig(Design):
 
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
-        """The inverse of `to_dict`. Absent fields take their defaults, unknown ones raise UsageError."""
+        """The inverse of `to_dict`. Missing fields take their defaults; unknown ones raise UsageError."""
         try:
             return cls(**values)
         except TypeError as error:
@@ -107,7 +107,7 @@ class ModelConfig(Design):
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> ModelConfig:
-        """Read the file of `to_json`. Raises UsageError that names the file if it contains no config."""
+        """Read a file written by `to_json`. Raises UsageError with the file's name if it holds no config."""
         try:
             return cls.from_dict(json.loads(Path(path).expanduser().read_text()))
         except (OSError, ValueError) as error:
@@ -146,15 +146,15 @@ MODELS: dict[str, ModelConfig] = {
     ),
     # The paper's search network (section 3): one entry block, four middle blocks.
     "nexception_reduced": REDUCED,
-    # The same, narrow enough for the CPU of a laptop.
+    # The same, narrow enough for a laptop's CPU.
     "nexception_nano": replace(REDUCED, stem_width=24, widths=(48,), exit_widths=(96, 128, 192)),
 }
-# The two points of the search space that the paper compares.
+# The points of the search space that the paper compares.
 POINTS = {"NEXcepTion": MODELS["nexception_t"], "Xception": MODELS["xception"]}
 
 
 class Head(nn.Module):
-    """Global average pooling, a norm (in pyramids only) and the linear classifier, if any."""
+    """Global average pooling, a norm (pyramids only) and the linear classifier, if any."""
 
     def __init__(self, channels: int, config: ModelConfig):
         super().__init__()
@@ -169,7 +169,7 @@ class Head(nn.Module):
 
 @contextlib.contextmanager
 def _copied_buffers(block: nn.Module):
-    """Run `block` on copies of its buffers, so that its running statistics stay as they are."""
+    """Run `block` on copies of its buffers, so that its running statistics do not change."""
     buffers = [(module, module._buffers) for module in block.modules()]
     for module, originals in buffers:
         module._buffers = {name: value.clone() for name, value in originals.items()}
@@ -181,14 +181,14 @@ def _copied_buffers(block: nn.Module):
 
 
 class NEXcepTion(nn.Module):
-    """The network that `config` (or its dictionary) describes: a stem, stages of doubling strides, a head.
+    """The network described by `config` (or its dictionary): a stem, stages and a head.
 
-    Isotropic (Xception, NEXcepTion-T and -S): each block of the entry flow begins a stage, the middle flow
-    continues the last of these, and the exit flow is a stage of its own. Pyramid (NEXcepTion-TP): every stage
-    but the first begins with a `PyramidDownsample`.
+    Isotropic (Xception, NEXcepTion-T and -S): one stage per block of the entry flow, the last followed by the
+    middle flow, and one stage for the exit flow. Pyramid (NEXcepTion-TP): every stage but the first starts
+    with a `PyramidDownsample`.
 
-    Maps normalized float images (B, in_channels, H, W), at least 32 pixels (or the largest stride) on a side,
-    to logits (B, num_classes), or with num_classes 0 to features (B, num_features). `feature_info` describes
+    Maps normalized float images (B, in_channels, H, W), at least 32 pixels (or the largest stride) per side,
+    to logits (B, num_classes), or to features (B, num_features) if num_classes is 0. `feature_info` describes
     the `feature_maps` as in timm. `load_checkpoint` sets `classes` (names) and `transform`.
     """
 
@@ -205,7 +205,7 @@ class NEXcepTion(nn.Module):
             rates = [config.drop_path * i / (residuals - 1) for i in range(residuals)]
         rates = iter(rates)
 
-        # Modules are built in the order of the data flow, in which the initialization draws random numbers.
+        # Modules are built in data-flow order, which fixes the random numbers that each one draws.
         stem = (config.in_channels, width, config.stem_stride, config)
         self.stem = PatchifyStem(*stem, activated=isotropic) if config.stem == "patchify" else ConvStem(*stem)
         stages: list[list[nn.Module]] = []
@@ -237,7 +237,7 @@ class NEXcepTion(nn.Module):
         ]
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The maps (B, C, H, W) after the stem (not in pyramids) and each stage, finest first."""
+        """The maps (B, C, H, W) after the stem (isotropic only) and each stage, finest first."""
         x = self.stem(x)
         maps = [x] if self.config.layout == "isotropic" else []
         for stage in self.stages:
@@ -246,7 +246,7 @@ class NEXcepTion(nn.Module):
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last feature map alone."""
+        """The last feature map."""
         x = self.stem(x)
         for stage in self.stages:
             x = self._run(stage, x)
@@ -257,25 +257,25 @@ class NEXcepTion(nn.Module):
         return self.head(x, pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_features(x)
-        return self.forward_head(x)
+        return self.forward_head(self.forward_features(x))
 
     def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
         if not (self.grad_checkpointing and self.training):
             return stage(x)
-        for block in stage:  # the forward pass has updated the running statistics; the recomputation must not
+        for block in stage:  # only the forward pass may update running statistics, not the recomputation
             contexts = contextlib.nullcontext(), _copied_buffers(block)
             x = checkpoint(block, x, use_reentrant=False, context_fn=lambda contexts=contexts: contexts)
         return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the activations inside each block in the backward pass: less memory, about a third more
-        time. Not for use with `torch.compile`, which makes its own choice of what to recompute.
+        """Recompute each block's activations in the backward pass: less memory for about a third more time.
+
+        Not for use with `torch.compile`, which selects the activations to recompute on its own.
         """
         self.grad_checkpointing = enable
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by an untrained one, or by none if `num_classes` is 0."""
+        """Replace the classifier with an untrained one, or remove it if `num_classes` is 0."""
         self.config, self.classes = replace(self.config, num_classes=num_classes), None
         weight = next(self.parameters())
         self.head.fc = Head(self.num_features, self.config).fc.to(weight.device, weight.dtype)
@@ -294,7 +294,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def create_model(name_or_config: str | os.PathLike | ModelConfig, **overrides) -> NEXcepTion:
-    """Build an untrained network, with PyTorch's default initialization, as the authors'.
+    """Build an untrained network with PyTorch's default initialization, like the authors.
 
     `name_or_config` is a name in `MODELS`, the path of a JSON file or a `ModelConfig`; `overrides` are fields
     of the config. Raises UsageError for an unknown name.
@@ -303,39 +303,36 @@ def create_model(name_or_config: str | os.PathLike | ModelConfig, **overrides) -
     if not isinstance(config, ModelConfig):
         name = os.fspath(config)
         if name not in MODELS and not name.endswith(".json"):
-            raise UsageError(
-                f"model: {name!r} is not one of {', '.join(MODELS)}, nor a path that ends in .json"
-            )
+            raise UsageError(f"model: {name!r} is not one of {', '.join(MODELS)}, nor a path ending in .json")
         config = MODELS[name] if name in MODELS else ModelConfig.from_json(name)
     timm_names = {"in_chans": "in_channels", "drop_path_rate": "drop_path", "img_size": "input_size"}
     for name in timm_names.keys() & overrides:
-        raise UsageError(f"{name}: not a field of ModelConfig, which calls it {timm_names[name]}")
+        raise UsageError(f"{name}: the field of ModelConfig is called {timm_names[name]}")
     return NEXcepTion(replace(config, **overrides))
 
 
 def count_macs(model: nn.Module, input_size: int | None = None, attention: bool = False) -> int:
-    """Multiply-accumulates for one image, the "FLOPs" of papers: of convolutions (blur pools included) and
-    linear layers, or with `attention` those of attention's own products alone (queries with keys, weights
-    with values).
+    """Count the multiply-accumulates (the "FLOPs" of papers) for one image.
 
-    Takes any model of images; those without a `config` need `input_size`. PyTorch's flop counter runs a copy
-    on the meta device, where nothing is computed.
+    Counts convolutions (blur pools included) and linear layers or, with `attention`, only the two matrix
+    products inside attention. Takes any image model; one without a `config` needs `input_size`. PyTorch's
+    flop counter runs a copy of the model on the meta device.
     """
     config = getattr(model, "config", None)
     size = input_size or config.input_size
     channels = config.in_channels if isinstance(config, ModelConfig) else 3
     copied = copy.deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter:  # with gradients: attention's fast path has no counts
+    with FlopCounterMode(display=False) as counter:  # with gradients: attention's fast path is not counted
         copied(torch.empty(1, channels, size, size, device="meta"))
     macs = {str(op): flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()}
     return sum(n for op, n in macs.items() if ("bmm" in op or "attention" in op) == attention)
 
 
 def state_dict_keys(model: NEXcepTion) -> dict[str, dict[str, str]]:
-    """The keys that each naming scheme has for our state dict keys (always with those of a classifier).
+    """Map our state dict keys, always with a classifier's, to those of each naming scheme.
 
-    "our" is the identity. "the authors'" keys are right for networks shaped like -T, -S or -TP, "timm's" for
-    those shaped like its `legacy_xception`; for other networks they mean nothing.
+    "our" is the identity, "the authors'" is valid for networks structured like -T, -S or -TP, "timm's" for
+    networks structured like its `legacy_xception`.
     """
     config, last = model.config, len(model.stages) - 1
     # Paths of modules, ours to theirs; `places` are the authors' paths of the residual blocks, in order.
@@ -401,7 +398,7 @@ def _read_checkpoint(path: str | os.PathLike) -> dict:
         # timm's training script, which the authors used, stores its parsed arguments in a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a truncated or foreign file raises errors of many kinds
+    except Exception as error:  # damaged and foreign files raise many kinds of error
         reason = "damaged, or not written by torch.save"
         if pickled := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"it pickles {pickled[1]}, but only tensors and plain values are loaded"
@@ -409,13 +406,13 @@ def _read_checkpoint(path: str | os.PathLike) -> dict:
 
 
 def _weights_of(content: dict) -> dict[str, Tensor]:
-    """The state dict in the content of a checkpoint: averaged weights (EMA) first, without prefixes."""
+    """The state dict in a checkpoint's content, preferably of averaged weights (EMA), without prefixes."""
     for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):  # ours, timm's, DeiT's
         if isinstance(content.get(key), dict):
             content = content[key]
             break
     weights = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-    while True:  # prefixes of DistributedDataParallel and averaging, torch.compile, Lightning, in any order
+    while True:  # prefixes of DistributedDataParallel and SWA, torch.compile and Lightning, in any order
         weights.pop("n_averaged", None)
         prefixes = [p for p in ("module.", "_orig_mod.", "model.") if all(k.startswith(p) for k in weights)]
         if not weights or not prefixes:
@@ -423,29 +420,22 @@ def _weights_of(content: dict) -> dict[str, Tensor]:
         weights = {k.removeprefix(prefixes[0]): v for k, v in weights.items()}
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file of any model, on the CPU."""
-    return _weights_of(_read_checkpoint(path))
-
-
 def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict) -> None:
     """Copy weights into `model`: ours, the authors' or, for `xception`, those of timm's `legacy_xception`.
 
-    Takes a file or a dictionary, a checkpoint or a bare state dict. A classifier for another number of
-    classes is left out, and RGB filters are adapted to another number of input channels as in timm; a printed
-    line says so. Raises UsageError that lists whatever else is missing, unexpected or of another shape, and
-    then leaves the model untouched.
+    Takes a checkpoint or a bare state dict, as a file or a dictionary. A classifier for another number of
+    classes is skipped, and RGB filters are adapted to another number of input channels as in timm; either is
+    reported in a printed line. Any other missing, unexpected or misshapen tensor raises UsageError and leaves
+    the model unchanged.
     """
-    source, weights = "state dict", path_or_state_dict
-    if isinstance(weights, dict):
-        weights = _weights_of(weights)
-    else:
-        source, weights = os.fspath(weights), read_weights(weights)
-    schemes = state_dict_keys(model)
+    source, content = "state dict", path_or_state_dict
+    if not isinstance(content, dict):
+        source, content = os.fspath(content), _read_checkpoint(content)
+    weights, schemes = _weights_of(content), state_dict_keys(model)
     scheme = max(schemes, key=lambda name: len(weights.keys() & set(schemes[name].values())))
     own, theirs = model.state_dict(), schemes[scheme]
     found = {key: weights.pop(theirs[key]) for key in theirs if theirs[key] in weights}
-    notes = []  # printed once everything fits
+    notes = []  # printed if all tensors fit
 
     classifier = ("head.fc.weight", "head.fc.bias")
     if model.num_classes == 0:
@@ -457,12 +447,13 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
     stem = "stem.conv.weight" if model.config.stem == "patchify" else "stem.conv1.weight"
     channels = model.config.in_channels
     if stem in found and found[stem].shape[1] == 3 != channels:
-        rgb = found[stem].double()
-        repeated = rgb.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
-        filters = rgb.sum(1, keepdim=True) if channels == 1 else repeated
+        filters = found[stem].double()
+        if channels == 1:
+            filters = filters.sum(1, keepdim=True)
+        else:  # repeat the RGB filters and keep the scale of their sum
+            filters = filters.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
         found[stem] = filters.to(found[stem].dtype)
-        how = "summed" if channels == 1 else "repeated and scaled"
-        notes.append(f"the stem's RGB filters are {how} for in_channels {channels}")
+        notes.append(f"the stem's RGB filters are adapted to in_channels {channels}")
 
     problems = [f"{theirs[key]} is missing" for key in own if key not in found]
     problems += [f"{key} is unexpected" for key in weights]
@@ -489,9 +480,9 @@ def published_transform(config: ModelConfig) -> EvalTransform:
 def load_checkpoint(path: str | os.PathLike, fuse: bool = False) -> NEXcepTion:
     """Build the network of a checkpoint file, in evaluation mode, with its `classes` and `transform`.
 
-    Checkpoints of `train.py` contain all of this. For weights without a config (the authors', timm's) the
-    named model is recognized by its shapes; `classes` is then None and `transform` that of the published
-    weights. `fuse=True` folds the batch norms (see `fuse`). Raises UsageError if the file does not fit.
+    Without a config in the file (the authors', timm's), the named model is recognized by the weights' shapes;
+    `classes` is then None and `transform` that of the published weights. `fuse=True` folds the batch norms
+    (see `fuse`). Raises UsageError if the file fits no model.
     """
     content = _read_checkpoint(path)
     weights = _weights_of(content)
@@ -501,12 +492,11 @@ def load_checkpoint(path: str | os.PathLike, fuse: bool = False) -> NEXcepTion:
     model.transform = published_transform(model.config)
     if "transform" in content:
         model.transform = EvalTransform.from_dict(content["transform"])
-    model.eval()
-    return _fold_norms(model) if fuse else model
+    return _fold_norms(model.eval()) if fuse else model.eval()
 
 
 def _recognize(path: str | os.PathLike, weights: dict[str, Tensor]) -> NEXcepTion:
-    """The named model, untrained, whose shapes `weights` have in one of the naming schemes."""
+    """The named model, untrained, that `weights` fit in one of the naming schemes."""
     shapes = {key: value.shape for key, value in weights.items()}
     for config in MODELS.values():
         with torch.device("meta"):
@@ -514,24 +504,24 @@ def _recognize(path: str | os.PathLike, weights: dict[str, Tensor]) -> NEXcepTio
         for keys in state_dict_keys(model).values():
             head, own = keys["head.fc.weight"], model.state_dict()
             body = {keys[k]: v.shape for k, v in own.items() if not k.startswith("head.fc.")}
-            if head in shapes and all(shapes.get(key) == shape for key, shape in body.items()):
+            if head in shapes and body.items() <= shapes.items():
                 return create_model(config, num_classes=shapes[head][0])
     raise UsageError(f"{path} has no config inside and fits none of {', '.join(MODELS)}")
 
 
 def fuse(model: NEXcepTion) -> NEXcepTion:
-    """An evaluation-only copy with every foldable batch norm folded into the convolution next to it.
+    """An evaluation-only copy with batch norms folded into adjacent convolutions.
 
-    Equal to `model.eval()` to 1e-5 in float32. A norm folds if it directly follows a convolution, or directly
-    precedes an unpadded one or the classifier. Layer norms remain, and so does the norm after the activation
-    of an isotropic patchify stem. Gradients flow through the copy (Grad-CAM); `load_weights` cannot load its
+    Equal to `model.eval()` to 1e-5 in float32. A norm is folded if it directly follows a convolution, or
+    directly precedes an unpadded one or the classifier; layer norms and the norm after the activation of an
+    isotropic patchify stem remain. Gradients flow through the copy (Grad-CAM); `load_weights` cannot load its
     state dict.
     """
     return _fold_norms(copy.deepcopy(model).eval())
 
 
-# Pairs of a convolution and a norm inside each block, in the order of the data flow. They fold if the module
-# between them, if any, is an identity.
+# Pairs of a convolution and a norm in each block, in data-flow order; not folded if a module between them is
+# anything but an identity.
 _FOLDABLE: dict[type, tuple[tuple[str, ...], ...]] = {
     PatchifyStem: (("conv", "act", "norm"),),
     ConvStem: (("conv1", "norm1"), ("conv2", "norm2")),
@@ -576,18 +566,17 @@ def compile_frozen(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """Compile `model`, in evaluation mode, with inductor and its weights as constants.
 
     Returns a function from images (B, C, H, W) to logits: the fastest way to run a network on a CPU,
-    especially after `fuse`. It computes no gradients, ignores later changes of the weights and compiles each
-    new shape separately.
+    especially after `fuse`. It computes no gradients, ignores later changes of the weights and compiles
+    separately for each input shape.
     """
-    import torch._dynamo.config as dynamo_config  # importing these takes as long as importing PyTorch
+    import torch._dynamo.config as dynamo_config  # these take as long to import as PyTorch
     import torch._inductor.config as inductor_config
 
     compiled = torch.compile(model.eval(), dynamic=False)
 
     def frozen(x: Tensor) -> Tensor:
-        # torch.compile's own options={"freezing": True} comes too late: without this switch, the tracer has
-        # by then turned the weights into inputs. Calling the kernels from C++ takes 5 to 8% off the time of a
-        # single image, 1% off that of a batch of 16.
+        # torch.compile(options={"freezing": True}) is too late: the tracer has already made the weights
+        # inputs. Calling the kernels from C++ saves 5 to 8% for a single image, 1% for a batch of 16.
         switches = {"freezing": True, "cpp_wrapper": x.device.type == "cpu"}
         # All models of a class share one count of shapes, beyond whose limit PyTorch would run them eagerly.
         limits = {"recompile_limit": 2**16, "fail_on_recompile_limit_hit": True}
@@ -598,11 +587,10 @@ def compile_frozen(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def keep_large_buffers() -> None:
-    """Have glibc keep large buffers instead of returning them to the system at every free, and ask for huge
-    pages for them. Does nothing outside Linux.
+    """Make glibc reuse large buffers instead of returning them to the system, and request huge pages.
 
-    Every script that computes on a CPU calls this before it makes the first tensor: page faults can cost more
-    than the arithmetic. `THP_MEM_ALLOC_ENABLE=0` in the environment prevents the huge pages.
+    For computing on a CPU, where page faults can cost more than the arithmetic; call it before creating the
+    first tensor. `THP_MEM_ALLOC_ENABLE=0` in the environment disables huge pages. No effect without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -611,6 +599,34 @@ def keep_large_buffers() -> None:
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def register_with_timm() -> None:
+    """Register the named models with timm's factory, except "xception", of which timm has its own.
+
+    `timm.create_model("nexception_t", in_chans=1, drop_path=0.1)` then takes any field of `ModelConfig`, and
+    sets `pretrained_cfg`. Raises UsageError if timm is not installed.
+    """
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise UsageError("register_with_timm needs a package: pip install timm") from None
+
+    def build(name: str, pretrained: bool = False, in_chans: int = 3, **fields) -> NEXcepTion:
+        if pretrained:
+            raise UsageError(f"{name}: pretrained=True is not supported; load a checkpoint with load_weights")
+        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # passed to every model
+            fields.pop(key, None)
+        model = create_model(name, in_channels=in_chans, **fields)
+        config = vars(published_transform(model.config))  # crop_pct, interpolation, mean, std
+        model.pretrained_cfg = config | {"input_size": (in_chans, config["size"], config["size"])}
+        return model
+
+    for name in MODELS.keys() - {"xception"}:
+        entry = functools.partial(build, name)
+        entry.__name__, entry.__module__ = name, __name__
+        timm.models.register_model(entry)
+    globals().pop("__all__", None)  # set by timm, to names that `from model import *` would not find
 
 
 def print_table() -> None:
@@ -624,11 +640,11 @@ def print_table() -> None:
 
 
 def classify(model: NEXcepTion, photos: list[str]) -> None:
-    """Print the five most likely classes of each photograph, turned upright as its EXIF orientation says."""
+    """Print the five most likely classes of each photograph, rotated by its EXIF orientation."""
     from PIL import Image, ImageOps
 
     if model.config.in_channels != 3 or model.num_classes == 0:
-        raise UsageError("classifying photographs takes a model with a classifier and in_channels 3")
+        raise UsageError("classifying photographs needs a model with a classifier and in_channels 3")
     for photo in photos:
         try:
             with Image.open(Path(photo).expanduser()) as image:
@@ -647,7 +663,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "model.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", help="file of train.py, the authors or timm's Xception")
+    parser.add_argument("checkpoint", nargs="?", help="train.py's, the authors' or timm's xception")
     parser.add_argument("photos", nargs="*", help="images to classify")
     args = parser.parse_args(argv)
     try:

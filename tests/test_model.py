@@ -1,7 +1,7 @@
-"""Tests of model.py: parity with the authors' models and timm's, configs, loading, what a backbone offers.
+"""Tests of model.py: parity with the authors' models and timm's, configs, loading, fusing, other libraries.
 
-`parity/` holds the outputs of the authors' models in float64 for the weights that `made_weights` draws from a
-seed (in the file name), and for normally distributed images drawn after them.
+`parity/` holds float64 outputs of the authors' models for the weights that `made_weights` draws from a seed
+(in the file name), and for normally distributed images drawn after them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import argparse
 import copy
 import json
 import random
-import re
 import shutil
 import struct
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from model import (
     load_checkpoint,
     load_weights,
     main,
+    register_with_timm,
 )
 
 import numpy as np
@@ -40,6 +41,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.models.feature_extraction import create_feature_extractor
 
 HERE = Path(__file__).parent
 OFFICIAL = json.loads((HERE / "parity" / "official_state_dicts.json").read_text())
@@ -49,7 +51,7 @@ TRANSFORM = EvalTransform(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
 
 
 def made_weights(name: str, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """The parity files' state dict of a model, float64, with the authors' keys."""
+    """The state dict behind the parity files, float64, with the authors' keys."""
     weights = {}
     for key, shape in OFFICIAL[name]["state_dict"]:
         if key.endswith("num_batches_tracked"):
@@ -66,7 +68,7 @@ def made_weights(name: str, rng: np.random.Generator) -> dict[str, torch.Tensor]
 
 
 def random_config(rng: random.Random, **fixed) -> ModelConfig:
-    """Any point of the search space, in one of the two layouts, small."""
+    """A random point of the search space in either layout, small."""
     values = {name: rng.choice(tuple(choices)) for name, choices in SPACE.items()}
     values |= {"layout": rng.choice(("isotropic", "pyramid")), "stem_stride": rng.choice((2, 4))}
     values["drop_path_spread"] = rng.choice(("constant", "linear"))
@@ -79,7 +81,7 @@ def random_config(rng: random.Random, **fixed) -> ModelConfig:
 
 
 def with_statistics(model: torch.nn.Module, seed: int = 0):
-    """The network in evaluation mode, with random norms: weights, biases and running statistics."""
+    """Randomize the norms' weights, biases and running statistics; return the model in evaluation mode."""
     torch.manual_seed(seed)
     for name, value in model.state_dict().items():
         if name.endswith("running_var") or (value.dim() == 1 and name.endswith("weight")):
@@ -98,8 +100,9 @@ def test_models_agree_with_the_authors(name):
     model = create_model(name, drop_path=0.0).double()
     for seed, batch, size in (("seed2022", 2, "224"), ("seed7", 3, "160_train")):
         rng = np.random.default_rng(int(seed[4:]))
-        expected = np.load(HERE / "parity" / f"{name}_{seed}_{size}.npz")
-        load_weights(model.eval(), made_weights(name, rng))
+        expected, weights = np.load(HERE / "parity" / f"{name}_{seed}_{size}.npz"), made_weights(name, rng)
+        load_weights(model.eval(), weights)
+        assert equal(export_official(model), weights)
         x = torch.from_numpy(rng.normal(size=(batch, 3, int(size[:3]), int(size[:3]))))
         with torch.inference_mode():
             np.testing.assert_allclose(model(x).numpy(), expected["logits"], rtol=1e-9, atol=1e-11)
@@ -114,11 +117,6 @@ def test_models_agree_with_the_authors(name):
         np.testing.assert_allclose(sums, expected[f"{statistic}_sums"], rtol=1e-9, atol=1e-9)
 
 
-def test_timms_name_of_a_field_is_refused_with_ours():
-    with pytest.raises(UsageError, match="in_chans: not a field of ModelConfig, which calls it in_channels"):
-        create_model("nexception_t", in_chans=1)
-
-
 def test_xception_agrees_with_timm():
     theirs = with_statistics(timm.create_model("legacy_xception").double())
     ours = create_model("xception").double()
@@ -131,16 +129,7 @@ def test_xception_agrees_with_timm():
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-7, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", PAPER_MODELS)
-def test_export_gives_back_the_official_state_dict(name):
-    weights = {k: v.float() for k, v in made_weights(name, np.random.default_rng(1)).items()}
-    weights = {k: v.long() if k.endswith("tracked") else v for k, v in weights.items()}
-    model = create_model(name)
-    load_weights(model, weights)
-    assert equal(export_official(model), weights)
-
-
-def test_authors_checkpoint_file_loads_whatever_surrounds_it(tmp_path, capsys):
+def test_authors_checkpoint_file_loads(tmp_path, capsys):
     weights = {k: v.float() for k, v in made_weights("nexception_t", np.random.default_rng(3)).items()}
     namespace = argparse.Namespace(model="nexception_t", lr=2e-3)
     content = {"epoch": 309, "arch": "nexception_t", "args": namespace, "metric": 81.5}
@@ -169,11 +158,6 @@ def test_averaged_weights_come_first_as_in_timm(tmp_path, key):
 
 
 def test_weights_load_under_the_prefixes_of_wrappers(tmp_path, monkeypatch):
-    class Wrapper(torch.nn.Module):  # as a LightningModule with `self.model`
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
     average = torch.optim.swa_utils.AveragedModel
     parallel = torch.nn.DataParallel  # DistributedDataParallel's names
     model = NEXcepTion(NANO)
@@ -182,7 +166,7 @@ def test_weights_load_under_the_prefixes_of_wrappers(tmp_path, monkeypatch):
         parallel(torch.compile(model)),
         average(model),
         torch.compile(average(parallel(model))),
-        Wrapper(torch.compile(model)),
+        torch.nn.ModuleDict({"model": torch.compile(model)}),  # as in a LightningModule with `self.model`
     ):
         loaded = NEXcepTion(NANO)
         load_weights(loaded, {"epoch": 3, "state_dict": wrapper.state_dict()})
@@ -207,13 +191,11 @@ def test_rgb_weights_adapt_to_other_channels_as_in_timm(name, channels, capsys):
 def test_load_weights_names_what_does_not_fit():
     model = NEXcepTion(NANO)
     good = copy.deepcopy(model.state_dict())
-    for change, named in (
-        (lambda w: w.pop("stem.conv.bias"), "stem.conv.bias is missing"),
-        (lambda w: w.update(extra=torch.zeros(1)), "extra is unexpected"),
-        (lambda w: w.update({"stem.conv.bias": torch.zeros(3)}), r"bias has shape \(3,\), not \(24,\)"),
+    for weights, named in (
+        ({k: v for k, v in good.items() if k != "stem.conv.bias"}, "stem.conv.bias is missing"),
+        ({**good, "extra": torch.zeros(1)}, "extra is unexpected"),
+        ({**good, "stem.conv.bias": torch.zeros(3)}, r"bias has shape \(3,\), not \(24,\)"),
     ):
-        weights = dict(good)
-        change(weights)
         with pytest.raises(UsageError, match=named):
             load_weights(model, weights)
     assert equal(model.state_dict(), good)
@@ -263,6 +245,8 @@ def test_config_travels_through_a_json_file(tmp_path):
             create_model(tmp_path / "broken.json")
     with pytest.raises(UsageError, match="'nexception_l' is not one of nexception_t"):
         create_model("nexception_l")
+    with pytest.raises(UsageError, match="in_chans: the field of ModelConfig is called in_channels"):
+        create_model("nexception_t", in_chans=1)
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -308,7 +292,7 @@ def test_named_models_are_the_papers(name, channels, parameters, macs, drop_path
 
 
 def test_new_parts_are_one_entry_each(monkeypatch):
-    """Networks with an activation, a norm, a pooling and a kernel added at run time train and fuse."""
+    """Networks train and fuse with an activation, a norm, a pooling and a kernel added at run time."""
     monkeypatch.setitem(blocks.ACTIVATIONS, "hardswish", torch.nn.Hardswish)
     monkeypatch.setitem(blocks.NORMS, "group", lambda channels: torch.nn.GroupNorm(1, channels))
     monkeypatch.setitem(blocks.POOLINGS, "average", lambda channels: torch.nn.AvgPool2d(3, 2, 1))
@@ -332,7 +316,7 @@ def test_new_parts_are_one_entry_each(monkeypatch):
     [("nexception_nano", 1), ("xception", 0), ("nexception_tp", 0)],  # the norm after a patchify stem's GELU
 )
 def test_fused_copies_have_no_foldable_norm_and_the_same_gradients(name, left):
-    """Of the input and, as Grad-CAM takes them, of the last map, where the input needs none."""
+    """Gradients with respect to the input and, as in Grad-CAM, to the last map alone."""
     small = {"num_classes": 5, "depths": (1,), "widths": (16, 24), "exit_widths": (16, 24, 32)}
     if name == "nexception_tp":
         small |= {"stem_width": 16, "depths": (1, 1), "exit_widths": ()}
@@ -378,16 +362,22 @@ def test_models_travel_through_hugging_face_hub_s_mixin(tmp_path):
         assert loaded.config == NANO and equal(loaded.state_dict(), model.state_dict())
 
 
-def test_models_register_with_timm_as_the_readme_says():
-    blocks_of_code = re.findall(r"```python\n(.*?)```", (HERE.parent / "README.md").read_text(), re.DOTALL)
-    exec(next(code for code in blocks_of_code if "register_model" in code), {"__name__": __name__})
-    with pytest.raises(AssertionError, match="load_weights"):
+def test_models_register_with_timm(monkeypatch):
+    theirs = timm.model_entrypoint("xception")
+    register_with_timm()
+    exec("from model import *")  # timm's changes to the module do not break this
+    assert timm.model_entrypoint("xception") is theirs
+    assert MODELS.keys() - {"xception"} <= set(timm.list_models(module="model"))
+    with pytest.raises(UsageError, match="load_weights"):
         timm.create_model("nexception_nano", pretrained=True)
     model = timm.create_model("nexception_nano", num_classes=7, in_chans=1)
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
     config = timm.data.resolve_model_data_config(timm.create_model("nexception_tp", drop_path=0.1))
     assert config["input_size"] == (3, 224, 224) and config["crop_pct"] == 0.95
     assert config["mean"] == timm.data.IMAGENET_DEFAULT_MEAN and config["interpolation"] == "bicubic"
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UsageError, match="pip install timm"):
+        register_with_timm()
 
 
 def test_channels_last_maps_and_vmap_give_the_same_logits():
@@ -448,19 +438,18 @@ def test_torch_export_with_any_batch_and_size(name):
 
 
 def test_torch_fx_traces_every_network_in_both_modes():
-    extraction = pytest.importorskip("torchvision.models.feature_extraction")
     rng, models = random.Random(3), []
     for config in MODELS.values():
-        with torch.device("meta"):  # shapes alone: the large ones take long to compute
+        with torch.device("meta"):  # only shapes are compared, as the large models take long to compute
             models.append(NEXcepTion(replace(config, depths=tuple(min(d, 1) for d in config.depths))))
     models += [with_statistics(NEXcepTion(random_config(rng, drop_path=0.0))) for _ in range(10)]
     for model in models:
         x = torch.randn(2, 3, 32, 32, device=next(model.parameters()).device)
         torch.testing.assert_close(torch.fx.symbolic_trace(model.eval())(x), model(x))
         nodes = [info["module"] for info in model.feature_info]
-        extractor = extraction.create_feature_extractor(model, nodes, suppress_diff_warning=True)
+        extractor = create_feature_extractor(model, nodes, suppress_diff_warning=True)
         torch.testing.assert_close(list(extractor(x).values()), model.feature_maps(x))
-        extracted = extractor.train()(x)[nodes[-1]]  # the extractor traces this mode, too
+        extracted = extractor.train()(x)[nodes[-1]]  # the extractor has traced this mode, too
         torch.testing.assert_close(extracted, model.train().forward_features(x))
 
 
@@ -470,7 +459,7 @@ def test_a_model_from_the_meta_device_is_the_same():
         empty = NEXcepTion(NANO)
     empty.to_empty(device="cpu")
     for value in [*empty.parameters(), *empty.buffers()]:
-        value.data.fill_(float("nan") if value.is_floating_point() else 7)  # whatever memory holds
+        value.data.fill_(float("nan") if value.is_floating_point() else 7)  # uninitialized memory
     empty.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(empty.eval()(x), model(x))
@@ -482,15 +471,15 @@ def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
     assert all(f"{name} " in listed for name in MODELS) and "24,544,976" in listed and "8.357 G" in listed
 
     model = with_statistics(NEXcepTion(NANO))
-    model.head.fc.weight.data.mul_(100)  # probabilities that tell images apart
+    model.head.fc.weight.data.mul_(100)  # for probabilities that differ between images
     content = {"model": model.state_dict(), "ema": None, "config": NANO.to_dict(), "classes": list("abcdef")}
     torch.save(content | {"transform": TRANSFORM.to_dict()}, tmp_path / "best.pt")
     torch.save(content | {"config": {"layers": 3}}, tmp_path / "foreign.pt")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
     photo.save(tmp_path / "photo.png")
-    # The same picture as a camera held sideways stores it: turned, and an EXIF entry that says so.
+    # The same picture as stored by a camera held sideways, with an EXIF orientation.
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by 90°
+    exif[0x0112] = 6  # rotate clockwise by 90°
     photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "sideways.png", exif=exif)
     main([str(tmp_path / name) for name in ("best.pt", "photo.png", "sideways.png")])
     lines = capsys.readouterr().out.splitlines()
