@@ -1,25 +1,25 @@
-"""Measure the claims of the paper and the README on the machine at hand.
+"""Reproduce the measurements of the paper and the README on this machine.
 
-    python bench.py speed      # Table 1's throughput: NEXcepTion and every peer take turns in one run
+    python bench.py speed        # throughput of all models in Table 1, timed in turns
     python bench.py accuracy CHECKPOINT imagenet=/data/imagenet/val imagenet-a=/data/imagenet-a
-    python bench.py figures    # the paper's figures 2 and 3; with measured speed: results/speed-*.json
+    python bench.py figures      # the paper's figures 2 and 3; with measured speed: results/speed-*.json
     python bench.py export CHECKPOINT
-    python bench.py data [PATH]  # images/s of the input pipeline beside timm's; how many workers feed a GPU
-    python bench.py trial      # seconds per trial of search.py, and of timm's loader in a plain loop
-    python bench.py samplers RUN # SMAC, Hyperband and random search, played on the trials of a random search
+    python bench.py data [PATH]  # images/s of the input pipeline and of timm's; workers needed to feed a GPU
+    python bench.py trial        # seconds per trial of search.py, and of a plain loop with timm's loader
+    python bench.py samplers RUN # SMAC, Hyperband and random search on the trials of a random search
+    python bench.py versions OTHER # whole commands of this checkout and of another one
 
 `python bench.py COMMAND --help` lists the options of a command. Results go to `results/`: JSON with every
-sample, the versions, the hardware and the command line, and a Markdown table beside it. On two CPU cores,
-all of Table 1 takes about half an hour in float32, the other commands take a few minutes.
+sample, versions, hardware and the command line, and a Markdown table. On two CPU cores, all of Table 1 takes
+about half an hour in float32, the other commands a few minutes.
 
-Things that are compared are timed alternately in one run (see `take_turns`), so that other load on the
-machine affects all of them alike, and ratios are taken within a repetition.
+Rows to be compared are timed alternately in one run (see `take_turns`), so that other load affects them
+alike; ratios are computed within each repetition.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import importlib.util
 import io
@@ -39,6 +39,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 
 from data import (
@@ -86,8 +87,8 @@ from torch import nn
 from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TURN_SECONDS = 0.1  # `speed` repeats short passes within a turn until it takes about this long
-WORKER_SECONDS = 6.0  # of one turn of `data` with worker processes
+TURN_SECONDS = 0.1  # minimum of a turn of `speed`, in which short passes are repeated
+WORKER_SECONDS = 6.0  # of a turn of `data` with worker processes
 
 # --------------------------------------------------------------------------------------------------
 # Timing: rows that take turns
@@ -95,23 +96,23 @@ WORKER_SECONDS = 6.0  # of one turn of `data` with worker processes
 
 @dataclass
 class Row:
-    """One thing to be timed, with its measurements; the JSON files contain every field that is set."""
+    """Code to be timed and its measurements; the JSON files contain every field that is set."""
 
     label: str
-    work: Callable[[], float] | None = None  # one turn; returns how many units (images, trials) it did
-    before: Callable[[], object] | None = None  # runs untimed ahead of each turn
-    base: str = ""  # label of the row that this one is compared with
-    missing: str = ""  # why there are no samples
+    work: Callable[[], float] | None = None  # one turn; returns the number of units (images, trials) done
+    before: Callable[[], object] | None = None  # called before each turn, not timed
+    base: str = ""  # label of the row to compare with
+    missing: str = ""  # reason if there are no samples
     samples: list[float] = field(default_factory=list)  # one per repetition
-    ratio: dict | None = None  # how many times as fast as `base`: mean, deviation, median
-    # The rest is set by `speed`.
+    ratio: dict | None = None  # speed relative to `base`: mean, deviation, median
+    # Set by `speed` only:
     name: str = ""  # key of Table 1 or MODELS, JSON file, timm's name, or MODULE:CALLABLE
     size: int = 0  # input pixels per side
     batch: int = 0
-    passes: int = 0  # passes over the batch in a turn
+    passes: int = 0  # per turn
     parameters: int = 0
     macs: int = 0  # of convolutions and linear layers, for one image
-    attention_macs: int = 0  # of attention's own matrix products
+    attention_macs: int = 0  # of the matrix products inside attention
     memory: int = 0  # peak bytes of a pass on a GPU, including weights and optimizer state
     paper: dict | None = None  # the paper's row of Table 1
 
@@ -121,14 +122,14 @@ class Row:
 
 
 def stopwatch(device: torch.device | None) -> Callable:
-    """Return a function that runs `work()` and returns (its result, the seconds it took).
+    """Return a function that runs `work()` and returns its result and the seconds it took.
 
-    The device is idle at both ends. device None: CPU seconds of this process, which other programs on the
-    machine do not affect.
+    It synchronizes with the device before and after. device None: CPU time of this process, which other
+    programs do not affect.
     """
     read = time.process_time if device is None else time.perf_counter
     asynchronous = device is not None and device.type != "cpu"
-    wait = functools.partial(torch.accelerator.synchronize, device) if asynchronous else lambda: None
+    wait = partial(torch.accelerator.synchronize, device) if asynchronous else lambda: None
 
     def timed(work):
         wait()
@@ -141,11 +142,11 @@ def stopwatch(device: torch.device | None) -> Callable:
 
 
 def take_turns(rows: list[Row], repetitions: int, timed: Callable, *, rate=True, warm_up=1) -> None:
-    """Time every row once per repetition, in a new random order each time; set the samples and ratios.
+    """Time every row once per repetition, in random order; set the samples and ratios.
 
     timed: a `stopwatch`. rate: samples are units per second, else seconds per unit. warm_up: repetitions at
-    the start that are not counted. A row that fails is dropped, with the reason in `missing`, and the others
-    go on; UsageError and RunError stop the run. Ctrl-C ends it early and keeps the finished repetitions.
+    the start that are not recorded. A row that fails is dropped, with the reason in `missing`; only
+    UsageError and RunError stop the run. Ctrl-C keeps the finished repetitions.
     """
     order, done = random.Random(0), -warm_up
     tqdm.monitor_interval = 0  # its thread would be forked into data-loading processes
@@ -177,7 +178,7 @@ def take_turns(rows: list[Row], repetitions: int, timed: Callable, *, rate=True,
 
 
 def compare(rows: list[Row], rate: bool = True) -> None:
-    """Set each row's ratio: how many times as fast as its `base`, from the pairs within each repetition."""
+    """Set each row's speed relative to its `base`, from the pairs of samples in each repetition."""
     samples = {row.label: row.samples for row in rows}
     for row in rows:
         if row.samples and samples.get(row.base):
@@ -192,7 +193,7 @@ def mean_and_deviation(samples: list[float]) -> tuple[float, float]:
 
 
 def failure(error: Exception) -> str:
-    """Return why a row is missing; errors other than a missing package print their traceback on stderr."""
+    """Return the reason for a missing row; print the traceback unless it is a missing package."""
     if isinstance(error, ModuleNotFoundError):
         return f"needs the package {error.name}"
     traceback.print_exception(error)
@@ -204,18 +205,18 @@ def failure(error: Exception) -> str:
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table, padded to be readable as text; columns that no row fills are left out."""
-    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    lines = [[row[i] for i in kept] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    for line in lines:
-        line[:] = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], rule, *lines[1:]))
+    """Return a Markdown table, padded to be readable as text, without empty columns."""
+    columns = []
+    for head, *cells in zip(header, *rows, strict=True):
+        if any(cells):
+            width = max(map(len, (head, *cells)))
+            align, rule = (str.rjust, "-" * (width - 1) + ":") if columns else (str.ljust, "-" * width)
+            columns.append([align(head, width), rule, *(align(cell, width) for cell in cells)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns, strict=True))
 
 
 def timing_cells(row: Row) -> list[str]:
-    """Return a row's cells: mean ± standard deviation, median, ratio ± its own; or why it is missing."""
+    """Return mean ± standard deviation, median and ratio ± standard deviation, or why the row is missing."""
     if not row.samples:
         return [row.missing, "", ""]
     mean, deviation = mean_and_deviation(row.samples)
@@ -225,15 +226,22 @@ def timing_cells(row: Row) -> list[str]:
     return [f"{mean:,.{digits}f} ± {deviation:,.{digits}f}", median, ratio]
 
 
+def commit_of(folder: Path) -> str:
+    """Return the short hash of the commit that is checked out in `folder`, "" if there is none."""
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
+
+
 def machine(device: torch.device) -> dict:
-    """Return everything that a timing depends on: processor, accelerator, threads, versions and command."""
+    """Return processor, accelerator, threads, versions and command: everything that a timing depends on."""
     processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, KeyError):  # Linux tells more
+    with contextlib.suppress(OSError, KeyError):  # more detail on Linux
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
         info = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", first, re.MULTILINE))
-        # The vector extensions decide how fast a processor multiplies.
-        has, telling = info["flags"].split(), ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-        processor = " ".join([info["model name"], *(flag for flag in telling if flag in has)])
+        flags, vector = info["flags"].split(), ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        processor = " ".join([info["model name"], *(flag for flag in vector if flag in flags)])
     record = {
         "processor": processor,
         "cores": cpu_count(),
@@ -246,9 +254,7 @@ def machine(device: torch.device) -> dict:
     for package in ("torchvision", "timm", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             record[package] = importlib.metadata.version(package)
-    with contextlib.suppress(OSError):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        record["commit"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    record["commit"] = commit_of(Path(__file__).parent)
     record["command"] = "python bench.py " + shlex.join(sys.argv[1:])
     if device.type == "cuda":
         record["gpu"] = torch.cuda.get_device_name(device)
@@ -257,10 +263,9 @@ def machine(device: torch.device) -> dict:
 
 
 def write_results(name: str, options, device: torch.device, text: str, rows: list, **more) -> Path:
-    """Write `name`.json (everything that was measured) and `name`.md (`text`) to `options.out`.
+    """Write `name`.json (all measurements) and `name`.md (`text`) to `options.out`; return their common stem.
 
-    Results of other options are not overwritten: the name then ends in -2, -3, ... Returns the path without
-    its suffix.
+    Results of other options are not overwritten: the name then ends in -2, -3, ...
     """
     ours = json.loads(json.dumps(asdict(options)))
     for number in itertools.count(1):
@@ -332,26 +337,19 @@ TABLE_3 = {
 # Models: ours, the paper's peers, the user's own
 
 
-class IsotropicConvNeXt(nn.Sequential):
+def isotropic_convnext(size: int) -> nn.Module:
     """ConvNeXt-S (isotropic): 16 × 16 stem, 18 blocks of width 384 ("A ConvNet for the 2020s", 3.3)."""
+    from torchvision.models.convnext import CNBlock
 
-    def __init__(self, width: int = 384, depth: int = 18, num_classes: int = 1000):
-        from torchvision.models.convnext import CNBlock
-
-        super().__init__(
-            nn.Conv2d(3, width, kernel_size=16, stride=16),
-            *[CNBlock(width, 1e-6, 0.0) for _ in range(depth)],
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.LayerNorm(width, eps=1e-6),
-            nn.Linear(width, num_classes),
-        )
+    stem, blocks = nn.Conv2d(3, 384, kernel_size=16, stride=16), [CNBlock(384, 1e-6, 0.0) for _ in range(18)]
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(384, eps=1e-6), nn.Linear(384, 1000)
+    return nn.Sequential(stem, *blocks, *head)
 
 
 class NatBlock(nn.Module):
     """A block of "Neighborhood Attention Transformer": attention over 7 × 7 neighbours, then an MLP.
 
-    natten's attention has no relative position bias since release 0.17; it would add 0.02M parameters.
+    Without the relative position bias (0.02M parameters), which natten dropped in release 0.17.
     """
 
     def __init__(self, width: int, mlp_ratio: float):
@@ -390,15 +388,13 @@ def small_vit(size: int) -> nn.Module:
     """ViT-S/16, which is DeiT-S: width 384, six heads, twelve layers."""
     from torchvision.models import VisionTransformer
 
-    return VisionTransformer(
-        image_size=size, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536
-    )
+    return VisionTransformer(size, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
 
 
 HAND_BUILT = {  # key of Table 1 -> function of the input size
     "vit_small": small_vit,
     "deit_small": small_vit,
-    "convnext_small_isotropic": lambda size: IsotropicConvNeXt(),
+    "convnext_small_isotropic": isotropic_convnext,
     "nat_mini": lambda size: Nat((3, 4, 6, 5), 64, 3.0),
     "nat_tiny": lambda size: Nat((3, 4, 18, 5), 64, 3.0),
     "nat_small": lambda size: Nat((3, 4, 18, 5), 96, 2.0),
@@ -408,20 +404,20 @@ HAND_BUILT = {  # key of Table 1 -> function of the input size
 def find_model(spec: str) -> tuple[str, int, Callable[[], nn.Module]]:
     """Look up `NAME` or `NAME@SIZE`; return the name, the input size and a function that builds the model.
 
-    NAME is a key of Table 1, one of MODELS, a JSON config, torchvision's or timm's name, or the user's own
-    MODULE:CALLABLE, which may stand in the current folder. Raises UsageError if there is no such model.
+    NAME is a key of Table 1 or MODELS, a JSON config, a model of torchvision or timm, or the user's own
+    MODULE:CALLABLE, also from the current folder. Raises UsageError if there is no such model.
     """
-    import torchvision.models  # takes a second, so it is not imported with the other packages
+    import torchvision.models  # takes a second to import
 
     name, _, size = spec.partition("@")
     if size and not (size.isdecimal() and int(size) >= 32):
         raise UsageError(f"{spec!r}: the input size after @ must be a whole number of pixels, at least 32")
     default = TABLE_1[name].size if name in TABLE_1 else 224
     if name in HAND_BUILT:
-        make = functools.partial(HAND_BUILT[name], int(size or default))
+        make = partial(HAND_BUILT[name], int(size or default))
     elif name in MODELS or name.endswith(".json"):
         default = (MODELS.get(name) or ModelConfig.from_json(name)).input_size
-        make = functools.partial(create_model, name)
+        make = partial(create_model, name)
     elif ":" in name:
         module, _, function = name.partition(":")
         sys.path.append(os.getcwd())
@@ -430,15 +426,13 @@ def find_model(spec: str) -> tuple[str, int, Callable[[], nn.Module]]:
         except (ImportError, AttributeError, ValueError) as error:
             raise UsageError(f"{name}: {error}") from error
     elif name in torchvision.models.list_models(torchvision.models):
-        make = functools.partial(torchvision.models.get_model, name, weights=None)
+        make = partial(torchvision.models.get_model, name, weights=None)
     elif importlib.util.find_spec("timm") and (timm := importlib.import_module("timm")).is_model(name):
         default = timm.get_pretrained_cfg(name).input_size[-1]
-        make = functools.partial(timm.create_model, name)
+        make = partial(timm.create_model, name)
     else:
         known = ", ".join({**TABLE_1, **MODELS})
-        raise UsageError(
-            f"unknown model {name!r}, neither torchvision's nor (if installed) timm's; known here: {known}"
-        )
+        raise UsageError(f"unknown model {name!r}: choose from torchvision, timm (if installed) or {known}")
     return name, int(size or default), make
 
 
@@ -448,9 +442,9 @@ def find_model(spec: str) -> tuple[str, int, Callable[[], nn.Module]]:
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    """Measure images/s of NEXcepTion and its peers, which take turns within each repetition.
+    """Measure images/s of NEXcepTion and its peers, timed in turns.
 
-    Ratios refer to ConvNeXt-T, or to the first model where it is not among them.
+    Ratios refer to ConvNeXt-T, or without it to the first model.
     """
 
     models: tuple[str, ...] = option(
@@ -459,47 +453,44 @@ class SpeedOptions:
         "MODULE:CALLABLE (default: all of Table 1)",
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = option(
-        "", "autocast type (default: bfloat16 or float16 on a GPU, else float32)", choices=tuple(DTYPES)
-    )
+    dtype: str = option("", "autocast type (default: float32, on a GPU a 16-bit type)", choices=DTYPES)
     batch: int = option(0, "images per batch, halved when out of memory (default: 256, on a CPU 16)", least=0)
-    repetitions: int = option(30, "timed turns of each model", least=1)
+    repetitions: int = option(30, "timed turns per model", least=1)
     train: bool = option(False, "time forward, backward and a LAMB step instead of evaluation")
     compile: bool = option(False, "compile every model (evaluation: with inductor's freezing, and --fuse)")
     fuse: bool = option(False, "fold NEXcepTion's batch norms into its convolutions")
     out: str = option("results", "folder of the results")
 
 
-@functools.cache
+@cache
 def random_images(count: int, size: int, device: torch.device) -> torch.Tensor:
-    """Return random images, float32 (count, 3, size, size), channels last; models of one size share them."""
+    """Return random images, float32 (count, 3, size, size), channels last, shared by models of one size."""
     generator = torch.Generator().manual_seed(count)
     pixels = torch.randn(count, 3, size, size, generator=generator)
     return pixels.to(device, memory_format=torch.channels_last)
 
 
 def prepare(row: Row, make: Callable[[], nn.Module], options: SpeedOptions) -> None:
-    """Build the row's model, count its operations, warm it up, and set what a turn of it does.
+    """Build the row's model, count its operations, warm it up, and set the row's `before` and `work`.
 
-    The batch is halved until memory suffices. The weights are random, the same every time.
+    The batch is halved until it fits into memory. The weights are random, with a fixed seed.
     """
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     torch.manual_seed(0)
     model = make()
     row.parameters = count_parameters(model)
-    if not isinstance(model, Nat):  # natten's kernels cannot run on the meta device, where MACs are counted
+    if not isinstance(model, Nat):  # natten's kernels do not run on the meta device, where MACs are counted
         row.macs, row.attention_macs = (count_macs(model, row.size, attention) for attention in (False, True))
     if options.fuse and isinstance(model, NEXcepTion):
         model = fuse(model)
     model.to(device, memory_format=torch.channels_last).train(options.train)
-    network, optimizer = model, None
+    network = model
     if options.compile:
         network = torch.compile(model, dynamic=False) if options.train else compile_frozen(model)
-    if options.train:
-        optimizer = Lamb(parameter_groups(model, 0.02), lr=2e-3)
+    optimizer = Lamb(parameter_groups(model, 0.02), lr=2e-3) if options.train else None
 
     def step() -> None:
-        """Run one pass over the batch: forward, or forward, backward and the optimizer's step."""
+        """Run one forward pass, or forward, backward and optimizer step."""
         amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         with torch.set_grad_enabled(options.train), amp:
             logits = network(images)
@@ -541,7 +532,7 @@ def prepare(row: Row, make: Callable[[], nn.Module], options: SpeedOptions) -> N
         print(f"{row.label}: out of memory at batch {options.batch}, measured at {row.batch}")
     seconds = min(stopwatch(device)(step)[1] for _ in range(2))
     row.passes = max(1, math.ceil(TURN_SECONDS / seconds))
-    # The previous model's turn has displaced this one from the caches: an untimed pass brings it back.
+    # An untimed pass refills the caches after another model's turn.
     row.before, row.work = step, turn
 
 
@@ -559,7 +550,7 @@ def speed(options: SpeedOptions) -> None:
     if options.train and options.fuse:
         raise UsageError("--fuse is for evaluation: leave it out, or leave out --train")
     rows, makers = [], []
-    for spec in options.models:  # all are looked up before one is built
+    for spec in options.models:  # look all up before building any
         name, size, make = find_model(spec)
         rows.append(Row(spec, name=name, size=size))
         makers.append(make)
@@ -568,18 +559,18 @@ def speed(options: SpeedOptions) -> None:
 
     if device.type == "cpu":
         keep_large_buffers()
-    if options.compile:  # models of one class share a count of compilations, and halving a batch adds one
+    if options.compile:  # models of one class share a count of compilations; halving the batch adds one
         from torch._dynamo import config as dynamo_config
 
         dynamo_config.recompile_limit = 2**16
         dynamo_config.fail_on_recompile_limit_hit = True
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # the fastest algorithm for each shape, chosen while warming up
-        torch.backends.cuda.matmul.allow_tf32 = True  # in float32, as cuDNN's convolutions do by default
+        torch.backends.cudnn.benchmark = True  # pick the fastest algorithms while warming up
+        torch.backends.cuda.matmul.allow_tf32 = True  # in float32, as in cuDNN's convolutions by default
     for row, make in zip(rows, makers, strict=True):
         try:
             prepare(row, make, options)
-        except Exception as error:  # a model that fails does not cost the others their rows
+        except Exception as error:  # the other models are still measured
             row.missing = failure(error)
         print(f"{row.label}: {row.missing or 'ready'}", file=sys.stderr)
     take_turns(rows, options.repetitions, stopwatch(device), warm_up=0)
@@ -609,9 +600,9 @@ def speed(options: SpeedOptions) -> None:
 
 
 def speed_table(rows: list[Row], base: Row, batch: int) -> str:
-    """Return the Markdown table of rows that were to be measured at `batch`.
+    """Return the Markdown table; a row's batch is shown if it is below `batch`, the requested one.
 
-    MACs are those of convolutions and linear layers, + those of attention's own products.
+    MACs are those of convolutions and linear layers, + those of the matrix products inside attention.
     """
     header = ["", "input", "params", "MACs", "paper's", "batch", "memory", "images/s", "median"]
     lines = []
@@ -630,42 +621,35 @@ def speed_table(rows: list[Row], base: Row, batch: int) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# accuracy: top-1 and top-5 of a checkpoint, Table 3's robustness
+# accuracy: top-1 and top-5 of a checkpoint, also on Table 3's robustness sets
 
 
 @dataclass(frozen=True)
 class AccuracyOptions:
-    """Measure top-1 and top-5 of a checkpoint on image folders; every image counts once.
+    """Measure the top-1 and top-5 accuracy of a checkpoint on image folders.
 
-    A folder may hold a subset of the model's classes (ImageNet-A and -R do): the prediction is then the best
-    of those classes' logits.
+    For folders with a subset of the model's classes (ImageNet-A, -R), predictions are restricted to it.
     """
 
-    checkpoint: str = option(
-        MISSING, "written by train.py or the authors, or timm's Xception", positional=True
-    )
+    checkpoint: str = option(MISSING, "train.py's, the authors' or timm's xception", positional=True)
     folders: tuple[str, ...] = option(
         MISSING,
-        "folders of class folders, PATH or NAME=PATH; NAME finds the paper's figures for imagenet, "
-        "imagenet-a, imagenet-r and imagenet-sketch",
+        "folders of class folders, PATH or NAME=PATH; the names imagenet, imagenet-a, imagenet-r and "
+        "imagenet-sketch add the paper's figures",
         positional=True,
     )
-    classes: str = option(
-        "", "class names in the order of the outputs: a folder of class folders or a text file"
-    )
-    size: int = option(0, "input pixels per side (default: the checkpoint's own)", least=0)
-    crop_pct: float = option(
-        0.0, "share of the resized shorter side that is kept (default: the checkpoint's own)", least=0, most=1
-    )
+    classes: str = option("", "class names in output order: a folder of class folders or a text file")
+    size: int = option(0, "input pixels per side (default: the checkpoint's)", least=0)
+    crop_pct: float = option(0.0, "crop / resized shorter side (default: the checkpoint's)", least=0, most=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = option("float32", "autocast type", choices=tuple(DTYPES))
+    dtype: str = option("float32", "autocast type", choices=DTYPES)
     batch: int = option(64, "images per batch", least=1)
     workers: int | None = option(None, "data-loading processes (default: one per core)", least=0)
     out: str = option("results", "folder of the results")
 
 
 def read_classes(source: str) -> list[str]:
-    """Read class names in the order of the outputs: sub-folders in natural order, or the lines of a file."""
+    """Read class names in output order: sub-folders in natural order, or the lines of a file."""
     path = Path(source)
     if path.is_dir():
         names = sorted((entry.name for entry in path.iterdir() if entry.is_dir()), key=natural_key)
@@ -681,9 +665,9 @@ def read_classes(source: str) -> list[str]:
 
 
 def class_columns(classes, outputs: int, folder: str, names: tuple[str, ...]) -> torch.Tensor:
-    """Return the index of the model's output for each class folder in `names`, int64.
+    """Return the output index of each class folder in `names`, int64.
 
-    classes: names of the outputs; None: they are unknown, and the folder must contain all of them in order.
+    classes: names of the outputs; None if unknown, and the folder must then hold all classes in output order.
     """
     if classes is None and len(names) != outputs:
         raise UsageError(
@@ -706,29 +690,26 @@ def accuracy(options: AccuracyOptions) -> None:
         keep_large_buffers()
     model = load_checkpoint(options.checkpoint, fuse=True).to(device, memory_format=torch.channels_last)
     check_channels(model.config, options.checkpoint)
-    plain = {"num_classes": 1000, "drop_path": 0.0}  # whatever these are, the network is the paper's
+    plain = {"num_classes": 1000, "drop_path": 0.0}  # ignored in recognizing the paper's networks
     ours = replace(model.config, **plain)
     key = next((key for key, config in MODELS.items() if replace(config, **plain) == ours), "")
     asked = {"size": options.size, "crop_pct": options.crop_pct}
     transform = replace(model.transform, **{name: value for name, value in asked.items() if value})
-    classes, outputs = model.classes, model.config.num_classes
-    if options.classes:
-        classes = read_classes(options.classes)
+    classes = read_classes(options.classes) if options.classes else model.classes
     settings = {"train": False, "transform": transform, "device": device, "workers": options.workers}
     sets = []
-    for text in options.folders:  # all are opened and their classes found before any is evaluated
+    for text in options.folders:  # open all and match their classes before evaluating any
         name, _, path = text.partition("=")
         if not path or "/" in name:
             name, path = Path(text).name, text
         folder = open_data(path, Plan(batch=options.batch), **settings)
-        sets.append((name, path, folder, class_columns(classes, outputs, path, folder.classes).to(device)))
+        columns = class_columns(classes, model.num_classes, path, folder.classes)
+        sets.append((name, path, folder, columns.to(device)))
 
-    published = {**TABLE_3.get(key, {})}
-    if key in TABLE_1:
-        published["imagenet"] = TABLE_1[key].top1
+    published = {"imagenet": TABLE_1[key].top1, **TABLE_3[key]} if key in TABLE_3 else {}
     file = Path(options.checkpoint).absolute()
     in_run = file.stem in ("best", "last", "previous") and (file.parent / "config.json").exists()
-    result_name = f"accuracy-{file.parent.name if in_run else file.stem}"  # a run says more than `best`
+    result_name = f"accuracy-{file.parent.name if in_run else file.stem}"  # the run's name rather than `best`
     shown = f"{options.checkpoint}: {transform.size} pixels, {transform.crop_pct:.3g} of the resized shorter "
     shown += f"side, {transform.interpolation}, {options.dtype}"
     amp = None if options.dtype == "float32" else DTYPES[options.dtype]
@@ -742,7 +723,7 @@ def accuracy(options: AccuracyOptions) -> None:
         cells.append([name, f"{found['count']:,}", str(len(columns)), top1, str(paper or ""), top5])
         table = markdown_table(["set", "images", "classes", "top-1, %", "paper's", "top-5, %"], cells)
         text = f"{shown}\n\n{table}"
-        # After each set, so that results are kept if a later one fails.
+        # Written after each set, so that results are kept if a later set fails.
         write_results(result_name, options, device, text, rows, transform=transform.to_dict())
     print(text)
 
@@ -753,12 +734,12 @@ def accuracy(options: AccuracyOptions) -> None:
 
 @dataclass(frozen=True)
 class FiguresOptions:
-    """Draw accuracy against MACs and throughput, bubble area = parameters: the paper's figures 2 and 3.
+    """Draw the paper's figures 2 and 3: accuracy against MACs and throughput, bubble area = parameters.
 
-    From the paper's numbers, and figure 3 once more from the measured speed in each given file.
+    Figure 3 is drawn from the paper's throughput, and again from that measured in each given file.
     """
 
-    results: tuple[str, ...] = option((), "JSON files that `bench.py speed` wrote", positional=True)
+    results: tuple[str, ...] = option((), "JSON files written by `bench.py speed`", positional=True)
     out: str = option("results", "folder of the figures, SVG and PNG")
 
 
@@ -767,7 +748,7 @@ AREA_PER_MILLION = 11.0  # points²: 50M parameters make a bubble 26 points wide
 
 
 def figures(options: FiguresOptions) -> None:
-    """Draw figures 2 and 3 from the paper's table, and figure 3 from every results file."""
+    """Draw figures 2 and 3 from the paper's table, and figure 3 from each results file."""
     macs = {key: float(row.macs) for key, row in TABLE_1.items()}
     speeds = {key: float(row.speed) for key, row in TABLE_1.items()}
     pictures = [(f"figure-3-{Path(p).stem.removeprefix('speed-')}", *measured(p)) for p in options.results]
@@ -787,14 +768,14 @@ def measured(path: str) -> tuple[dict[str, float], str]:
             for row in record["rows"]
             if row.get("samples") and row["name"] in TABLE_1
             if not row.get("variant")  # in older files: other settings of the same model
-            if row["size"] == TABLE_1[row["name"]].size  # at another one, the accuracy is not the paper's
+            if row["size"] == TABLE_1[row["name"]].size  # the paper's accuracy holds at this size only
         }
         how = [f"batch {options['batch']}", options["dtype"]]
         how += [word for word in ("compile", "fuse") if options.get(word)]
         title = f"{'trained ' if options['train'] else ''}images/s (measured: "
         title += f"{here.get('gpu') or str(here['threads']) + ' CPU threads'}, {', '.join(how)})"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no results file of `bench.py speed`: {error!r}") from error
+        raise UsageError(f"{path} is not a results file of `bench.py speed`: {error!r}") from error
     if not speeds:
         raise UsageError(f"{path} has no measured model of the paper's Table 1")
     return speeds, title
@@ -806,7 +787,7 @@ def draw(values: dict[str, float], title: str, stem: Path) -> list:
     from adjustText import adjust_text
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "nexception"  # the same picture gives the same file
+    matplotlib.rcParams["svg.hashsalt"] = "nexception"  # makes files reproducible
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.3, 5.6), dpi=200, layout="constrained")
@@ -833,7 +814,8 @@ def draw(values: dict[str, float], title: str, stem: Path) -> list:
         weight = "bold" if kinds[key] == "NEXcepTion" else "normal"
         texts.append(axes.text(x, y, TABLE_1[key].label, fontsize=9, weight=weight, ha="center", va="center"))
     figure.draw_without_rendering()  # the layout must be final before labels are placed
-    lines = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6}  # iterations, not seconds, end the search:
+    lines = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6}
+    # Limited by iterations, as a limit in seconds would not be reproducible.
     adjust_text(texts, xs, ys, objects=bubbles, ax=axes, arrowprops=lines, expand=(1.05, 1.15), iter_lim=150)
     for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
         file = io.BytesIO()
@@ -850,19 +832,17 @@ def draw(values: dict[str, float], title: str, stem: Path) -> list:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Write a checkpoint as a torch.export program and as ONNX, and check both against eager outputs."""
+    """Export a checkpoint with torch.export and to ONNX, and check both against the eager outputs."""
 
-    checkpoint: str = option(
-        MISSING, "written by train.py or the authors, or timm's Xception", positional=True
-    )
-    size: int = option(0, "input pixels per side (default: the checkpoint's own)", least=0)
+    checkpoint: str = option(MISSING, "train.py's, the authors' or timm's xception", positional=True)
+    size: int = option(0, "input pixels per side (default: the checkpoint's)", least=0)
     out: str = option("", "folder of the files (default: the checkpoint's)")
 
 
 def export(options: ExportOptions) -> None:
-    """Write NAME.pt2, NAME.onnx and NAME.export.json (classes, transform); the batch size stays free.
+    """Write NAME.pt2, NAME.onnx (both with a dynamic batch size) and NAME.export.json (classes, transform).
 
-    Batch norms are folded first. A file that computes something else than the checkpoint is not written.
+    Batch norms are folded first. Files whose outputs differ from the checkpoint's are not written.
     """
     model = load_checkpoint(options.checkpoint, fuse=True).requires_grad_(False)
     size = options.size or model.transform.size
@@ -877,7 +857,7 @@ def export(options: ExportOptions) -> None:
     exported = {".pt2": (file.getvalue(), lambda x: reloaded(x).numpy())}
     packages = ("onnx", "onnxscript", "onnxruntime")
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        print(f"no ONNX file: it needs `pip install {' '.join(missing)}`")
+        print(f"no ONNX file, which needs `pip install {' '.join(missing)}`")
     else:
         import onnxruntime
 
@@ -895,9 +875,9 @@ def export(options: ExportOptions) -> None:
         difference = max(np.abs(run(images[:count]) - wanted[:count]).max() for count in (len(images), 1))
         relative = difference / np.abs(wanted).max()
         if not relative <= 1e-4:
-            raise RunError(f"{path} is not written: its logits would differ from ours by {relative:.1e}")
+            raise RunError(f"{path} not written: its logits differ from the checkpoint's by {relative:.1e}")
         write_whole(path, content)
-        print(f"{path}: its logits differ from ours by at most {relative:.1e} of the largest")
+        print(f"{path}: logits within {relative:.1e} of the checkpoint's, relative to the largest")
     facts = {"classes": model.classes, "transform": replace(model.transform, size=size).to_dict()}
     write_whole(stem.with_name(stem.name + ".export.json"), json.dumps(facts, indent=1) + "\n")
 
@@ -908,18 +888,12 @@ def export(options: ExportOptions) -> None:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Measure images/s of the input pipeline, on one core and by number of workers, beside timm's."""
+    """Measure images/s of the input pipeline and of timm's, on one core and by number of workers."""
 
-    path: str = option(
-        "",
-        "folder of class folders, or one with train/ (default: made photographs, with scikit-image)",
-        positional=True,
-    )
-    repetitions: int = option(20, "timed turns of each, on one core; five with workers", least=1)
-    workers: tuple[int, ...] = option(
-        (), "numbers of workers to time (default: 1, 2, 4, ... all cores)", least=1
-    )
-    rate: float = option(1000.0, "images/s at which your GPU trains: how many workers does it need?", least=0)
+    path: str = option("", "image folder (default: made from photographs of scikit-image)", positional=True)
+    repetitions: int = option(20, "timed turns on one core; five with workers", least=1)
+    workers: tuple[int, ...] = option((), "worker counts to time (default: 1, 2, 4, ..., all cores)", least=1)
+    rate: float = option(1000.0, "GPU training speed in images/s, to estimate the workers it needs", least=0)
     out: str = option("results", "folder of the results")
 
 
@@ -929,10 +903,9 @@ PHOTOGRAPH_SIZES = [(500, 375)] * 11 + [(500, 333)] * 4 + [(375, 500)] * 3 + [(3
 
 
 def make_photographs(folder: Path, count: int = 300, links: int = 8) -> None:
-    """Write `count` JPEG files, about 100 KB each, cut from scikit-learn's and scikit-image's photographs.
+    """Write `count` JPEG files of about 100 KB, made of scikit-learn's and scikit-image's photographs.
 
-    Crops, zooms, flips and a little sensor noise make them differ. Each file gets `links` names, so that an
-    epoch is long enough to time.
+    They differ in crop, zoom, flip and noise. Each file gets `links` names, for an epoch long enough to time.
     """
     import skimage.data as sk
     from sklearn.datasets import load_sample_image
@@ -995,7 +968,7 @@ def input_speed(options: DataOptions) -> None:
                 timm_sets[use] = create_dataset("", root=str(folder), transform=transform)
 
         rows, speeds = [], {}
-        for n in counts:  # first: workers are forked before this process starts threads
+        for n in counts:  # workers first, as they must be forked before this process starts threads
             label = f"training, {n} worker{'s' * (n > 1)}"
             takes = {label: take_from(ours(n).train_batches)}
             if timm_sets:
@@ -1006,8 +979,8 @@ def input_speed(options: DataOptions) -> None:
                 takes[f"{label}, timm"] = take_from(lambda _, loader=loader: iter(loader))
 
             def settle(take, n=n):
-                # The other row's workers get time to prepare their next batches, after which they rest. Then
-                # batches that were prepared during the other row's turn are thrown away.
+                # Wait until the other row's workers have filled their queue and are idle, then discard the
+                # batches that this row's workers prepared during the other turn.
                 time.sleep(WORKER_SECONDS / 4)
                 for _ in range(3 * n):
                     take()
@@ -1020,7 +993,7 @@ def input_speed(options: DataOptions) -> None:
 
             pair = []
             for name, take in takes.items():
-                pair.append(Row(name, functools.partial(turn, take), functools.partial(settle, take)))
+                pair.append(Row(name, partial(turn, take), partial(settle, take)))
             pair[0].base = f"{label}, timm"
             take_turns(pair, 5, stopwatch(cpu))
             rows += pair
@@ -1048,8 +1021,8 @@ def input_speed(options: DataOptions) -> None:
         for label, work in works.items():
             single.append(Row(label, work, base=f"{label}, timm"))
             if label in timm_sets:
-                single.append(Row(f"{label}, timm", functools.partial(collate, timm_sets[label])))
-        # In CPU seconds of one process with one thread, which other programs do not affect.
+                single.append(Row(f"{label}, timm", partial(collate, timm_sets[label])))
+        # CPU time of one process with one thread, which other programs do not affect.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         take_turns(single, options.repetitions, stopwatch(None))
@@ -1075,22 +1048,22 @@ def input_speed(options: DataOptions) -> None:
 
 @dataclass(frozen=True)
 class TrialOptions:
-    """Measure seconds of a trial of `search.py` beside the same training in a plain loop."""
+    """Measure the seconds per trial of `search.py` and of the same training in a plain loop."""
 
-    data: str = option("digits", "a small set of 32 x 32 images", choices=tuple(SMALL_SETS))
-    model: str = option("nexception_reduced", "the trial's macro-architecture (default: the paper's width)")
-    epochs: int = option(1, "epochs of a trial", least=1)
-    repetitions: int = option(3, "trials of each kind; they take turns", least=1)
+    data: str = option("digits", "data set", choices=SMALL_SETS)
+    model: str = option("nexception_reduced", "network that sets the macro-architecture")
+    epochs: int = option(1, "epochs per trial", least=1)
+    repetitions: int = option(3, "trials of each kind", least=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1")
     out: str = option("results", "folder of the results")
 
 
 class SmallImages(torch.utils.data.Dataset):
-    """A split of a small set as (PIL image, label): what timm's loader expects."""
+    """A split of a small set as (PIL image, label) pairs, as timm's loader expects."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
         self.images, self.labels = images.permute(0, 2, 3, 1).cpu().numpy(), labels.tolist()
-        self.transform = None  # timm's loader sets it
+        self.transform = None  # set by timm's loader
 
     def __len__(self):
         return len(self.labels)
@@ -1100,9 +1073,9 @@ class SmallImages(torch.utils.data.Dataset):
 
 
 def plain_trial(config: dict, seed: int, budget: float, settings: dict):
-    """Train NEXcepTion the usual way: timm's loader, mixup, loss and LAMB in a plain loop.
+    """Train NEXcepTion with timm's loader, mixup, loss and LAMB in a plain loop.
 
-    Takes and returns what `search.train` does, so that the same process can run either; `config` is ignored.
+    The interface is that of `search.train`, so that the same processes run both; `config` is ignored.
     """
     from search import trial_options
 
@@ -1124,8 +1097,7 @@ def plain_trial(config: dict, seed: int, budget: float, settings: dict):
     )
     scored = timm.data.create_loader(SmallImages(*opened.tensors("val")), is_training=False, **shape)
     mixes = float(recipe.mixup + recipe.cutmix > 0)
-    alphas = recipe.mixup, recipe.cutmix
-    mixup = timm.data.Mixup(*alphas, prob=mixes, label_smoothing=0.0, num_classes=classes)
+    mixup = timm.data.Mixup(recipe.mixup, recipe.cutmix, prob=mixes, label_smoothing=0.0, num_classes=classes)
     loss_of = SoftTargetCrossEntropy()
     if recipe.loss == "bce":
         loss_of = BinaryCrossEntropy(target_threshold=recipe.loss_threshold, smoothing=0.0)
@@ -1148,7 +1120,7 @@ def plain_trial(config: dict, seed: int, budget: float, settings: dict):
 
 
 def trial(options: TrialOptions) -> None:
-    """Run trials of both kinds in turn, each in a warm process of its own; print and write the seconds."""
+    """Time trials of both kinds in turns, each in its own warm process; print and write the table."""
     device, threads = pick_device(options.device), torch.get_num_threads()
     from search import points, run_trial, trial_settings  # takes seconds, with SMAC
 
@@ -1166,9 +1138,9 @@ def trial(options: TrialOptions) -> None:
         return outcome["info"]["seconds"]
 
     plain = "timm's loader, plain loop"
-    rows = [Row("search.py", functools.partial(run, "search:train"), base=plain)]
-    rows.append(Row(plain, functools.partial(run, "bench:plain_trial"), base=plain))
-    # Trials time themselves, so that starting their processes does not count.
+    rows = [Row("search.py", partial(run, "search:train"), base=plain)]
+    rows.append(Row(plain, partial(run, "bench:plain_trial"), base=plain))
+    # The seconds reported by the trials exclude starting their processes.
     take_turns(rows, options.repetitions, lambda work: (1, work()), rate=False, warm_up=0)
     header = ["", "seconds per trial", "median", "× as fast as the plain loop"]
     text = markdown_table(header, [[row.label, *timing_cells(row)] for row in rows])
@@ -1182,11 +1154,11 @@ def trial(options: TrialOptions) -> None:
 
 @dataclass(frozen=True)
 class SamplersOptions:
-    """Compare the samplers of search.py on finished trials: a look-up takes the place of training."""
+    """Compare the samplers of search.py on finished trials, which are looked up instead of trained."""
 
     run: str = option(MISSING, "folder of a `search.py --sampler random` run", positional=True)
-    seeds: int = option(16, "searches with each sampler", least=2)
-    epochs: int = option(540, "epochs that each search may spend, trials at low budgets included", least=1)
+    seeds: int = option(16, "searches per sampler", least=2)
+    epochs: int = option(540, "epochs per search, including trials at low budgets", least=1)
     out: str = option("results", "folder of the results")
 
 
@@ -1203,9 +1175,8 @@ SAMPLERS = {  # name -> --sampler, number of budgets
 def play(rows: list[dict], settings: dict, epochs: int) -> np.ndarray:
     """Search among finished trials; return the regret after each epoch spent, (epochs,), in points of top-1.
 
-    The regret is the best accuracy of all trials minus the best found so far at the highest budget (before
-    there is one: minus the worst of all). A trial at a lower budget returns the accuracy that the trial had
-    after as many epochs, on its way to the highest.
+    The regret is the best accuracy of all trials minus the best found so far at the highest budget (at the
+    start: minus the worst of all). At a lower budget, a trial returns its accuracy after that many epochs.
     """
     from search import Sampler, short
 
@@ -1227,7 +1198,7 @@ def play(rows: list[dict], settings: dict, epochs: int) -> np.ndarray:
 
 
 def samplers(options: SamplersOptions) -> None:
-    """Play all searches; write their regrets, a figure, and a paired test of each sampler against random."""
+    """Run all searches; write their regrets, a figure, and a paired test of each sampler against random."""
     from search import ETA, rows_of, save_figure, settings_of, subplots, successes
 
     from scipy.stats import wilcoxon
@@ -1238,7 +1209,7 @@ def samplers(options: SamplersOptions) -> None:
     rows = successes(rows_of(folder), highest)
     budgets = [highest // ETA**k for k in range(highest) if highest % ETA**k == 0][::-1]
     if len(rows) < 20:
-        raise UsageError(f"{folder} has {len(rows)} successful trials of {highest} epochs: it takes 20")
+        raise UsageError(f"{folder} has {len(rows)} successful trials of {highest} epochs; 20 are needed")
     regrets = {}
     for name, (sampler, count) in SAMPLERS.items():
         own = settings | {"sampler": sampler, "budgets": budgets[-count:], "priors": []}
@@ -1249,7 +1220,7 @@ def samplers(options: SamplersOptions) -> None:
     epochs, third, table = range(1, options.epochs + 1), options.epochs // 3 - 1, []
     base = regrets["random search"][:, third:].mean(1)
     for name, curves in regrets.items():
-        late = curves[:, third:].mean(1)  # the start, where no trial has finished, would drown the rest
+        late = curves[:, third:].mean(1)  # without the start, whose large regrets would dominate the mean
         low, median, high = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
         (line,) = axis.step(epochs, median, where="post", label=name)
         axis.fill_between(epochs, low, high, step="post", color=line.get_color(), alpha=0.15, linewidth=0)
@@ -1270,6 +1241,69 @@ def samplers(options: SamplersOptions) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# versions: whole commands of this checkout and of another one
+
+
+@dataclass(frozen=True)
+class VersionsOptions:
+    """Time whole commands of this checkout and of another one, which take turns."""
+
+    other: str = option(MISSING, "another checkout: git worktree add FOLDER COMMIT", positional=True)
+    commands: tuple[str, ...] = option((), "which to time: help, first-epoch, ... (default: all)")
+    repetitions: int = option(5, "timed turns of each command", least=1)
+    out: str = option("results", "folder of the results")
+
+
+# name -> command line, start of the line of output that stops the clock ("": the end of the command)
+COMMAND_LINES = {
+    "import-torch": ("-c 'import torch'", ""),
+    "help": ("train.py --help", ""),
+    "first-epoch": ("train.py --out {out}", "epoch 1/"),
+    "four-epochs": ("train.py --out {out} --epochs 4", ""),
+    "first-trial": ("search.py --out {out} --data digits", "1 "),
+    "ten-trials": ("search.py --out {out} --data digits", "10 "),
+}
+
+
+def time_command(checkout: Path, line: str, ending: str) -> tuple[int, float]:
+    """Run a command of a checkout in a new run folder; return 1 and the seconds that it took."""
+    begun, said, seconds = time.perf_counter(), [], 0.0
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-u", *shlex.split(line.format(out=out))]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=checkout, **pipes) as process:
+            for text in process.stdout:
+                said.append(text)
+                if ending and not seconds and text.lstrip().startswith(ending):
+                    seconds = time.perf_counter() - begun
+                    process.terminate()
+        if not seconds and (ending or process.returncode):
+            raise RunError(f"{checkout}: python {line}: {' '.join(''.join(said[-5:]).split())}")
+    return 1, seconds or time.perf_counter() - begun
+
+
+def versions(options: VersionsOptions) -> None:
+    """Time each command of both checkouts in turn; print and write the table."""
+    checkouts = {"other": Path(options.other).resolve(), "this": Path(__file__).resolve().parent}
+    if not (checkouts["other"] / "train.py").is_file():
+        raise UsageError(f"{options.other}: not a checkout of this repository (no train.py)")
+    if unknown := ", ".join(set(options.commands) - set(COMMAND_LINES)):
+        raise UsageError(f"--commands {unknown}: takes {', '.join(COMMAND_LINES)}")
+    rows = []
+    for name in options.commands or COMMAND_LINES:
+        for which, folder in checkouts.items():
+            work = partial(time_command, folder, *COMMAND_LINES[name])
+            rows.append(Row(f"{name}, {which}", work, base=f"{name}, other"))
+    take_turns(rows, options.repetitions, lambda work: work(), rate=False)
+    text = markdown_table(
+        ["", "seconds", "median", "× as fast"], [[row.label, *timing_cells(row)] for row in rows]
+    )
+    print(text)
+    commit = commit_of(checkouts["other"])
+    write_results("versions", options, torch.device("cpu"), text, rows, unit="s", other_commit=commit)
+
+
+# --------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, tuple[Callable, type]] = {  # name -> function of its options, options
     "speed": (speed, SpeedOptions),
@@ -1279,11 +1313,12 @@ COMMANDS: dict[str, tuple[Callable, type]] = {  # name -> function of its option
     "data": (input_speed, DataOptions),
     "trial": (trial, TrialOptions),
     "samplers": (samplers, SamplersOptions),
+    "versions": (versions, VersionsOptions),
 }
 
 
 def main(argv: list[str]) -> int:
-    """Run one command; return 0, 1 (it failed), 2 (a mistake of the user's) or 130 (Ctrl-C)."""
+    """Run one command; return 0, 1 (failure), 2 (usage error) or 130 (Ctrl-C)."""
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -1293,7 +1328,7 @@ def main(argv: list[str]) -> int:
     command, options_class = COMMANDS[argv[0]]
     try:
         options = parse(options_class, argv[1:], prog=f"bench.py {argv[0]}")
-        if options.out:  # made first: nobody wants to hear after half an hour that it cannot be
+        if options.out:  # created first, to fail before measuring rather than after
             try:
                 os.makedirs(options.out, exist_ok=True)
             except OSError as error:

@@ -1,4 +1,4 @@
-"""bench.py: counts against published figures and other counters, and every command on tiny inputs."""
+"""Tests of bench.py: counts against published figures and other counters, and all commands on tiny inputs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import bench
 import model as models
@@ -20,8 +21,6 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
-
-CPU = torch.device("cpu")
 
 
 def run(*arguments) -> int:
@@ -41,7 +40,7 @@ def short_turns(monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A small network with four classes, in train.py's format, with running statistics as if trained."""
+    """A small network with four classes and random running statistics, in train.py's format."""
     torch.manual_seed(0)
     network = models.create_model("nexception_nano", num_classes=4)
     for name, tensor in network.named_buffers():
@@ -72,11 +71,8 @@ def folder(tmp_path) -> Path:
     return make_images(tmp_path / "set", {"bee": 4, "dog": 3})
 
 
-# --------------------------------------------------------------------------------------------------
-# Models and counts
-
-# Table 1's figures that a count of the built models does not round to. EfficientNet's and ResNet's own papers
-# round differently or count other layers too, and so does NEXcepTion's for ours.
+# Counts that do not round to Table 1's figures, as the papers of EfficientNet, ResNet and NEXcepTion round
+# differently or count other layers, too.
 KNOWN_DIFFERENCES = {
     "EfficientNet-B2": "9.11M 0.99G",
     "EfficientNet-B4": "19.34M 4.39G",
@@ -114,7 +110,7 @@ def test_peers_have_the_papers_parameters_and_macs(monkeypatch):
         assert size == row.size
         with torch.device("meta"):
             network = make()
-        # Counting takes a third of a second: that of attention is left out where there is none.
+        # Attention is counted only where there is any, as each count takes a third of a second.
         kinds = (False, True) if row.kind == "transformer" else (False,)
         macs = sum(models.count_macs(network, size, attention) for attention in kinds) / 1e9
         counts = models.count_parameters(network) / 1e6, macs
@@ -160,10 +156,6 @@ def test_models_are_found_by_name_and_size(tmp_path, monkeypatch):
             bench.find_model(spec)
 
 
-# --------------------------------------------------------------------------------------------------
-# Timing
-
-
 def test_rows_take_turns_in_changing_order():
     log, rows = [], []
     for i in (1, 2, 3):
@@ -178,21 +170,13 @@ def test_rows_take_turns_in_changing_order():
 
 
 def test_ctrl_c_keeps_whole_repetitions(capsys):
-    calls = []
-
-    def interrupted():
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return 5.0
-
-    rows = [bench.Row("a", interrupted), bench.Row("b", lambda: 7.0)]
+    rows = [bench.Row("a", Mock(side_effect=[5.0, 5.0, KeyboardInterrupt])), bench.Row("b", lambda: 7.0)]
     bench.take_turns(rows, 10, lambda work: (work(), 1.0), warm_up=0)
     assert [row.samples for row in rows] == [[5.0, 5.0], [7.0, 7.0]]
     assert "2 of 10" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):
-        calls[:] = [1]
-        bench.take_turns([bench.Row("a", interrupted)], 10, lambda work: (work(), 1.0), warm_up=1)
+        row = bench.Row("a", Mock(side_effect=[5.0, KeyboardInterrupt]))
+        bench.take_turns([row], 10, lambda work: (work(), 1.0), warm_up=1)
 
 
 def test_ratios_by_hand():
@@ -210,9 +194,6 @@ def test_a_gpu_is_timed_from_idle_to_idle(monkeypatch):
     assert bench.stopwatch(torch.device("cuda:1"))(lambda: log.append("work") or 3)[0] == 3
     assert log == ["cuda:1", "work", "cuda:1"]
 
-
-# --------------------------------------------------------------------------------------------------
-# speed
 
 SPEED = ["speed", "--device", "cpu", "--batch", 8, "--repetitions", 2]
 
@@ -237,14 +218,13 @@ def test_speed_writes_every_sample(tmp_path, capsys):
 def test_speed_in_training_updates_the_weights():
     row, network = bench.Row("nano", size=32), models.create_model("nexception_nano")
     before = {name: value.clone() for name, value in network.named_parameters()}
-    bench.prepare(
-        row, lambda: network, bench.SpeedOptions(device="cpu", dtype="float32", batch=2, train=True)
-    )
+    options = bench.SpeedOptions(device="cpu", dtype="float32", batch=2, train=True)
+    bench.prepare(row, lambda: network, options)
     assert row.work() == 2
     assert all(not torch.equal(before[name], value) for name, value in network.named_parameters())
 
 
-# Models whose passes fail in several ways, and one that cannot be built.
+# Models whose passes fail in several ways, and one that fails to build.
 SCARCE = """
 import torch
 def checked(check):
@@ -276,14 +256,15 @@ def test_a_model_that_fails_costs_only_its_row(tmp_path, monkeypatch, capsys):
     assert [row["batch"] for row in rows[:3]] == [8, 2, 2]
     out, err = capsys.readouterr()
     assert "scarce:two@32: out of memory at batch 8, measured at 2" in out
-    assert 'scarce.py", line 15, in broken' in err  # who wrote it sees where it fails
+    assert 'scarce.py", line 15, in broken' in err  # in the traceback
     (line,) = (line for line in out.splitlines() if line.startswith("| scarce:two@32 "))
     assert line.split("|")[5].strip() == "2"  # the batch, after input, parameters and MACs
 
 
 def test_results_of_other_options_are_not_overwritten(tmp_path):
     for batch in (1, 2, 2):
-        bench.write_results("speed", bench.SpeedOptions(batch=batch, out=str(tmp_path)), CPU, "", [])
+        options = bench.SpeedOptions(batch=batch, out=str(tmp_path))
+        bench.write_results("speed", options, torch.device("cpu"), "", [])
     batches = {path.name: read_json(path)["options"]["batch"] for path in tmp_path.glob("*.json")}
     assert batches == {"speed.json": 1, "speed-2.json": 2}
 
@@ -296,21 +277,11 @@ def test_speed_on_a_gpu(tmp_path):
     assert all(row["memory"] > 4 * row["parameters"] for row in read_json(path)["rows"])
 
 
-# --------------------------------------------------------------------------------------------------
-# Mistakes
-
-
 def test_ctrl_c_is_one_sentence_and_errors_of_pytorch_are_not(monkeypatch, capsys):
-    def stopped(options):
-        raise KeyboardInterrupt
-
-    def hacked(options):
-        torch.ones(2) @ torch.ones(3)
-
-    monkeypatch.setitem(bench.COMMANDS, "export", (stopped, bench.ExportOptions))
+    command = Mock(side_effect=[KeyboardInterrupt, RuntimeError("inconsistent tensor size")])
+    monkeypatch.setitem(bench.COMMANDS, "export", (command, bench.ExportOptions))
     assert run("export", "x") == 130
     assert capsys.readouterr().err == "bench.py export: stopped\n"
-    monkeypatch.setitem(bench.COMMANDS, "export", (hacked, bench.ExportOptions))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         run("export", "x")
 
@@ -341,9 +312,6 @@ def test_mistakes_are_one_sentence(arguments, message, tmp_path, monkeypatch, ca
     assert error.count("\n") == 1
 
 
-# --------------------------------------------------------------------------------------------------
-# accuracy
-
 ACCURACY = ["--workers", 0, "--device", "cpu"]
 
 
@@ -351,9 +319,9 @@ def test_accuracy_masks_classes_without_a_folder(checkpoint, folder, tmp_path, c
     shutil.copytree(folder, tmp_path / "copy")
     arguments = ["accuracy", checkpoint, folder, f"again={tmp_path / 'copy'}", "--batch", 3, *ACCURACY]
     assert run(*arguments, "--out", tmp_path / "results") == 0
-    first, second = read_json(tmp_path / "results" / "accuracy-run-7.json")["rows"]  # the run's name
+    first, second = read_json(tmp_path / "results" / "accuracy-run-7.json")["rows"]  # named after the run
     assert (first["set"], second["set"]) == ("set", "again")
-    # The (7, 4) logits of the images one by one, unfused, through PIL; the labels in the model's order.
+    # Expected: logits (7, 4) of the unfused model, image by image through PIL; labels in the model's order.
     network = models.load_checkpoint(checkpoint)
     paths = sorted(folder.glob("*/*.png"))
     labels = np.array([network.classes.index(path.parent.name) for path in paths])
@@ -390,10 +358,6 @@ def test_the_papers_figures_stand_beside_ours(folder, tmp_path, monkeypatch, cap
     assert "22.75" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------
-# export
-
-
 def test_export_computes_what_the_checkpoint_does(checkpoint, tmp_path, capsys):
     assert run("export", checkpoint, "--out", tmp_path) == 0
     images = torch.randn(5, 3, 32, 32)
@@ -417,12 +381,8 @@ def test_export_refuses_what_differs(checkpoint, tmp_path, monkeypatch, capsys):
     wrong = type("Wrong", (), {"module": lambda self: lambda x: torch.zeros(len(x), 4)})
     monkeypatch.setattr(torch.export, "load", lambda file: load(file) and wrong())
     assert run("export", checkpoint, "--out", tmp_path) == 1
-    assert "would differ" in capsys.readouterr().err
+    assert "best.pt2 not written" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
-
-
-# --------------------------------------------------------------------------------------------------
-# figures
 
 
 def test_figures_of_the_paper_and_of_results(tmp_path, monkeypatch):
@@ -432,9 +392,9 @@ def test_figures_of_the_paper_and_of_results(tmp_path, monkeypatch):
         {"name": key, "size": row.size, "samples": [float(i + 1), float(i + 3)]}
         for i, (key, row) in enumerate(bench.TABLE_1.items())
     ]
-    rows.append(rows[0] | {"size": 32})  # of another size, for which the paper has no accuracy
-    record = {"rows": rows, "machine": {"threads": 2}}
-    record["options"] = {"train": False, "batch": 16, "dtype": "float32"}
+    rows.append(rows[0] | {"size": 32})  # ignored, as the paper has no accuracy at this size
+    options = {"train": False, "batch": 16, "dtype": "float32"}
+    record = {"rows": rows, "machine": {"threads": 2}, "options": options}
     file = tmp_path / "speed-cpu-float32.json"
     file.write_text(json.dumps(record))
     assert run("figures", file, "--out", tmp_path) == 0
@@ -442,19 +402,17 @@ def test_figures_of_the_paper_and_of_results(tmp_path, monkeypatch):
         svg = (tmp_path / f"{name}.svg").read_text()
         assert all(f"<!-- {row.label} -->" in svg for row in bench.TABLE_1.values())
         assert Image.open(tmp_path / f"{name}.png").width == 1660
-    for texts in labels:  # they stay in the frame and off each other
+    for texts in labels:  # inside the frame, without overlap
         boxes = [text.get_window_extent() for text in texts]
         frame = texts[0].axes.get_window_extent().padded(0.5)  # pixels: labels may touch it
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
         assert all(frame.contains(*box.p0) and frame.contains(*box.p1) for box in boxes)
     speeds, _ = bench.measured(str(file))
     assert list(speeds.values()) == [i + 2.0 for i in range(len(bench.TABLE_1))]
-    damaged = [[], record | {"options": {}}]
-    damaged.append(record | {"rows": [rows[0] | {"variant": "plain"}]})
-    for content in damaged:
-        (tmp_path / "other.json").write_text(json.dumps(content))
-        with pytest.raises(bench.UsageError, match=r"other\.json (is no results file|has no measured)"):
-            bench.measured(str(tmp_path / "other.json"))
+    for content in ([], record | {"options": {}}, record | {"rows": [rows[0] | {"variant": "plain"}]}):
+        file.write_text(json.dumps(content))
+        with pytest.raises(bench.UsageError, match=r"32\.json (is not a results file|has no measured)"):
+            bench.measured(str(file))
 
 
 @pytest.mark.parametrize("path", sorted(Path(bench.__file__).parent.glob("results/speed-*.json")))
@@ -462,14 +420,10 @@ def test_committed_results_can_be_drawn(path):
     assert bench.measured(str(path))[0]
 
 
-# --------------------------------------------------------------------------------------------------
-# data, trial
-
-
 @pytest.mark.parametrize("timm", [True, False])
 def test_data_times_the_input_pipeline(tmp_path, capsys, monkeypatch, timm):
     for name in [] if timm else ["timm", *(name for name in sys.modules if name.startswith("timm."))]:
-        monkeypatch.setitem(sys.modules, name, None)  # as if it was not installed
+        monkeypatch.setitem(sys.modules, name, None)  # as if not installed
     make_images(tmp_path / "set" / "train", {"ant": 4, "bee": 4}, "jpg")
     arguments = ["--repetitions", 1, "--workers", "1,2" if timm else "1", "--rate", 1e6 if timm else 1]
     assert run("data", tmp_path / "set", *arguments, "--out", tmp_path) == 0
@@ -516,18 +470,15 @@ def test_trials_of_both_kinds_take_turns(tmp_path, monkeypatch, capsys):
 
 
 def test_samplers_play_on_finished_trials(tmp_path, capsys):
-    """Each sampler ends at the best trial once it has tried them all, and never gets worse on the way."""
+    """Regrets never increase, and each sampler reaches the best trial after trying all of them."""
     import search
 
     run_folder, drawn = tmp_path / "run", search.configspace(seed=3).sample_configuration(24)
     space, rows = search.current_space(), []
     for number, config in enumerate(map(dict, drawn)):
         top1 = 40 + 20 * (config["norm"] == "batch") + number / 2
-        curve = [
-            [1.0, top1 * share if epoch in (1, 3, 9) else None] for epoch, share in enumerate([0.5] * 9, 1)
-        ]
-        curve[-1][1] = top1
-        info = {"top1": top1, "curve": curve}
+        curve = [[1.0, top1 / 2 if epoch in (1, 3) else None] for epoch in range(1, 9)]
+        info = {"top1": top1, "curve": [*curve, [1.0, top1]]}
         row = {"config": config, "seed": 1, "budget": 9.0, "status": "success", "cost": [1 - top1 / 100]}
         rows.append(row | {"start": 0.0, "end": 1.0, "elapsed": 1.0, "origin": "random", "info": info})
     run_folder.mkdir()
@@ -545,4 +496,22 @@ def test_samplers_play_on_finished_trials(tmp_path, capsys):
     assert (tmp_path / "samplers.png").exists()
     (run_folder / "trials.jsonl").write_text(json.dumps(rows[0]) + "\n")
     assert run("samplers", run_folder, "--out", tmp_path) == 2
-    assert "it takes 20" in capsys.readouterr().err
+    assert "20 are needed" in capsys.readouterr().err
+
+
+def test_versions_stop_the_clock_at_a_line_or_at_the_end(tmp_path, monkeypatch, capsys):
+    endless = "-c 'import time; print(\"  epoch 1/20\"); time.sleep(1000)'"
+    commands = {"whole": ("-c 'print(1)'", ""), "line": (endless, "epoch 1/")}
+    monkeypatch.setattr(bench, "COMMAND_LINES", commands)
+    (tmp_path / "train.py").touch()
+    arguments = "versions", tmp_path, "--repetitions", 2, "--out", tmp_path
+    assert run(*arguments) == 0
+    rows = read_json(tmp_path / "versions.json")["rows"]
+    assert [row["label"] for row in rows] == ["whole, other", "whole, this", "line, other", "line, this"]
+    assert all(len(row["samples"]) == 2 and 0 < max(row["samples"]) < 1000 for row in rows)
+    for line, ending in (("-c 'print(1)'", "epoch 1/"), ("-c 'import nowhere'", "")):
+        commands["broken"] = line, ending
+        assert run(*arguments, "--commands", "broken") == 1
+    assert "No module named 'nowhere'" in capsys.readouterr().err
+    assert run(*arguments, "--commands", "nothing") == 2
+    assert run("versions", tmp_path / "nowhere", "--out", tmp_path) == 2
