@@ -1,13 +1,13 @@
-"""The layers and blocks of Xception and NEXcepTion, from `torch.nn` primitives, and their design space.
+"""Layers and blocks of Xception and NEXcepTion, and the design space that they span.
 
-All take and return float maps (B, C, H, W) of any floating dtype and memory format. `SPACE` lists the paper's
-nine design choices, a `Design` has one value for each, and `model.py` assembles networks. To add an
-activation, a norm or a pooling, add an entry to `ACTIVATIONS`, `NORMS` or `POOLINGS`; to add a kernel size,
-add it to `KERNELS`. Models, training, search and benchmarks pick it up.
+All modules take and return float maps (B, C, H, W) of any floating dtype and memory format. `SPACE` lists the
+paper's nine design choices, a `Design` holds one value of each, and `model.py` assembles networks. To add an
+activation, norm or pooling, add an entry to `ACTIVATIONS`, `NORMS` or `POOLINGS`; to add a kernel size, add
+it to `KERNELS`. Models, training, search and benchmarks pick it up.
 
-The separable convolutions of a block are numbered 1, 2, 3 (down-sampling blocks have two). An activation
-precedes those in `activation_positions`, and a norm follows those in `norm_positions` (paper, section 3.2,
-"Fewer Activations and Normalizations").
+The separable convolutions of a block are numbered 1, 2, 3 (down-sampling blocks have two). Those in
+`activation_positions` are preceded by an activation, those in `norm_positions` followed by a norm (paper,
+section 3.2, "Fewer Activations and Normalizations").
 """
 
 from __future__ import annotations
@@ -22,14 +22,9 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 KERNELS = (3, 5, 7, 9)  # odd
-MIXED_KERNELS = (3, 5, 7, 9)  # one per channel group of a "mixed" convolution
+MIXED_KERNELS = (3, 5, 7, 9)  # one for each group of channels of a "mixed" convolution
 POSITIONS = ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3))  # subsets of a block's convolutions
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "elu": nn.ELU,
-    "celu": nn.CELU,
-}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "elu": nn.ELU, "celu": nn.CELU}
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -49,13 +44,13 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "layer"
 
 
 def depthwise_weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
-    """Gradient (C, 1, K, K) for the weight of a depthwise convolution with stride 1, padding K // 2, K odd.
+    """Return the weight gradient (C, 1, K, K) of a depthwise convolution of stride 1, padding K // 2, K odd.
 
     x and grad: (B, C, H, W). oneDNN's depthwise kernel for this gradient supports filters of up to 3 columns;
-    wider ones fall back to a kernel for dense convolutions, which takes 4 to 20 times as long as the forward
-    pass. Here, every 3 columns are computed as the gradient of a K × 3 filter on a shifted map. The shift
-    copies nothing: in a channels-last buffer with K // 2 zeros between its rows, a view that starts one pixel
-    later is the map shifted by one pixel, borders included.
+    wider ones fall back to a dense kernel that takes 4 to 20 times as long as the forward pass. Here, every
+    3 columns are computed as the gradient of a K × 3 filter on a shifted map. Shifting copies nothing: in a
+    channels-last buffer with K // 2 zeros between rows, a view that starts one pixel later is the map shifted
+    by one pixel, borders included.
     """
     (batch, channels, height, width), padding = x.shape, kernel // 2
     rows, columns = max(height, kernel), width + padding  # oneDNN also needs maps as high as the filter
@@ -78,8 +73,8 @@ def depthwise_weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
 class FastDepthwise(torch.autograd.Function):
     """`F.conv2d(x, weight, padding=K // 2, groups=C)`, K odd, with gradients that are fast on x86 CPUs.
 
-    The gradients equal PyTorch's up to rounding. PyTorch computes them itself for double backward
-    (`create_graph=True`) and for a batch of gradients (`is_grads_batched=True`).
+    The gradients equal PyTorch's up to rounding. Double backward (`create_graph=True`) and batched gradients
+    (`is_grads_batched=True`) are left to PyTorch.
     """
 
     @staticmethod
@@ -95,14 +90,14 @@ class FastDepthwise(torch.autograd.Function):
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             x_grad = conv2d_input(x.shape, weight, grad, **settings)
             return x_grad, conv2d_weight(x, weight.shape, grad, **settings)
-        # A convolution of the gradient with the flipped filter is faster than oneDNN's gradient of x.
+        # Convolving the gradient with the flipped filter is faster than oneDNN's input gradient.
         with torch.autocast("cpu", enabled=False):
             x_grad = F.conv2d(grad, weight.flip(2, 3), **settings) if need_x else None
         return x_grad, depthwise_weight_gradient(x, grad, kernel) if need_weight else None
 
 
 def _takes_fast_gradients(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether `FastDepthwise` replaces `F.conv2d`: in plain eager float32 training on an x86 CPU."""
+    """Whether to use `FastDepthwise`: only in plain eager float32 training on an x86 CPU."""
     return (
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and not torch._C._are_functorch_transforms_active()
@@ -116,12 +111,11 @@ def _takes_fast_gradients(x: Tensor, weight: Tensor, stride: int, padding: int) 
     )
 
 
-@torch.fx.wrap  # branches on its input, so a symbolic trace has to keep it as one node
+@torch.fx.wrap  # branches on its input, so it must be a leaf of symbolic traces
 def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, training: bool) -> Tensor:
     """Depthwise convolution of x (B, C, H, W) with weight (C, 1, K, K), without bias.
 
-    Mixed-precision training on a CPU computes it in float32: the gradient of a bfloat16 depthwise convolution
-    takes three times as long there.
+    Mixed-precision training on a CPU uses float32: the gradient in bfloat16 takes three times as long.
     """
     if training and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
@@ -132,7 +126,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, train
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution without bias, padded to keep the resolution: H becomes ceil(H / stride)."""
+    """Depthwise convolution without bias. Padding keeps the resolution: H becomes ceil(H / stride)."""
 
     def __init__(self, channels: int, kernel: int, stride: int = 1):
         super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False)
@@ -144,7 +138,7 @@ class DepthwiseConv2d(nn.Conv2d):
 class MixedDepthwise(nn.Module):
     """Depthwise convolution with one of `MIXED_KERNELS` per group of channels (MixConv, Tan and Le 2019).
 
-    The groups are equal except for the first, which takes the remainder, as in `timm.layers.MixedConv2d`.
+    The groups are equal, except that the first takes the remainder, as in `timm.layers.MixedConv2d`.
     """
 
     def __init__(self, channels: int, stride: int = 1):
@@ -176,17 +170,16 @@ class SeparableConv(nn.Module):
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.depthwise(x)
-        return self.pointwise(x)
+        return self.pointwise(self.depthwise(x))
 
 
-@torch.fx.wrap  # branches on its input, so a symbolic trace has to keep it as one node
+@torch.fx.wrap  # branches on its input, so it must be a leaf of symbolic traces
 def blur_pool(x: Tensor, training: bool) -> Tensor:
     """Blur x (B, C, H, W) with a fixed 3 × 3 filter, then subsample by 2. See `BlurPool`."""
-    mode = "reflect" if min(x.shape[-2:]) > 1 else "replicate"  # a single row has nothing to reflect
+    mode = "reflect" if min(x.shape[-2:]) > 1 else "replicate"  # a single row cannot be reflected
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not training:
-        # The compiler fuses a sum of slices with the max pool and the padding before it. A convolution would
-        # be a kernel of its own, with its input written to memory first.
+        # The compiler fuses a sum of slices with the preceding max pool and padding. A convolution would be a
+        # separate kernel that reads its input from memory.
         height, width = x.shape[-2:]
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         x = F.pad(x, (1, 1, 1, 1), mode=mode)
@@ -194,12 +187,12 @@ def blur_pool(x: Tensor, training: bool) -> Tensor:
         x = (x[..., :height:2, :] + x[..., 2::2, :]) * 0.25 + x[..., 1 : height + 1 : 2, :] * 0.5
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
     if x.is_cuda and mode == "reflect" and x.is_contiguous(memory_format=torch.channels_last):
-        # PyTorch's reflection padding on a GPU would copy a channels-last map to contiguous memory and back.
+        # Reflection padding on a GPU would copy a channels-last map to contiguous memory and back.
         x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
         x = torch.cat([x[..., 1:2], x, x[..., -2:-1]], dim=3)
     else:
         x = F.pad(x, (1, 1, 1, 1), mode=mode)
-    # Not a buffer: `to_empty` would leave one that is outside the state dict uninitialized.
+    # Not a buffer: `to_empty` would leave a non-persistent buffer uninitialized.
     row = 0.5 - 0.25 * torch.arange(-1, 2, device=x.device, dtype=x.dtype).abs()  # [0.25, 0.5, 0.25]
     weight = torch.outer(row, row).expand(x.shape[1], 1, 3, 3)
     return depthwise_conv2d(x, weight, 2, 0, training)
@@ -208,16 +201,15 @@ def blur_pool(x: Tensor, training: bool) -> Tensor:
 class BlurPool(nn.Module):
     """Blur with a fixed 3 × 3 filter, then subsample by 2 (Zhang 2019): H becomes ceil(H / 2).
 
-    The filter is [1 2 1] ⊗ [1 2 1] / 16 for every channel, with reflection padding, as in
-    `timm.layers.BlurPool2d`.
+    The filter is [1 2 1] ⊗ [1 2 1] / 16, with reflection padding, as in `timm.layers.BlurPool2d`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         return blur_pool(x, self.training)
 
 
-# Functions of the number of channels that return a layer to halve the resolution: H becomes ceil(H / 2).
-# "conv" is separable, like every convolution inside Xception's blocks.
+# Functions of the number of channels that return a layer of stride 2: H becomes ceil(H / 2). "conv" is
+# separable, like all convolutions inside Xception's blocks.
 POOLINGS: dict[str, Callable[[int], nn.Module]] = {
     "max": lambda channels: nn.MaxPool2d(3, 2, 1),
     "conv": lambda channels: SeparableConv(channels, channels, 3, stride=2),
@@ -240,7 +232,7 @@ SPACE: dict[str, Collection] = {
 
 @dataclass(frozen=True)
 class Design:
-    """One value for each choice in `SPACE`. The defaults are NEXcepTion's (appendix, tables 5 and 6)."""
+    """One value of each choice in `SPACE`. The defaults are NEXcepTion's (appendix, tables 5 and 6)."""
 
     stem: str = "patchify"  # "conv" (Xception's two convolutions) or "patchify"
     kernel: int | str = 5  # of the separable convolutions in the blocks: 3, 5, 7, 9 or "mixed"
@@ -260,10 +252,10 @@ class Design:
 
 
 class SqueezeExcite(nn.Module):
-    """Squeeze-and-excitation: scales each channel by a gate computed from the map's mean (Hu et al. 2018).
+    """Squeeze-and-excitation (Hu et al. 2018): scale each channel by a gate computed from its spatial mean.
 
-    Squeezes to 1/16 of the channels, rounded to a multiple of 8, at least 8, like timm's `SEModule`. With
-    batch norm, training needs at least two images, since the squeezed map is 1 × 1.
+    Squeezes to 1/16 of the channels, rounded to a multiple of 8, at least 8, like timm's `SEModule`. Training
+    with batch norm needs at least two images, since the squeezed map is 1 × 1.
     """
 
     def __init__(self, channels: int, design: Design):
@@ -281,8 +273,8 @@ class SqueezeExcite(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, drops a residual branch for each sample with
-    probability `rate` and scales the others by 1 / (1 - rate). Draws the random numbers of timm's `DropPath`.
+    """Stochastic depth (Huang et al. 2016): in training, drop a residual branch per sample with probability
+    `rate` and scale the others by 1 / (1 - rate). Draws the same random numbers as timm's `DropPath`.
     """
 
     def __init__(self, rate: float):
@@ -301,7 +293,7 @@ class PatchifyStem(nn.Module):
     """Convolution over non-overlapping patches of `stride` × `stride` pixels, followed by a norm (paper,
     section 3.2, "Soft" Patchify Stem). H becomes floor(H / stride).
 
-    Isotropic networks have an activation before the norm (`activated`); pyramids have none, as in ConvNeXt.
+    With `activated` (isotropic networks), an activation precedes the norm; pyramids have none, as ConvNeXt.
     """
 
     def __init__(self, in_channels: int, width: int, stride: int, design: Design, activated: bool):
@@ -311,9 +303,7 @@ class PatchifyStem(nn.Module):
         self.norm = NORMS[design.norm](width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        x = self.act(x)
-        return self.norm(x)
+        return self.norm(self.act(self.conv(x)))
 
 
 class ConvStem(nn.Module):
@@ -338,8 +328,8 @@ class ConvStem(nn.Module):
 class PyramidDownsample(nn.Module):
     """Transition between two stages of a pyramid: a norm, then half the resolution and a new width.
 
-    With pooling "conv", a 2 × 2 convolution of stride 2 as in ConvNeXt and NEXcepTion-TP (H becomes
-    floor(H / 2)); otherwise the pooling (H becomes ceil(H / 2)) followed by a 1 × 1 convolution.
+    Pooling "conv" is a 2 × 2 convolution of stride 2, as in ConvNeXt and NEXcepTion-TP (H becomes
+    floor(H / 2)); the others (H becomes ceil(H / 2)) are followed by a 1 × 1 convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, design: Design):
@@ -353,9 +343,7 @@ class PyramidDownsample(nn.Module):
             self.conv = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        x = self.pool(x)
-        return self.conv(x)
+        return self.conv(self.pool(self.norm(x)))
 
 
 class DownsamplingBlock(nn.Module):
@@ -363,8 +351,8 @@ class DownsamplingBlock(nn.Module):
     connection is a 1 × 1 convolution of stride 2 followed by a norm (appendix, tables 5 and 6). H becomes
     ceil(H / 2).
 
-    `widths` are those of the input, of convolution 1 and of the output. After Xception's stem, which ends in
-    an activation, `after_activation` omits the one before convolution 1.
+    `widths`: channels of the input, of convolution 1 and of the output. `after_activation` omits the
+    activation before convolution 1, because Xception's stem ends in one.
     """
 
     def __init__(
@@ -388,14 +376,13 @@ class DownsamplingBlock(nn.Module):
         skip = self.skip_norm(self.skip(x))
         x = self.norm1(self.conv1(self.act1(x)))
         x = self.norm2(self.conv2(self.act2(x)))
-        x = self.pool(x)
-        x = self.se(x)
+        x = self.se(self.pool(x))
         return self.drop_path(x) + skip
 
 
 class MiddleBlock(nn.Module):
     """Block of the middle flow: three separable convolutions, SE and stochastic depth, added to the input
-    (paper, Figure 1). The resolution stays.
+    (paper, Figure 1). Keeps the resolution.
 
     The bottleneck (NEXcepTion) block widens to `expansion` × `channels` in convolution 1 and returns to
     `channels` in convolution 2; the Xception block keeps its width.
@@ -421,8 +408,7 @@ class MiddleBlock(nn.Module):
         x = self.norm1(self.conv1(self.act1(x)))
         x = self.norm2(self.conv2(self.act2(x)))
         x = self.norm3(self.conv3(self.act3(x)))
-        x = self.se(x)
-        return self.drop_path(x) + shortcut
+        return self.drop_path(self.se(x)) + shortcut
 
 
 class ExitConv(nn.Module):

@@ -1,25 +1,23 @@
-"""Image batches for training and evaluation, of a small set (`SMALL_SETS`) or an ImageNet-style folder.
+"""Data loading for training and evaluation: small sets (`SMALL_SETS`) and ImageNet-style image folders.
 
     data = open_data("digits", Plan(batch=64))              # or open_data("/data/imagenet", Plan(...))
     for images, labels in data.train_batches(epoch=0): ...  # uint8 (B, 3, H, W), int64 (B,)
     for images, labels in data.eval_batches("val"): ...
     images = data.transform.normalize(images)               # float32 (B, 3, H, W)
 
-Small sets are uint8 tensors on the training device and are augmented there, one batch at a time. Image
-folders go through DataLoader workers, from files to uint8 crops. Processes and their micro-batches share the
-images as if each micro-batch had a process of its own, its "virtual rank". A training batch depends only on
-(seed, epoch, virtual rank, step): not on the number of workers or processes, nor on the step at which an
-epoch was resumed.
-`python bench.py data` measures the throughput: 400 to 600 ImageNet-sized training crops per second and core.
+Small sets are uint8 tensors on the training device and are augmented there. DataLoader workers decode, crop
+and augment image folders. Each micro-batch of each process has a "virtual rank" and samples the data as a
+process of that rank would. A training batch depends only on (seed, epoch, virtual rank, step), not on the
+number of workers or processes or the step from which an epoch was resumed. `python bench.py data` measures
+the throughput: 400 to 600 ImageNet-sized training crops per second and core.
 
-The file also holds the few helpers that all scripts share: errors for users, `write_whole`, `lock_file` and
+This file also holds the helpers shared by all scripts: their exceptions, `write_whole`, `lock_file` and
 `cpu_count`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
 import logging
@@ -32,13 +30,13 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # Read when PyTorch is loaded, so every script imports this file first. OpenMP threads spin while they
-    # wait: by default for so long that beside other programs a training step takes ten times as long.
+    # Read when PyTorch is loaded, so every script imports this file first. By default, OpenMP threads spin so
+    # long between parallel regions that a training step takes ten times as long on a busy machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -50,30 +48,25 @@ from torch.utils.data import DataLoader, Dataset
 log = logging.getLogger("data")
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # uint8 (B, 3, H, W), int64 (B,)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-CROP_DRAWS = 24  # uniform numbers per random crop: 22 for `crop_box`, one for the filter, one for the flip
+CROP_DRAWS = 24  # uniform numbers per random crop: 22 for `crop_box`, then the filter and the flip
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Shared by all scripts: errors for users, files, cores
+# Shared by all scripts
 
 
 class UsageError(ValueError):
-    """A mistake that the user can correct, described in one sentence. Scripts exit with status 2."""
+    """A user error, described in one sentence. Scripts exit with status 2."""
 
 
 class RunError(Exception):
-    """A failure in the middle of a run, described in one sentence. Scripts exit with status 1."""
+    """A failure during a run, described in one sentence. Scripts exit with status 1."""
 
 
 def write_whole(path: str | Path, content: bytes | memoryview | str, previous: Path | None = None) -> None:
-    """Write a file completely or not at all; keep its former content as `previous`, if given.
-
-    Raises RunError when there is no space or no permission; `path` is then unchanged.
-    """
+    """Write a file atomically, keeping its former content as `previous` if given. Raises RunError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -91,59 +84,55 @@ def write_whole(path: str | Path, content: bytes | memoryview | str, previous: P
         ) from None
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
 def lock_file(file, wait: bool = False) -> bool:
-    """Lock an open file for this process until it is closed; return False if another process holds it.
+    """Lock an open file until it is closed; return False if another process holds the lock.
 
-    With `wait`, wait for the other process. Returns True, with a warning, where locks are not supported.
+    With `wait`, wait for the lock. Where locks are not supported, log a warning and return True.
     """
-    import fcntl  # absent on Windows, where the models can still be used
+    import fcntl  # not available on Windows, where the models can still be used
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:  # such as ENOLCK or ENOSYS on Lustre and some NFS mounts
-        log.warning("files are not locked here (%s): do not start two runs in one folder", error.strerror)
+        log.warning("cannot lock files here (%s): do not start two runs in one folder", error.strerror)
     return True
 
 
 def cpu_count() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Evaluation transform
+# Transforms
 
 
 def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a CPU tensor to the device, from pinned memory so that a GPU keeps working meanwhile."""
+    """Copy a CPU tensor to the device; to a GPU asynchronously, through pinned memory."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image to 8-bit RGB, 16-bit pixels by their upper byte: PIL itself clips them at 255.
-
-    Transparent pixels show the colour that is stored in them, as with PIL's `convert`.
+    """Convert a PIL image to 8-bit RGB. Keeps the upper byte of 16-bit pixels, which PIL would clip to 255,
+    and the stored colour of transparent pixels, as PIL does.
     """
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise UsageError("32-bit pixels, whose range is unknown: convert the file to 8 or 16 bits")
+        raise UsageError("32-bit pixels have no defined range: convert the file to 8 or 16 bits")
     if image.mode[0] != "I":
         return image.convert("RGB")
-    tags = getattr(image, "tag_v2", {})  # of TIFF files: 258 BitsPerSample, 262 PhotometricInterpretation
+    tags = getattr(image, "tag_v2", {})  # TIFF: 258 is BitsPerSample, 262 PhotometricInterpretation
     pixels = (np.asarray(image) >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)
     return Image.fromarray(255 - pixels if tags.get(262) == 0 else pixels).convert("RGB")  # 0: WhiteIsZero
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """timm's evaluation transform: resize the shorter side to floor(size / crop_pct), centre crop, normalize.
-
-    Called with a PIL image, it returns a normalized float32 tensor (3, size, size); `crop` stops at uint8.
-    """
+    """timm's evaluation transform: resize shorter side to floor(size / crop_pct), centre crop, normalize."""
 
     size: int = 224  # pixels
     crop_pct: float = 0.95  # fraction of the resized shorter side that the crop keeps
@@ -152,20 +141,20 @@ class EvalTransform:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) to which an image of this size is resized before the crop."""
+        """Return the (height, width) after resizing an image of this size."""
         short = math.floor(self.size / self.crop_pct)
         if height <= width:
             return short, int(short * width / height)
         return int(short * height / width), short
 
     def corner(self, height: int, width: int) -> tuple[int, int]:
-        """Return (top, left) of the centre crop in a resized image of (height, width)."""
+        """Return (top, left) of the centre crop of a resized image."""
         return round((height - self.size) / 2), round((width - self.size) / 2)
 
     def crop(self, image: Image.Image) -> torch.Tensor:
         """Return the resized centre crop of a PIL image, uint8 (3, size, size)."""
         height, width = self.resized(image.height, image.width)
-        image = to_rgb(image).resize((width, height), PIL_FILTERS[self.interpolation])
+        image = to_rgb(image).resize((width, height), Image.Resampling[self.interpolation.upper()])
         top, left = self.corner(height, width)
         image = image.crop((left, top, left + self.size, top + self.size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -177,18 +166,15 @@ class EvalTransform:
         return images.float().sub_(mean).div_(std)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Convert a PIL image to a normalized float32 tensor (3, size, size)."""
         return self.normalize(self.crop(image)[None])[0]
 
     def to_dict(self) -> dict:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> EvalTransform:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Random crops and flips
 
 
 @dataclass(frozen=True)
@@ -197,10 +183,10 @@ class Augmentation:
 
     scale: tuple[float, float] = (0.08, 1.0)  # folders: fraction of the image's area that a crop takes
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # folders: width / height of a crop, log-uniform
-    padding: int = 0  # small sets: black pixels around an image before its random crop; 0: no crop
+    padding: int = 0  # small sets: zero padding in pixels before a random crop; 0: no crop
     flip: float = 0.5  # probability of a horizontal flip
     layers: int = 2  # RandAugment operations drawn per image; 0: no RandAugment
-    probability: float = 0.5  # of applying an operation that was drawn
+    probability: float = 0.5  # of applying each operation drawn
     magnitude: float = 7.0  # mean magnitude of RandAugment, in [0, 10]
     magnitude_std: float = 0.5  # standard deviation of the magnitude
     repeats: int = 3  # repeated augmentation: copies of an image per epoch; 1: each image once
@@ -224,7 +210,7 @@ def crop_box(height: int, width: int, augment: Augmentation, draws: list[float])
 
 
 def crop_and_flip(images: torch.Tensor, augment: Augmentation, rng: np.random.Generator) -> torch.Tensor:
-    """Pad uint8 (B, 3, H, W) with black, crop each image at random to its former size, flip some of them."""
+    """Zero-pad uint8 (B, 3, H, W), crop at random to the original size and flip at random."""
     (count, _, height, width), padding = images.shape, augment.padding
     corners = rng.integers(0, 2 * padding + 1, (count, 2))
     flips = rng.random(count) < augment.flip
@@ -237,22 +223,19 @@ def crop_and_flip(images: torch.Tensor, augment: Augmentation, rng: np.random.Ge
 
 
 # ----------------------------------------------------------------------------------------------------------
-# RandAugment: timm's 15 "increasing" operations, on uint8 batches
+# RandAugment: timm's 15 "increasing" operations on uint8 batches
 #
-# Each operation takes images, uint8 (N, 3, H, W), and one argument per image, and returns new uint8 images.
-# The arithmetic is Pillow's, which truncates where one would expect rounding. Bit masks and int16 positions
-# stand in for torch.where, comparisons and direct conversions, which are 5 to 20 times slower on a CPU.
+# Each operation takes uint8 images (N, 3, H, W) and one argument per image, and returns new uint8 images.
+# The arithmetic is Pillow's, including truncation in place of rounding. Bit masks and int16 positions replace
+# torch.where, comparisons and direct conversions, which are 5 to 20 times slower on a CPU.
 
-CACHE = 2**17  # bytes of images that pass through an operation together on a CPU
-EPSILON = 1e-3  # added before truncation, so that float32's 253.99999 becomes 254 as in Pillow's doubles
+CACHE = 2**17  # bytes of images processed together on a CPU
+EPSILON = 1e-3  # added before truncation: float32's 253.99999 becomes 254, as in Pillow's doubles
 
 
-def per_image(
-    arguments: list[float], images: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> torch.Tensor | float:
-    """Return one number per image, broadcastable over `images`; a single number as a Python number.
-
-    Making a tensor of one number takes as long as a pass over an image.
+def per_image(arguments: list[float], images: torch.Tensor, dtype=torch.float32) -> torch.Tensor | float:
+    """Return one number per image, shaped to broadcast over `images`; a Python number for a single image,
+    because creating a tensor of one number takes as long as a pass over an image.
     """
     if len(arguments) == 1:
         return arguments[0]
@@ -261,7 +244,7 @@ def per_image(
 
 
 def truncate(values: torch.Tensor) -> torch.Tensor:
-    """Truncate float32 values to uint8 and clamp them to [0, 255]. Overwrites its argument."""
+    """Truncate float32 values to uint8, clamped to [0, 255]. Overwrites its argument."""
     return values.add_(EPSILON).short().clamp_(0, 255).byte()
 
 
@@ -306,7 +289,7 @@ def posterize(images: torch.Tensor, bits: list[float]) -> torch.Tensor:
 
 def solarize(images: torch.Tensor, thresholds: list[float]) -> torch.Tensor:
     above = images.short() - per_image(thresholds, images, torch.int16)
-    return images ^ ~(above >> 15).byte()  # the sign bit tells what is below the threshold; x ^ 255 = 255 - x
+    return images ^ ~(above >> 15).byte()  # 0 below the threshold, 255 above; x ^ 255 = 255 - x
 
 
 def solarize_add(images: torch.Tensor, addends: list[float]) -> torch.Tensor:
@@ -323,7 +306,7 @@ def color(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
 
 def contrast(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
     exact = images.float()
-    # Pillow rounds the luma of each pixel before averaging; the difference averages out.
+    # Pillow rounds each pixel's luma before averaging; the difference averages out.
     luma = (exact.flatten(2).mean(2) * exact.new_tensor([0.299, 0.587, 0.114])).sum(1)
     return blend(torch.floor(luma + 0.5).view(-1, 1, 1, 1), exact, factors)
 
@@ -334,7 +317,7 @@ def brightness(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
 
 def sharpness(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
     width = images.shape[3]
-    planes = images.flatten(2)  # all rows in one line; sums across a row's end are discarded
+    planes = images.flatten(2)  # rows joined; sums across the end of a row are discarded
     wide = planes.short()
     sums = (wide[..., :-2] + wide[..., 1:-1]).add_(wide[..., 2:])
     sums = (sums[..., : -2 * width] + sums[..., width:-width]).add_(sums[..., 2 * width :])
@@ -348,7 +331,7 @@ def sharpness(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
 
 
 def rotate(images: torch.Tensor, degrees: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
-    """Rotate about the centre. The bicubic kernel is torch's (a = -0.75), slightly softer than Pillow's."""
+    """Rotate about the centre. torch's bicubic kernel (a = -0.75) is slightly softer than Pillow's."""
     count, _, height, width = images.shape
     angle = np.radians(degrees)[:, None]
     cos, sin = np.cos(angle), np.sin(angle)
@@ -356,20 +339,19 @@ def rotate(images: torch.Tensor, degrees: list[float], fill: torch.Tensor, bicub
     terms = [cos * x / width, sin * x / height, -sin * y / width, cos * y / height]
     terms = torch.from_numpy(np.concatenate(terms, axis=1, dtype=np.float32) * 2)
     by_column, by_row = on_device(terms, images.device).split([2 * width, 2 * height], dim=1)
-    # Source (x, y) in [-1, 1]: each is the sum of a column's term and a row's term.
+    # Sampling positions (x, y) in [-1, 1] are the sum of a term per column and a term per row.
     source = by_column.view(count, 2, 1, width) + by_row.view(count, 2, height, 1)
     mode, grid = "bicubic" if bicubic else "bilinear", source.permute(0, 2, 3, 1)
     rotated = F.grid_sample(images.float(), grid, mode, padding_mode="border", align_corners=False)
     x, y = source.abs_().split(1, dim=1)
-    outside = torch.maximum(x, y).clamp_(max=1).short().neg_().byte()  # 255 from 1 on, 0 below
+    outside = torch.maximum(x, y).clamp_(max=1).short().neg_().byte()  # 255 from 1 on, else 0
     return select(outside, fill, truncate(rotated))
 
 
 def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
     """Sample row y of image n at x + offsets[n, y]; offsets: pixels, (N, H) or (N, 1).
 
-    One gather fetches the neighbours of a whole row; the filter's taps are slices of it. Taps beyond the edge
-    repeat the edge.
+    One gather fetches each row with its neighbours; the filter's taps are slices of it. Edges are replicated.
     """
     width, device = images.shape[3], images.device
     whole = np.floor(offsets)
@@ -388,7 +370,7 @@ def slide(images: torch.Tensor, offsets: np.ndarray, fill: torch.Tensor, bicubic
     for tap in range(1, len(weights)):
         moved.addcmul_(taps[..., tap : tap + width], weights[tap])
     nearest = np.floor(offsets + 0.5).astype(np.int16)[..., None] + np.arange(width, dtype=np.int16)
-    # As unsigned numbers, negative positions are too large. NumPy compares ten times as fast as torch.
+    # As unsigned numbers, negative positions are large. NumPy compares ten times as fast as torch.
     outside = (nearest.view(np.uint16) >= width)[:, None]  # (N, 1, H, W)
     return select(-on_device(torch.from_numpy(outside), device).view(torch.uint8), fill, truncate(moved))
 
@@ -413,7 +395,7 @@ def enhancement(magnitude: float, sign: int) -> float:
     return max(0.1, 1 + sign * magnitude / 10 * 0.9)
 
 
-# Each operation with its argument as a function of magnitude (in [0, 10]) and random sign: timm's scales.
+# Operations and their arguments as functions of magnitude (in [0, 10]) and random sign, on timm's scales.
 OPERATIONS = (
     (auto_contrast, lambda magnitude, sign: 0),
     (equalize, lambda magnitude, sign: 0),
@@ -431,20 +413,20 @@ OPERATIONS = (
     (translate_x, lambda magnitude, sign: sign * magnitude / 10 * 0.45),  # fraction of the width
     (translate_y, lambda magnitude, sign: sign * magnitude / 10 * 0.45),  # fraction of the height
 )
-GEOMETRIC = (rotate, shear_x, shear_y, translate_x, translate_y)  # these also take a fill colour and a filter
+GEOMETRIC = (rotate, shear_x, shear_y, translate_x, translate_y)  # also take a fill colour and a filter
 
 
 class Draws(NamedTuple):
-    """RandAugment's random choices for a batch, each (layers, N)."""
+    """Random choices of RandAugment for a batch, each (layers, N)."""
 
-    operation: np.ndarray  # index into OPERATIONS, -1: none is applied
+    operation: np.ndarray  # index into OPERATIONS; -1: not applied
     magnitude: np.ndarray  # in [0, 10]
     sign: np.ndarray  # -1 | 1
     bicubic: np.ndarray  # bool
 
 
 def draw_operations(count: int, augment: Augmentation, rng: np.random.Generator) -> Draws:
-    """Draw RandAugment's choices for `count` images: operations with replacement, each applied or not."""
+    """Draw operations for `count` images, with replacement, and whether each is applied."""
     shape = (augment.layers, count)
     operation = rng.integers(len(OPERATIONS), size=shape)
     applied = rng.random(shape) < augment.probability
@@ -455,16 +437,16 @@ def draw_operations(count: int, augment: Augmentation, rng: np.random.Generator)
 
 
 def apply_operation(images: torch.Tensor, choice: int, arguments: list, fill: torch.Tensor, bicubic: bool):
-    """Return uint8 (N, 3, H, W) after OPERATIONS[choice], one argument per image; fill: uint8 (3, 1, 1)."""
+    """Apply OPERATIONS[choice] to uint8 (N, 3, H, W), one argument per image; fill: uint8 (3, 1, 1)."""
     operation = OPERATIONS[choice][0]
     return operation(images, arguments, *([fill, bicubic] if operation in GEOMETRIC else []))
 
 
 def rand_augment(images: torch.Tensor, draws: Draws, fill: torch.Tensor) -> torch.Tensor:
-    """Apply the drawn operations to uint8 (B, 3, H, W), in place, and return it.
+    """Apply the drawn operations to uint8 (B, 3, H, W) in place and return it.
 
-    Images that share an operation (and its filter) go through it together, as many at a time as fit a CPU's
-    cache. fill: uint8 (3, 1, 1), the colour of the area that a rotation, shear or translation uncovers.
+    Images with the same operation and filter are processed together, on a CPU as many as fit its cache.
+    fill: uint8 (3, 1, 1), the colour of areas uncovered by a rotation, shear or translation.
     """
     on_cpu = images.device.type == "cpu"
     at_once = max(1, CACHE // images[0].numel()) if on_cpu else len(images)
@@ -484,34 +466,33 @@ def rand_augment(images: torch.Tensor, draws: Draws, fill: torch.Tensor) -> torc
 
 
 def fill_colour(mean: tuple[float, float, float]) -> torch.Tensor:
-    """Return a data set's mean colour, uint8 (3, 1, 1)."""
+    """Return the mean colour of a data set, uint8 (3, 1, 1)."""
     return torch.tensor([min(255, round(255 * m)) for m in mean], dtype=torch.uint8).view(3, 1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Which images make a batch
+# Sampling
 
 
 class Job(NamedTuple):
-    """One batch to make: images `indices` of a split, and the key of a training batch's random stream."""
+    """Request for a batch: indices of images in a split, and the random key of a training batch."""
 
     split: str
     indices: np.ndarray  # int64 (B,)
     key: tuple[int, ...] | None  # (seed, epoch, virtual rank, step); None: evaluation
 
 
-# Fifth words of the keys of random streams: of a batch's augmentation, of an epoch's pictures of `numbers`.
-# NumPy pads keys with zeros, so that the permutation's key, (seed, epoch), equals (seed, epoch, 0, 0, 0);
-# train.py mixes images by (seed, epoch, step, rank, 1).
+# Last elements of random keys: a batch's augmentation, an epoch of `numbers` (1 is train.py's mixup). NumPy
+# pads keys with zeros, so the permutation's key, (seed, epoch), equals (seed, epoch, 0, 0, 0).
 AUGMENTATION, COMPOSITION = 2, 4
 
 
 def train_stream(count: int, repeats: int, seed: int, epoch: int, rank: int, world: int) -> np.ndarray:
-    """Return the indices of the images that virtual rank `rank` of `world` sees in an epoch, int64.
+    """Return the image indices of virtual rank `rank` of `world` in an epoch, int64.
 
-    With repeats: the stream of timm's RepeatAugSampler, shuffled by the epoch alone, each index repeated in
-    place, padded, strided over the ranks (so that copies of an image go to different ranks), cut to about an
-    epoch. Without: the rank's stride of one permutation by (seed, epoch), the uneven end dropped.
+    With repeats, equals timm's RepeatAugSampler: shuffle (seeded by the epoch alone), repeat each index in
+    place, stride over the ranks (so that copies of an image go to different ranks), cut to about an epoch.
+    Without, a stride of one permutation seeded by (seed, epoch), with the uneven end dropped.
     """
     if repeats == 1:
         order = np.random.default_rng([seed, epoch]).permutation(count)
@@ -524,11 +505,11 @@ def train_stream(count: int, repeats: int, seed: int, epoch: int, rank: int, wor
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Small sets: uint8 tensors on the device
+# Small sets
 
 
 class SmallDataset:
-    """Makes batches of a small set, kept as uint8 tensors on the device and augmented there.
+    """A small set, stored as uint8 tensors on the device and augmented there.
 
     splits: name -> (images, labels), or (Numbers,), which composes new images in each epoch.
     """
@@ -540,7 +521,7 @@ class SmallDataset:
         self.fill = fill_colour(transform.mean).to(device)
 
     def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list]:
-        """Return images uint8 (B, 3, S, S), labels int64 (B,) and the bad files, of which there are none."""
+        """Return images uint8 (B, 3, S, S), labels int64 (B,) and unreadable files (none)."""
         parts = self.splits[job.split]
         if isinstance(parts[0], Numbers):
             images, labels = parts[0].compose(job.key[:2], job.indices)
@@ -555,14 +536,14 @@ class SmallDataset:
 
 
 def resize_all(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize uint8 (N, 3, H, W) to (N, 3, size, size), bilinear and antialiased."""
+    """Resize uint8 (N, 3, H, W) to (N, 3, size, size): bilinear, antialiased."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def digits_by_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return scikit-learn's digits, float64 (N, 8, 8) in 0..16, and labels, in fixed, stratified splits."""
+    """Return scikit-learn's digits, float64 (N, 8, 8) in 0..16, and labels in fixed, stratified splits."""
     from sklearn import datasets
 
     digits, rng = datasets.load_digits(), np.random.default_rng(0)
@@ -577,7 +558,7 @@ def digits_by_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def load_digits(size: int, _root: str) -> tuple[dict, tuple[str, ...]]:
-    """Return scikit-learn's 8 x 8 digits at (size, size) in three fixed, stratified splits, and classes."""
+    """Load scikit-learn's 8 x 8 digits at (size, size); return fixed, stratified splits, and classes."""
     splits = {}
     for split, (images, labels) in digits_by_split().items():
         images = torch.from_numpy(images * (255 / 16)).round().byte()[:, None].repeat(1, 3, 1, 1)
@@ -585,30 +566,30 @@ def load_digits(size: int, _root: str) -> tuple[dict, tuple[str, ...]]:
     return splits, tuple(str(d) for d in range(10))
 
 
-# Of the pictures of `numbers`: 0 leaves digits that differ in handwriting and colour alone. At 0.15, the nine
-# epochs of a search's longest trial bring nexception_nano with NEXcepTion's choices to 74%, random networks
-# to 1 to 85% (10th and 90th percentiles), those with batch norm to 47 to 87%; ranks under two seeds correlate
-# by 0.95. At 0.3, NEXcepTion's choices reach 31%.
+# Difficulty of `numbers`: at 0, digits vary only in handwriting and colour. At 0.15, after nine epochs (the
+# longest trial of a search) nexception_nano with NEXcepTion's choices reaches 74%, random networks 1 to 85%
+# (10th and 90th percentiles), those with batch norm 47 to 87%; ranks under two seeds correlate by 0.95. At
+# 0.3, NEXcepTion's choices reach 31%.
 DIFFICULTY = 0.15
-NUMBERS_EPOCH = 1600  # training pictures of `numbers` that make an epoch
-NUMBERS_HELD_OUT = 2000  # pictures in val and in test
-CLUTTER = 4  # further digits behind the two
+NUMBERS_EPOCH = 1600  # training pictures per epoch of `numbers`
+NUMBERS_HELD_OUT = 2000  # pictures in each of val and test
+CLUTTER = 4  # digits in the background
 
 
 class Numbers:
-    """Composes pictures of two handwritten digits side by side, 100 classes: "00" to "99".
+    """Pictures of two handwritten digits side by side, in 100 classes: "00" to "99".
 
-    The digits vary a little in place, size, stretch, slant and angle, in colour at will. Behind them are a
-    gradient between two colours, `CLUTTER` translucent digits anywhere at any angle, and noise.
+    The digits vary slightly in position, size, aspect ratio, slant and angle, and have random colours. Behind
+    them are a gradient of two colours, `CLUTTER` translucent digits at any position and angle, and noise.
 
-    digits: (N, 8, 8) in 0..16, their labels (N,); size: side of the pictures in pixels; count: how many
-    pictures make a split or an epoch. Picture i shows the number i modulo 100.
+    digits: (N, 8, 8) in 0..16; labels: (N,); size: side of a picture in pixels; count: pictures per split or
+    epoch. Picture i shows the number i modulo 100.
     """
 
     def __init__(self, digits: np.ndarray, labels: np.ndarray, size: int, count: int):
         self.size, self.count = size, count
         self.digits = torch.from_numpy(digits[np.argsort(labels, kind="stable")] / 16).float()[:, None]
-        self.first = np.searchsorted(np.sort(labels), np.arange(11))  # of each digit
+        self.first = np.searchsorted(np.sort(labels), np.arange(11))  # index of each digit's first image
         noise = np.random.default_rng(0).normal(size=(3, 2 * size, 2 * size))
         self.noise = torch.from_numpy(noise).float()
 
@@ -620,24 +601,24 @@ class Numbers:
         return self
 
     def compose(self, seed_epoch: tuple[int, int], indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pictures, uint8 (B, 3, size, size), and labels, int64 (B,): functions of their arguments."""
+        """Return uint8 pictures (B, 3, size, size) and int64 labels (B,), deterministic in the arguments."""
         rng, size, a = np.random.default_rng((*seed_epoch, 0, 0, COMPOSITION)), self.size, DIFFICULTY / 6
         each, scene = rng.random((self.count, 2 + CLUTTER, 10)), rng.random((self.count, 11))
         each, scene, labels = each[indices], scene[indices], indices % 100
         which, *geometry = np.moveaxis(each[..., :7], -1, 0)  # each (B, digits)
         x, y, scale, stretch, angle, slant = (2 * draws - 1 for draws in geometry)
-        which = which * len(self.digits)  # of all, for the clutter
+        which = which * len(self.digits)  # clutter: any digit
         for place, digit in enumerate((labels // 10, labels % 10)):
             low, high = self.first[digit], self.first[digit + 1]
             which[:, place] = low + each[:, place, 0] * (high - low)
             x[:, place] = (-0.36, 0.36)[place] + a * x[:, place]
             y[:, place] *= a
             angle[:, place] *= a / math.pi
-        # Half the height and width of a digit; 1 is half the picture, as `affine_grid` has it.
+        # Half the height and width of a digit in `affine_grid` units, where 1 is half the picture.
         height, width = 0.55 * np.exp(a * (scale - stretch / 2)), 0.55 * np.exp(a * (scale + stretch / 2))
         cos, sin, slant = np.cos(np.pi * angle), np.sin(np.pi * angle), a * slant
         rows = [(cos - slant * sin) / width, (sin + slant * cos) / width, -sin / height, cos / height]
-        inverse = np.stack(rows, -1).reshape(*x.shape, 2, 2)  # from the picture's coordinates to a digit's
+        inverse = np.stack(rows, -1).reshape(*x.shape, 2, 2)  # from picture to digit coordinates
         affine = np.concatenate([inverse, -inverse @ np.stack([x, y], -1)[..., None]], -1).astype(np.float32)
 
         device = self.digits.device
@@ -652,7 +633,7 @@ class Numbers:
         start, end, direction = scene[:, :3, None, None], scene[:, 3:6, None, None], 2 * scene[:, 6:8] - 1
         ramp = torch.linspace(-0.25, 0.25, size, device=device)
         ramp = direction[:, :1, None] * ramp + direction[:, 1:, None] * ramp[:, None] + 0.5
-        pictures = 0.5 * (start + (end - start) * ramp[:, None])  # dark, and inverted below in half of them
+        pictures = 0.5 * (start + (end - start) * ramp[:, None])  # dark; half of them are inverted below
         for i in (*range(2, 2 + CLUTTER), 0, 1):
             colour, opacity = (0.8 * colours[:, i], DIFFICULTY) if i > 1 else (0.5 + 0.5 * colours[:, i], 1)
             pictures = pictures + (colour - pictures) * (opacity * ink[:, i])
@@ -676,9 +657,9 @@ def load_numbers(size: int, _root: str) -> tuple[dict, tuple[str, ...]]:
 
 
 def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
-    """Return CIFAR at (size, size) and its classes; the last 5,000 training images are the split val.
+    """Load CIFAR at (size, size); return splits, with the last 5,000 training images as val, and classes.
 
-    Files in `root` are read; what is missing is downloaded there by the first process that gets the lock.
+    Missing files are downloaded to `root` by the first process that gets the lock.
     """
     from torchvision import datasets
 
@@ -687,7 +668,7 @@ def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
 
     try:
         try:
-            train, test = read(download=False)  # needs neither a lock nor permission to write
+            train, test = read(download=False)  # needs neither the lock nor write permission
         except RuntimeError:
             Path(root).mkdir(parents=True, exist_ok=True)
             with open(Path(root, ".lock"), "w") as file:
@@ -696,7 +677,7 @@ def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
     except (OSError, RuntimeError) as error:
         raise UsageError(
             f"{name.lower()} is not in {root!r} and cannot be downloaded ({error}): put torchvision's files "
-            "there, or name the folder that has them with --root"
+            "there, or name their folder with --root"
         ) from error
     images, tested = (
         resize_all(torch.from_numpy(part.data.transpose(0, 3, 1, 2).copy()), size) for part in (train, test)
@@ -708,7 +689,7 @@ def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class SmallSet:
-    """A small data set: how to load it, its channel statistics, and its default augmentation."""
+    """A small data set: loader, channel statistics and default augmentation."""
 
     load: Callable[[int, str], tuple[dict, tuple[str, ...]]]  # (size, root) -> (see SmallDataset, classes)
     mean: tuple[float, float, float]
@@ -735,20 +716,20 @@ def default_augmentation(source: str) -> Augmentation:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Image folders: lists of files
+# Image folders
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Sort key that puts `n2` before `n10`, as timm orders classes and files; ties by the name itself."""
+    """Sort key that orders `n2` before `n10`, as timm does; ties are ordered by the name itself."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 class FileList:
-    """The images below a folder of class folders, in natural order; names that begin with a dot are left out.
+    """The images in a folder of class folders, in natural order. Hidden files and folders are ignored.
 
-    Worker processes would copy a list of strings page by page, as reference counts change. Here all names are
-    one array of bytes, which the workers share.
+    All names are one array of bytes, which the workers share. A list of strings would be copied to each
+    worker page by page, as reference counts change.
     """
 
     def __init__(self, folder: Path):
@@ -760,7 +741,7 @@ class FileList:
             raise UsageError(f"{str(folder)!r} has no class folders: it needs a sub-folder for each class")
         self.classes = tuple(sorted(names, key=natural_key))
         root, encoded, lengths, counts, skipped = os.path.join(folder, ""), [], [], [], []
-        times = {".": os.stat(folder).st_mtime_ns}  # of all folders, for `load`
+        times = {".": os.stat(folder).st_mtime_ns}  # modification times of all folders, for `load`
         for label in self.classes:
             files = []
             for place, inner, names in os.walk(root + label, followlinks=True, onerror=refuse):
@@ -768,8 +749,8 @@ class FileList:
                 times[place] = os.stat(root + place).st_mtime_ns
                 inner[:] = [name for name in inner if name[0] != "."]
                 for name in (name for name in names if name[0] != "."):
-                    is_image = os.path.splitext(name)[1].lower() in EXTENSIONS
-                    (files if is_image else skipped).append(f"{place}/{name}")
+                    listed = files if name.lower().endswith(EXTENSIONS) else skipped
+                    listed.append(f"{place}/{name}")
             files = [os.fsencode(file) for file in sorted(files, key=natural_key)]
             encoded.append(b"".join(files))
             lengths += map(len, files)
@@ -780,8 +761,7 @@ class FileList:
                 f"({', '.join(EXTENSIONS)}): fill or remove it"
             )
         if skipped:
-            first = skipped[0]
-            log.warning("skipped %d files in %s that are not images, such as %s", len(skipped), folder, first)
+            log.warning("skipped %d non-image files in %s, such as %s", len(skipped), folder, skipped[0])
         self.folder = os.fsencode(folder)
         self.ends = np.cumsum(lengths)
         self.names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
@@ -797,14 +777,14 @@ class FileList:
         return os.fsdecode(self.folder + b"/" + self.names[start : self.ends[index]].tobytes())
 
     def save(self, path: Path) -> None:
-        """Write the list to an .npz file, which `load` reads faster than it could walk the folder again."""
+        """Save the list as an .npz file, to be loaded instead of walking the folder again."""
         content = io.BytesIO()
         np.savez_compressed(content, **{name: np.array(value) for name, value in vars(self).items()})
         write_whole(path, content.getbuffer())
 
     @classmethod
     def load(cls, path: Path, folder: Path) -> FileList | None:
-        """Return the saved list of `folder`; None without one, or if any folder below was modified since."""
+        """Load the list of `folder`; return None if it is absent or any folder was modified since."""
         files = cls.__new__(cls)
         try:
             with np.load(path) as stored:
@@ -817,15 +797,15 @@ class FileList:
 
 
 def list_images(path: str | Path, train: bool = True, saved: Path | None = None) -> dict[str, FileList]:
-    """List the images of a folder by split: "train", "val" and, where there is one beside val/, "test".
+    """Return the images of a folder by split: "train", "val" and, if there is test/ beside val/, "test".
 
-    "val" is the folder val/, validation/ or test/, whichever is found first. With train=False, only "val" is
-    listed, and `path` may itself be a folder of class folders. A list that `FileList.save` has written to
-    `saved`/files-SPLIT.npz is used, unless the images have changed since. Raises UsageError.
+    "val" is the first of val/, validation/ and test/ that exists. With train=False, only "val" is listed, and
+    `path` may be a folder of class folders. A list that `FileList.save` wrote to `saved`/files-SPLIT.npz is
+    reused unless a folder was modified. Raises UsageError.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UsageError(f"there is no folder {str(folder)!r}, and it is none of {', '.join(SMALL_SETS)}")
+        raise UsageError(f"there is no folder {str(folder)!r}; the built-in sets are {', '.join(SMALL_SETS)}")
     held_out = [folder / name for name in ("val", "validation", "test") if (folder / name).is_dir()]
     places = {"val": held_out[0] if held_out else folder}
     if train:
@@ -846,46 +826,40 @@ def list_images(path: str | Path, train: bool = True, saved: Path | None = None)
     return files
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Image folders: decoding and workers
-
-
 def decode(data: bytearray, exif: bool = False) -> torch.Tensor:
-    """Decode an image file to uint8 (3, H, W), to exactly Pillow's pixels; raises what Pillow raises.
+    """Decode an image file to uint8 (3, H, W), identical to Pillow; raises Pillow's exceptions.
 
-    With `exif`, the image is turned as its EXIF orientation says. torchvision decodes JPEG files, in two
-    thirds of the time; what it refuses (other formats, truncated files) is left to Pillow.
+    With `exif`, rotate it as its EXIF orientation says. JPEG files are decoded by torchvision, in two thirds
+    of Pillow's time; other formats and truncated files by Pillow.
     """
     if data[:3] == b"\xff\xd8\xff":
-        from torchvision.io import ImageReadMode  # imported here, because it takes a second
+        from torchvision.io import ImageReadMode  # imported here because it takes a second
 
         with contextlib.suppress(RuntimeError):
-            # The operator itself: the function around it warns at every call since torchvision 0.29.
+            # Not torchvision's wrapper, which warns on every call since 0.29.
             operator = torch.ops.image.decode_jpeg
             return operator(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, exif)
     image = Image.open(io.BytesIO(data))
     if exif:
-        ImageOps.exif_transpose(image, in_place=True)  # a copy would lose the file's other tags
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would lose the other tags
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
 def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """Resize uint8 (3, H, W) to (3, *size) with antialiasing; equals PIL to about a grey level."""
-    # torch's kernel takes half the time on dense RGBRGB pixels (channels last) than on a view of them.
+    """Resize uint8 (3, H, W) to (3, *size) with antialiasing, equal to PIL within about one grey level."""
+    # torch's kernel is twice as fast on dense channels-last memory.
     image = image[None].contiguous(memory_format=torch.channels_last)
     return F.interpolate(image, size, mode=interpolation, antialias=True)[0]
 
 
 class FolderDataset(Dataset):
-    """Makes batches of an image folder, in DataLoader workers.
+    """Batches of an image folder, made in DataLoader workers.
 
-    RandAugment runs here too. It is a fifth of the work per batch (`python bench.py data`); on the device it
-    would be some 300 small kernels per batch that delay the model's, and only the workers scale.
+    RandAugment runs here too: it is a fifth of the work per batch (`python bench.py data`), and on the device
+    it would be some 300 small kernels per batch that delay the model's and do not scale with the workers.
     """
 
-    def __init__(
-        self, files: dict[str, FileList], transform: EvalTransform, augment: Augmentation, exif: bool = False
-    ):
+    def __init__(self, files: dict, transform: EvalTransform, augment: Augmentation, exif: bool = False):
         self.files, self.exif = files, exif
         self.counts = {split: len(listed) for split, listed in files.items()}
         self.transform, self.augment = transform, augment
@@ -894,7 +868,7 @@ class FolderDataset(Dataset):
     def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, str]]]:
         """Return images uint8 (B, 3, S, S), labels int64 (B,) and the (path, reason) of unreadable files.
 
-        Evaluation leaves unreadable files out; training takes the next readable one among the 20 that follow.
+        Evaluation skips unreadable files; training replaces them by the next readable of the 20 that follow.
         """
         files, size, training = self.files[job.split], self.transform.size, job.key is not None
         taken, bad = [], []
@@ -902,13 +876,13 @@ class FolderDataset(Dataset):
         if training:
             rng = np.random.default_rng((*job.key, AUGMENTATION))
             draws = rng.random((len(images), CROP_DRAWS)).tolist()
-        with torch.inference_mode():  # saves autograd's bookkeeping, 2% of the time
+        with torch.inference_mode():  # 2% faster
             for n, first in enumerate(job.indices):
                 for index in (first + np.arange(21 if training else 1)) % len(files):  # until one is readable
                     path = files.path(index)
                     try:
                         image = decode(bytearray(Path(path).read_bytes()), self.exif)
-                    except Exception as error:  # Pillow's decoders raise almost any type on broken files
+                    except Exception as error:  # Pillow's decoders raise almost any type for broken files
                         bad.append((path, f"{type(error).__name__}: {error}"))
                         continue
                     crop = self.random_crop(image, draws[n]) if training else self.centre_crop(image)
@@ -920,21 +894,21 @@ class FolderDataset(Dataset):
         return images[: len(taken)], torch.from_numpy(files.labels[np.array(taken, dtype=np.int64)]), bad
 
     def random_crop(self, image: torch.Tensor, draws: list[float]) -> torch.Tensor:
-        """Return the random resized crop of an image (3, H, W), randomly flipped, uint8 (3, S, S)."""
+        """Return the randomly resized, cropped and flipped image (3, H, W) as uint8 (3, S, S)."""
         top, left, height, width = crop_box(*image.shape[1:], self.augment, draws)
         image, size = image[:, top : top + height, left : left + width], self.transform.size
         image = resize(image, (size, size), "bicubic" if draws[22] < 0.5 else "bilinear")
         return image.flip(-1) if draws[23] < self.augment.flip else image
 
     def centre_crop(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the resized centre crop of an image (3, H, W), uint8 (3, S, S)."""
+        """Return the resized centre crop of an image (3, H, W) as uint8 (3, S, S)."""
         size, shape = self.transform.size, self.transform.resized(*image.shape[1:])
         top, left = self.transform.corner(*shape)
         return resize(image, shape, self.transform.interpolation)[:, top : top + size, left : left + size]
 
 
 def stop_workers(loader: DataLoader) -> None:
-    """Stop a loader's processes; kill those that do not stop by themselves: SIGTERM does not reach them."""
+    """Stop a loader's workers; kill those that do not exit, since they block SIGTERM."""
     iterator, loader._iterator = loader._iterator, None
     if iterator is not None:
         iterator._shutdown_workers()
@@ -943,12 +917,12 @@ def stop_workers(loader: DataLoader) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The interface of the scripts
+# Interface
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who gets which batch: `world * accumulate` virtual ranks of `batch` images make one optimizer step."""
+    """Sharding: an optimizer step takes `batch` images of each of `world * accumulate` virtual ranks."""
 
     batch: int = 64  # images per micro-batch
     accumulate: int = 1  # micro-batches of each process per optimizer step
@@ -958,12 +932,11 @@ class Plan:
 
 
 class Data:
-    """An open data source, made by `open_data`.
+    """An open data source, returned by `open_data`.
 
     Attributes: name; classes (tuple of str); splits (such as ("train", "val", "test")); transform
     (EvalTransform); plan (Plan); steps (optimizer steps per epoch; 0 without a train split); wait_seconds
-    (how long the consumer of batches has waited so far); bad_files (path -> reason, for each unreadable
-    file that this process has met).
+    (total time spent waiting for batches); bad_files (path -> reason, for the unreadable files seen so far).
     """
 
     def __init__(self, name: str, dataset, classes: tuple[str, ...], plan: Plan, device, max_bad_files=0):
@@ -971,36 +944,31 @@ class Data:
         self.transform, self.device, self.splits = dataset.transform, device, tuple(dataset.counts)
         self.max_bad_files, self.bad_files = max_bad_files, {}
         self.wait_seconds, self.iteration = 0.0, 0
-        self.jobs: list[Job] = []  # what the loader iterates over: refilled without restarting its workers
+        self.jobs: list[Job] = []  # iterated over by the loader; refilled without restarting the workers
         self.loader: DataLoader | None = None  # of image folders
-        self.steps = 0
-        if "train" in self.splits:
-            self.steps = len(self._stream(0, plan.rank)) // plan.batch
-            if not self.steps:
-                raise UsageError(
-                    f"{name} has {self.count('train')} training images, too few for one step of "
-                    f"{plan.world} x {plan.batch} x {plan.accumulate} (processes x batch x accumulation): "
-                    "lower the batch"
-                )
+        training = "train" in self.splits
+        self.steps = len(self._stream(0, plan.rank)) // plan.batch if training else 0
+        if training and not self.steps:
+            raise UsageError(
+                f"{name} has {self.count('train')} training images, too few for one step of {plan.world} x "
+                f"{plan.batch} x {plan.accumulate} (processes x batch x accumulation): lower the batch"
+            )
 
     def count(self, split: str) -> int:
-        """Return the number of images in a split, over all ranks."""
+        """Return the number of images in a split, across all ranks."""
         return self.dataset.counts[split]
 
     def tensors(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the images of a small set, uint8 (N, 3, H, W), and its labels, int64 (N,), on the device.
-
-        Of `numbers`, whose training images are new in each epoch, those of the first epoch.
-        """
+        """Return images uint8 (N, 3, H, W) and labels int64 (N,) of a small set (`numbers`: of epoch 0)."""
         parts = self.dataset.splits[split]
         return parts if len(parts) > 1 else parts[0].compose((self.plan.seed, 0), np.arange(len(parts[0])))
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Batches:
         """Yield the augmented micro-batches of an epoch, uint8 (B, 3, H, W) and int64 (B,), on the device.
 
-        `accumulate` of them make an optimizer step, each from its own virtual rank: micro-batch k of process
-        r is virtual rank r + world * k. An epoch started at `first_step` continues as if it had run from its
-        beginning. Unreadable files are replaced by other training images.
+        `accumulate` of them make an optimizer step; micro-batch k of process r has virtual rank
+        r + world * k. Starting at `first_step` yields the same batches as a complete epoch from that step on.
+        Unreadable files are replaced by other training images.
         """
         plan, jobs = self.plan, []
         ranks = [plan.rank + plan.world * k for k in range(plan.accumulate)]
@@ -1012,9 +980,9 @@ class Data:
         yield from self._batches(jobs)
 
     def eval_batches(self, split: str = "val") -> Batches:
-        """Yield this rank's share of a split, uint8 (B, 3, H, W), int64 (B,): each image once over all ranks.
+        """Yield this rank's share of a split, uint8 (B, 3, H, W) and int64 (B,), without duplicates.
 
-        Batches may be short, and ranks may get different numbers of them. Unreadable files are left out.
+        Batches may be short, and their number may differ between ranks. Unreadable files are skipped.
         """
         batch = self.plan.batch
         indices = np.arange(self.plan.rank, self.count(split), self.plan.world)
@@ -1022,7 +990,7 @@ class Data:
         yield from self._batches([Job(split, indices[start : start + batch], None) for start in starts])
 
     def close(self) -> None:
-        """Stop the workers, if there are any."""
+        """Stop the workers."""
         if self.loader is not None:
             stop_workers(self.loader)
 
@@ -1032,15 +1000,15 @@ class Data:
         return train_stream(self.count("train"), repeats, plan.seed, epoch, virtual_rank, ranks)
 
     def _batches(self, jobs: list[Job]) -> Batches:
-        """Yield the batches of `jobs` on the device; log unreadable files, and stop at too many."""
+        """Yield the batches of `jobs` on the device, log unreadable files and raise if there are too many."""
         self.iteration += 1
         current = self.iteration
         if self.loader is None:
             made = (self.dataset[job] for job in jobs)
         else:
             self.jobs[:] = jobs
-            # Ctrl-C and SIGTERM often reach all processes of a job. Workers inherit the mask and never see
-            # them: their parent stops them.
+            # Ctrl-C and SIGTERM often reach all processes of a job. Workers inherit this mask and leave both
+            # signals to their parent, which stops them.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             try:
                 made = iter(self.loader)
@@ -1059,7 +1027,7 @@ class Data:
             self.wait_seconds += time.perf_counter() - started
             yield images, labels
             if self.loader is not None and current != self.iteration:
-                raise RuntimeError("another iteration over this data began before this one had ended")
+                raise RuntimeError("another iteration over this data began before this one ended")
             started = time.perf_counter()
 
 
@@ -1078,22 +1046,22 @@ def open_data(
     max_bad_files: int = 50,
     exif: bool = False,
 ) -> Data:
-    """Open a small set (see SMALL_SETS) or an image folder, for training and evaluation.
+    """Open a small set (see SMALL_SETS) or an image folder for training and evaluation.
 
     Args:
         source: name of a small set, or path of an image folder (see `list_images`).
-        plan: batch sizes, seed, and the place of this process among others.
-        train: False opens what is needed for evaluation alone.
-        files: result of `list_images`, if it was called before (default: call it).
+        plan: batch sizes, seed, and rank of this process.
+        train: whether to open the train split.
+        files: result of `list_images` (default: call it).
         size: image size in pixels (default: the transform's, or 32 for small sets and 224 for folders).
-        transform: evaluation transform, such as a checkpoint's (default: the source's own).
+        transform: evaluation transform, such as a checkpoint's (default: the source's).
         augment: augmentation (default: `default_augmentation(source)`).
-        workers: data-loading processes, for folders (default: this process's share of the cores; 0: none).
-        root: folder of CIFAR's files.
-        max_bad_files: unreadable files to tolerate.
-        exif: turn photographs of a folder as their EXIF orientation says (timm and torchvision do not).
+        workers: data-loading processes of a folder (default: one per core, split between processes; 0: none).
+        root: folder of the CIFAR files.
+        max_bad_files: number of unreadable files to tolerate.
+        exif: rotate a folder's images as their EXIF orientation says (timm and torchvision do not).
 
-    Raises UsageError for mistakes of the user.
+    Raises UsageError.
     """
     source, device = str(source), torch.device(device)
     augment = augment or default_augmentation(source)
@@ -1105,11 +1073,10 @@ def open_data(
         return Data(source, SmallDataset(splits, transform, augment, device), classes, plan, device)
     transform = transform or EvalTransform(size or 224)
     files = files or list_images(source, train)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world))  # on this machine, as torchrun says
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world))  # on this machine, set by torchrun
     workers = max(1, cpu_count() // processes) if workers is None else workers
-    # Each worker has two batches ready, and a third in the making.
     total = processes * workers
-    needed = total * 3 * plan.batch * 3 * transform.size**2
+    needed = total * 3 * plan.batch * 3 * transform.size**2  # per worker, 2 batches ready and 1 in progress
     if workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
         raise UsageError(
             f"{total} workers need {needed / 2**20:.0f} MiB in /dev/shm, more than is free: use fewer with "
@@ -1117,7 +1084,6 @@ def open_data(
         )
     dataset = FolderDataset(files, transform, augment, exif)
     data = Data(source, dataset, next(iter(files.values())).classes, plan, device, max_bad_files)
-    context = "fork" if workers and sys.platform == "linux" else None  # forked workers import nothing
     import torchvision.io  # noqa: F401, once for all workers
 
     data.loader = DataLoader(
@@ -1127,7 +1093,7 @@ def open_data(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
-        multiprocessing_context=context,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # fork: no imports
     )
-    weakref.finalize(data, stop_workers, data.loader)  # at the latest when Python exits
+    weakref.finalize(data, stop_workers, data.loader)  # runs at exit at the latest
     return data

@@ -1,21 +1,11 @@
-"""Tests of blocks.py: each part against timm's equivalent or a formula worked out by hand."""
+"""Tests of blocks.py against timm and formulas worked out by hand."""
 
 from __future__ import annotations
 
+import itertools
+from unittest.mock import Mock
+
 import blocks
-from blocks import (
-    MIXED_KERNELS,
-    POOLINGS,
-    SPACE,
-    BlurPool,
-    DepthwiseConv2d,
-    Design,
-    LayerNorm2d,
-    MixedDepthwise,
-    SeparableConv,
-    SqueezeExcite,
-    StochasticDepth,
-)
 
 import pytest
 import torch
@@ -36,38 +26,31 @@ def small_integers(*shape: int) -> torch.Tensor:
     return torch.randint(-4, 5, shape).float()
 
 
-def squeeze_excite(channels: int, norm: str):
-    theirs = timm_layers.SEModule(channels, norm_layer=TIMM_NORMS[norm], act_layer=nn.GELU)
-    return SqueezeExcite(channels, Design(norm=norm)), theirs, channels
+def pairs():
+    """Yield blocks, their counterparts in timm and the number of channels."""
+    yield blocks.LayerNorm2d(6), timm_layers.LayerNorm2d(6), 6
+    for c, (name, norm) in itertools.product((8, 96, 376, 752), TIMM_NORMS.items()):
+        theirs = timm_layers.SEModule(c, norm_layer=norm, act_layer=nn.GELU)
+        yield blocks.SqueezeExcite(c, blocks.Design(norm=name)), theirs, c
+    kernels = list(blocks.MIXED_KERNELS)
+    for c, stride in itertools.product((4, 30, 48), (1, 2)):
+        theirs = timm_layers.MixedConv2d(c, c, kernels, stride=stride, padding="", depthwise=True)
+        yield blocks.MixedDepthwise(c, stride), theirs, c
 
 
-def mixed(channels: int, stride: int):
-    kernels = list(MIXED_KERNELS)
-    theirs = timm_layers.MixedConv2d(channels, channels, kernels, stride=stride, padding="", depthwise=True)
-    return MixedDepthwise(channels, stride), theirs, channels
-
-
-@pytest.mark.parametrize(
-    "pair",
-    [
-        *(lambda c=c, norm=norm: squeeze_excite(c, norm) for c in (8, 96, 376, 752) for norm in TIMM_NORMS),
-        *(lambda c=c, stride=stride: mixed(c, stride) for c in (4, 30, 48) for stride in (1, 2)),
-        lambda: (LayerNorm2d(6), timm_layers.LayerNorm2d(6), 6),
-    ],
-)
-def test_parts_agree_with_timm(pair):
-    ours, theirs, channels = pair()
+@pytest.mark.parametrize("ours, theirs, channels", list(pairs()))
+def test_blocks_equal_timm(ours, theirs, channels):
     ours, theirs, x = ours.double(), theirs.double(), double(3, channels, 11, 9)
     for parameter in ours.parameters():
         nn.init.normal_(parameter)
-    values = ours.state_dict().values()  # the same order under other names
+    values = ours.state_dict().values()  # same order, other names
     theirs.load_state_dict(dict(zip(theirs.state_dict(), values, strict=True)))
     torch.testing.assert_close(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize("size", [(2, 2), (7, 7), (8, 5), (1, 4), (1, 1)])
-def test_blur_pool_agrees_with_timm_and_its_compiled_form(size):
-    x, ours = double(2, 6, *size), BlurPool().eval()
+def test_blur_pool_equals_timm_and_its_compiled_form(size):
+    x, ours = double(2, 6, *size), blocks.BlurPool().eval()
     if min(size) > 1:  # PyTorch cannot reflect a single row
         torch.testing.assert_close(ours(x), timm_layers.BlurPool2d(6, filt_size=3, stride=2).double()(x))
     compiled = torch.compile(ours, fullgraph=True, backend="eager", dynamic=False)
@@ -79,25 +62,25 @@ def test_blur_pool_agrees_with_timm_and_its_compiled_form(size):
 def test_blur_pool_does_not_copy_channels_last_maps_on_a_gpu(monkeypatch):
     convolved = []
     monkeypatch.setattr(blocks, "depthwise_conv2d", lambda x, *rest: convolved.append(x) or x)
-    with FakeTensorMode(), torch.device("cuda"):  # shapes and strides alone: no GPU is needed
+    with FakeTensorMode(), torch.device("cuda"):  # shapes and strides only; needs no GPU
         x = torch.empty(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
-        assert F.pad(x, (1, 1, 1, 1), mode="reflect").is_contiguous()  # why BlurPool does not pad so
-        BlurPool()(x)
+        assert F.pad(x, (1, 1, 1, 1), mode="reflect").is_contiguous()  # the copy to avoid
+        blocks.BlurPool()(x)
     assert convolved[0].is_contiguous(memory_format=torch.channels_last)
     assert convolved[0].shape[2:] == (8, 8)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(2, 2), (7, 8)])
-def test_blur_pool_on_a_gpu_agrees_with_the_cpu(size):
+def test_blur_pool_on_a_gpu_equals_the_cpu(size):
     x = double(2, 6, *size).contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(BlurPool()(x.cuda()).cpu(), BlurPool()(x))
+    torch.testing.assert_close(blocks.BlurPool()(x.cuda()).cpu(), blocks.BlurPool()(x))
 
 
-@pytest.mark.parametrize("kernel", SPACE["kernel"])
-def test_separable_conv_is_one_convolution_of_the_product_kernel(kernel):
-    """Depthwise then pointwise is a dense convolution with weights pointwise[o, i] × depthwise[i]."""
-    conv = SeparableConv(8, 5, kernel).double()
+@pytest.mark.parametrize("kernel", blocks.SPACE["kernel"])
+def test_separable_conv_equals_a_dense_convolution(kernel):
+    """The weights of the dense convolution are pointwise[o, i] × depthwise[i]."""
+    conv = blocks.SeparableConv(8, 5, kernel).double()
     x = double(2, 8, 10, 12)
     depthwise = conv.depthwise.convs if kernel == "mixed" else [conv.depthwise]
     filters = torch.cat([F.pad(c.weight, [(9 - c.kernel_size[0]) // 2] * 4) for c in depthwise])
@@ -106,9 +89,9 @@ def test_separable_conv_is_one_convolution_of_the_product_kernel(kernel):
     assert all(parameter.dim() > 1 for parameter in conv.parameters())
 
 
-def test_stochastic_depth_draws_as_timm_and_keeps_the_mean():
+def test_stochastic_depth_equals_timm_and_keeps_the_mean():
     x = double(5000, 2, 1, 1).abs()
-    ours, theirs = StochasticDepth(0.3), timm_layers.DropPath(0.3)
+    ours, theirs = blocks.StochasticDepth(0.3), timm_layers.DropPath(0.3)
     torch.manual_seed(1)
     y = ours(x)
     torch.manual_seed(1)
@@ -119,16 +102,16 @@ def test_stochastic_depth_draws_as_timm_and_keeps_the_mean():
     assert ours.eval()(x) is x
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", blocks.POOLINGS)
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (9, 8)])
-def test_pools_halve_and_keep_the_channels(pooling, size):
-    y = POOLINGS[pooling](4)(torch.randn(2, 4, *size))
+def test_poolings_halve_the_resolution_and_keep_the_channels(pooling, size):
+    y = blocks.POOLINGS[pooling](4)(torch.randn(2, 4, *size))
     assert y.shape == (2, 4, (size[0] + 1) // 2, (size[1] + 1) // 2)
 
 
 @pytest.mark.parametrize("kernel", [3, "mixed"])
 def test_depthwise_convolutions_train_in_float32_under_cpu_autocast(kernel):
-    layer, seen = SeparableConv(8, 4, kernel), []
+    layer, seen = blocks.SeparableConv(8, 4, kernel), []
     x = torch.randn(2, 8, 9, 9).bfloat16()
     layer.depthwise.register_forward_hook(lambda module, given, result: seen.append(result))
     with torch.autocast("cpu", torch.bfloat16):
@@ -140,13 +123,11 @@ def test_depthwise_convolutions_train_in_float32_under_cpu_autocast(kernel):
 
 @pytest.fixture
 def fast_gradients(monkeypatch):
-    """The kernels of the fast depthwise weight gradients computed so far, as on an x86 CPU."""
-    kernels, compute = [], blocks.depthwise_weight_gradient
+    """Count the calls of `depthwise_weight_gradient`, as on an x86 CPU."""
+    compute = Mock(wraps=blocks.depthwise_weight_gradient)
+    monkeypatch.setattr(blocks, "depthwise_weight_gradient", compute)
     monkeypatch.setattr(blocks.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(
-        blocks, "depthwise_weight_gradient", lambda x, grad, k: kernels.append(k) or compute(x, grad, k)
-    )
-    return kernels
+    return compute
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -154,9 +135,9 @@ def fast_gradients(monkeypatch):
     ("kernel", "stride", "dtype"),
     [(k, 1, torch.float32) for k in (3, 5, 7, 9, 11)] + [(5, 2, torch.float32), (5, 1, torch.float64)],
 )
-def test_depthwise_gradients_equal_pytorchs(kernel, stride, dtype, memory_format, fast_gradients):
+def test_depthwise_gradients_equal_pytorch(kernel, stride, dtype, memory_format, fast_gradients):
     for batch, channels, height, width in ((8, 24, 17, 6), (5, 19, 4, 44), (1, 1, 128, 128)):
-        layer = DepthwiseConv2d(channels, kernel, stride).to(dtype)
+        layer = blocks.DepthwiseConv2d(channels, kernel, stride).to(dtype)
         layer.weight.data = small_integers(*layer.weight.shape).to(dtype)
         x = small_integers(batch, channels, height, width).to(dtype, memory_format=memory_format)
         y = layer(x.requires_grad_())
@@ -168,12 +149,12 @@ def test_depthwise_gradients_equal_pytorchs(kernel, stride, dtype, memory_format
         for ours, theirs in ((y, expected), (x.grad, other.grad), (layer.weight.grad, weight.grad)):
             assert torch.equal(ours.double(), theirs)
     fast = kernel > 3 and stride == 1 and dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    assert fast_gradients == [kernel] * 3 * fast
+    assert fast_gradients.call_count == 3 * fast
 
 
-def test_depthwise_convolution_is_pytorchs_outside_plain_training(fast_gradients):
-    """Transforms, traces, exports and frozen filters do without fast gradients, which have derivatives."""
-    layer, x = DepthwiseConv2d(16, 5), torch.randn(4, 16, 16, 16)
+def test_fast_gradients_are_limited_to_plain_training(fast_gradients):
+    """Function transforms, tracing, export and frozen weights use PyTorch's own derivatives."""
+    layer, x = blocks.DepthwiseConv2d(16, 5), torch.randn(4, 16, 16, 16)
 
     def plain(x, weight=layer.weight):
         return F.conv2d(x, weight, padding=2, groups=16)
@@ -187,7 +168,7 @@ def test_depthwise_convolution_is_pytorchs_outside_plain_training(fast_gradients
 
     expected = sharpness(plain)
     assert (sharpness(layer) - expected).norm() < 1e-5 * expected.norm()
-    assert fast_gradients.pop() == 5  # of the outer derivative, which builds no graph
+    fast_gradients.assert_called_once()  # by the outer derivative, which builds no graph
     y = layer(x)
     slopes = torch.randn(2, *y.shape)
     batched = torch.autograd.grad(y, layer.weight, slopes, retain_graph=True, is_grads_batched=True)[0]
@@ -210,4 +191,4 @@ def test_depthwise_convolution_is_pytorchs_outside_plain_training(fast_gradients
         traced(x.requires_grad_()).sum().backward()
         torch.testing.assert_close(traced(x), plain(x))
     assert layer.to("meta")(x.to("meta")).shape == x.shape
-    assert not fast_gradients
+    fast_gradients.assert_called_once()
