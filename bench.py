@@ -1326,9 +1326,11 @@ def main(argv: list[str]) -> int:
         print(f"bench.py: give a command, one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     command, options_class = COMMANDS[argv[0]]
+    made = ""
     try:
         options = parse(options_class, argv[1:], prog=f"bench.py {argv[0]}")
         if options.out:  # created first, to fail before measuring rather than after
+            made = "" if os.path.isdir(options.out) else options.out
             try:
                 os.makedirs(options.out, exist_ok=True)
             except OSError as error:
@@ -1336,6 +1338,9 @@ def main(argv: list[str]) -> int:
         command(options)
     except (UsageError, RunError, KeyboardInterrupt) as error:
         status = 2 if isinstance(error, UsageError) else 1 if isinstance(error, RunError) else 130
+        if made:
+            with contextlib.suppress(OSError):  # it holds results
+                os.rmdir(made)
         print(f"bench.py {argv[0]}: {str(error) or 'stopped'}", file=sys.stderr)
         return status
     return 0

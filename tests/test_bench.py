@@ -310,6 +310,7 @@ def test_mistakes_are_one_sentence(arguments, message, tmp_path, monkeypatch, ca
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 ACCURACY = ["--workers", 0, "--device", "cpu"]
