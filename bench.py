@@ -11,7 +11,7 @@
 
 `python bench.py COMMAND --help` lists the options of a command. Results go to `results/`: JSON with every
 sample, versions, hardware and the command line, and a Markdown table. On two CPU cores, all of Table 1 takes
-about half an hour in float32, the other commands a few minutes.
+about half an hour in float32, most other commands a few minutes.
 
 Rows to be compared are timed alternately in one run (see `take_turns`), so that other load affects them
 alike; ratios are computed within each repetition.
@@ -324,7 +324,7 @@ TABLE_1 = {
     "efficientnet_b5": Published("EfficientNet-B5", "conv", 456, "30", "9.9", 476, 2, 83.6),
 }
 
-# Table 3, our models: top-1 in % on ImageNet-A, -R and -Sketch; Table 1 has that of the validation set.
+# Table 3, the paper's models: top-1 in % on ImageNet-A, -R and -Sketch; Table 1 has that of ImageNet.
 TABLE_3 = {
     "nexception_t": {"imagenet-a": 17.65, "imagenet-r": 45.99, "imagenet-sketch": 34.73},
     "nexception_tp": {"imagenet-a": 22.75, "imagenet-r": 47.37, "imagenet-sketch": 34.70},
@@ -1149,7 +1149,7 @@ def trial(options: TrialOptions) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# samplers: SMAC, Hyperband and random search on a mapped space
+# samplers: SMAC, Hyperband and random search on finished trials
 
 
 @dataclass(frozen=True)
@@ -1157,8 +1157,8 @@ class SamplersOptions:
     """Compare the samplers of search.py on finished trials, which are looked up instead of trained."""
 
     run: str = option(MISSING, "folder of a `search.py --sampler random` run", positional=True)
-    seeds: int = option(16, "searches per sampler", least=2)
-    epochs: int = option(540, "epochs per search, including trials at low budgets", least=1)
+    seeds: int = option(10, "searches per sampler", least=2)
+    epochs: int = option(450, "epochs per search, including trials at low budgets", least=1)
     out: str = option("results", "folder of the results")
 
 
@@ -1172,7 +1172,7 @@ SAMPLERS = {  # name -> --sampler, number of budgets
 }
 
 
-def play(rows: list[dict], settings: dict, epochs: int) -> np.ndarray:
+def simulate(rows: list[dict], settings: dict, epochs: int) -> np.ndarray:
     """Search among finished trials; return the regret after each epoch spent, (epochs,), in points of top-1.
 
     The regret is the best accuracy of all trials minus the best found so far at the highest budget (at the
@@ -1199,7 +1199,7 @@ def play(rows: list[dict], settings: dict, epochs: int) -> np.ndarray:
 
 def samplers(options: SamplersOptions) -> None:
     """Run all searches; write their regrets, a figure, and a paired test of each sampler against random."""
-    from search import ETA, rows_of, save_figure, settings_of, subplots, successes
+    from search import budgets_up_to, rows_of, save_figure, settings_of, subplots, successes
 
     from scipy.stats import wilcoxon
 
@@ -1207,14 +1207,14 @@ def samplers(options: SamplersOptions) -> None:
     settings = settings_of(folder)
     highest = settings["budgets"][-1]
     rows = successes(rows_of(folder), highest)
-    budgets = [highest // ETA**k for k in range(highest) if highest % ETA**k == 0][::-1]
+    budgets = budgets_up_to(highest)
     if len(rows) < 20:
         raise UsageError(f"{folder} has {len(rows)} successful trials of {highest} epochs; 20 are needed")
     regrets = {}
     for name, (sampler, count) in SAMPLERS.items():
         own = settings | {"sampler": sampler, "budgets": budgets[-count:], "priors": []}
-        played = [play(rows, own | {"seed": seed}, options.epochs) for seed in range(options.seeds)]
-        regrets[name] = np.stack(played)
+        simulated = [simulate(rows, own | {"seed": seed}, options.epochs) for seed in range(options.seeds)]
+        regrets[name] = np.stack(simulated)
         print(f"{name}: {np.median(regrets[name][:, -1]):.2f} points from the best", flush=True)
     figure, (axis,) = subplots(1, 6.5, 4)
     epochs, third, table = range(1, options.epochs + 1), options.epochs // 3 - 1, []

@@ -40,11 +40,13 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 # Functions of the number of channels. Squeeze-and-excitation applies these norms to maps of 1 × 1.
+# Functions of the number of channels, as few as 8 in squeeze-and-excitation, whose maps are 1 × 1: group norm
+# would be `lambda channels: nn.GroupNorm(math.gcd(4, channels), channels)`.
 NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
 
 
 def depthwise_weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
-    """Return the weight gradient (C, 1, K, K) of a depthwise convolution of stride 1, padding K // 2, K odd.
+    """Weight gradient (C, 1, K, K) of a depthwise convolution: stride 1, padding K // 2, odd K > 3.
 
     x and grad: (B, C, H, W). oneDNN's depthwise kernel for this gradient supports filters of up to 3 columns;
     wider ones fall back to a dense kernel that takes 4 to 20 times as long as the forward pass. Here, every
@@ -71,7 +73,7 @@ def depthwise_weight_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
 
 
 class FastDepthwise(torch.autograd.Function):
-    """`F.conv2d(x, weight, padding=K // 2, groups=C)`, K odd, with gradients that are fast on x86 CPUs.
+    """`F.conv2d(x, weight, padding=K // 2, groups=C)`, odd K > 3, with gradients that are fast on x86 CPUs.
 
     The gradients equal PyTorch's up to rounding. Double backward (`create_graph=True`) and batched gradients
     (`is_grads_batched=True`) are left to PyTorch.
@@ -235,13 +237,13 @@ class Design:
     """One value of each choice in `SPACE`. The defaults are NEXcepTion's (appendix, tables 5 and 6)."""
 
     stem: str = "patchify"  # "conv" (Xception's two convolutions) or "patchify"
-    kernel: int | str = 5  # of the separable convolutions in the blocks: 3, 5, 7, 9 or "mixed"
-    pooling: str = "blur"  # of the down-sampling blocks: "max", "conv" or "blur"
+    kernel: int | str = 5  # of the separable convolutions in the blocks: one of KERNELS or "mixed"
+    pooling: str = "blur"  # of the down-sampling blocks
     block: str = "bottleneck"  # of the middle flow: "xception" or "bottleneck"
     se: bool = True  # squeeze-and-excitation at the end of each block
-    activation: str = "gelu"  # "relu", "gelu", "elu" or "celu"
+    activation: str = "gelu"
     activation_positions: tuple[int, ...] = (2,)  # convolutions (of 1, 2, 3) preceded by an activation
-    norm: str = "batch"  # "batch" or "layer"
+    norm: str = "batch"
     norm_positions: tuple[int, ...] = (1, 2)  # convolutions (of 1, 2, 3) followed by a norm
 
     def activation_before(self, position: int) -> nn.Module:
@@ -293,7 +295,7 @@ class PatchifyStem(nn.Module):
     """Convolution over non-overlapping patches of `stride` × `stride` pixels, followed by a norm (paper,
     section 3.2, "Soft" Patchify Stem). H becomes floor(H / stride).
 
-    With `activated` (isotropic networks), an activation precedes the norm; pyramids have none, as ConvNeXt.
+    With `activated` (isotropic networks), an activation precedes the norm; pyramids have none, like ConvNeXt.
     """
 
     def __init__(self, in_channels: int, width: int, stride: int, design: Design, activated: bool):

@@ -79,8 +79,8 @@ def write_whole(path: str | Path, content: bytes | memoryview | str, previous: P
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(
-            f"cannot write {path}: {error.strerror}; everything saved before is intact: make room and repeat "
-            "the same command"
+            f"cannot write {path}: {error.strerror}; files saved before are intact: remove the cause and "
+            "repeat the command"
         ) from None
     finally:
         with contextlib.suppress(OSError):
@@ -482,9 +482,9 @@ class Job(NamedTuple):
     key: tuple[int, ...] | None  # (seed, epoch, virtual rank, step); None: evaluation
 
 
-# Last elements of random keys: a batch's augmentation, an epoch of `numbers` (1 is train.py's mixup). NumPy
-# pads keys with zeros, so the permutation's key, (seed, epoch), equals (seed, epoch, 0, 0, 0).
-AUGMENTATION, COMPOSITION = 2, 4
+# Last elements of random keys: a batch's mixup (train.py) and augmentation, an epoch of `numbers`. NumPy pads
+# keys with zeros, so the permutation's key, (seed, epoch), equals (seed, epoch, 0, 0, 0).
+MIXING, AUGMENTATION, COMPOSITION = 1, 2, 4
 
 
 def train_stream(count: int, repeats: int, seed: int, epoch: int, rank: int, world: int) -> np.ndarray:
@@ -691,7 +691,8 @@ def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
 class SmallSet:
     """A small data set: loader, channel statistics and default augmentation."""
 
-    load: Callable[[int, str], tuple[dict, tuple[str, ...]]]  # (size, root) -> (see SmallDataset, classes)
+    # (size, root) -> splits (train, val, perhaps test: uint8 (N, 3, size, size) and labels), class names
+    load: Callable[[int, str], tuple[dict, tuple[str, ...]]]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     padding: int
@@ -841,7 +842,7 @@ def decode(data: bytearray, exif: bool = False) -> torch.Tensor:
             return operator(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, exif)
     image = Image.open(io.BytesIO(data))
     if exif:
-        ImageOps.exif_transpose(image, in_place=True)  # a copy would lose the other tags
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would lose the TIFF tags that `to_rgb` reads
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
@@ -1079,8 +1080,8 @@ def open_data(
     needed = total * 3 * plan.batch * 3 * transform.size**2  # per worker, 2 batches ready and 1 in progress
     if workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
         raise UsageError(
-            f"{total} workers need {needed / 2**20:.0f} MiB in /dev/shm, more than is free: use fewer with "
-            "--workers, or start the container with a larger --shm-size"
+            f"{total} workers need {needed / 2**20:.0f} MiB in /dev/shm, more than is free: use fewer "
+            "(--workers of train.py and bench.py), or start the container with a larger --shm-size"
         )
     dataset = FolderDataset(files, transform, augment, exif)
     data = Data(source, dataset, next(iter(files.values())).classes, plan, device, max_bad_files)

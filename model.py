@@ -53,7 +53,7 @@ class ModelConfig(Design):
     """Configuration of a network. The defaults are NEXcepTion-T's (appendix, tables 5 and 6).
 
     The fields inherited from `Design` span the paper's search space; those below set the macro-architecture.
-    Invalid values raise a UsageError that starts with the name of the field.
+    Values outside `SPACE` and inconsistent layouts raise a UsageError that starts with the field's name.
     """
 
     layout: str = "isotropic"  # "isotropic" (Xception's three flows) or "pyramid" (ConvNeXt's stages)
@@ -117,7 +117,7 @@ class ModelConfig(Design):
 NEXCEPTION_T = ModelConfig()
 REDUCED = replace(NEXCEPTION_T, widths=(512,), depths=(4,), input_size=32)
 
-MODELS: dict[str, ModelConfig] = {
+MODELS: dict[str, ModelConfig] = {  # one entry per network
     "nexception_t": NEXCEPTION_T,
     "nexception_s": replace(NEXCEPTION_T, widths=(128, 256, 752)),
     "nexception_tp": replace(
@@ -187,9 +187,10 @@ class NEXcepTion(nn.Module):
     middle flow, and one stage for the exit flow. Pyramid (NEXcepTion-TP): every stage but the first starts
     with a `PyramidDownsample`.
 
-    Maps normalized float images (B, in_channels, H, W), at least 32 pixels (or the largest stride) per side,
-    to logits (B, num_classes), or to features (B, num_features) if num_classes is 0. `feature_info` describes
-    the `feature_maps` as in timm. `load_checkpoint` sets `classes` (names) and `transform`.
+    Maps normalized float images (B, in_channels, H, W), at least 32 pixels per side (or the network's total
+    stride, if smaller), to logits (B, num_classes), or to features (B, num_features) if num_classes is 0.
+    `feature_info` describes the `feature_maps` as in timm. `load_checkpoint` sets `classes` (names) and
+    `transform`.
     """
 
     def __init__(self, config: ModelConfig | dict):
@@ -648,7 +649,7 @@ def classify(model: NEXcepTion, photos: list[str]) -> None:
     for photo in photos:
         try:
             with Image.open(Path(photo).expanduser()) as image:
-                ImageOps.exif_transpose(image, in_place=True)  # a copy would lose the range of deep pixels
+                ImageOps.exif_transpose(image, in_place=True)  # a copy would lose TIFF tags
                 x = model.transform(image)[None]  # (C, H, W) -> (1, C, H, W)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UsageError(f"{photo} is not a readable image: {error}") from None

@@ -143,7 +143,7 @@ def points() -> dict[str, dict[str, str]]:
     return {name: {c: encode(getattr(model, c)) for c in SPACE} for name, model in POINTS.items()}
 
 
-def model_config(config: dict, base: str) -> ModelConfig:
+def network_config(config: dict, base: str) -> ModelConfig:
     """Return the network of a configuration in the macro-architecture of the model named `base`."""
     return replace(MODELS[base], **decode(config))
 
@@ -160,7 +160,7 @@ class Pool(ConfigurationSpace):
 
 
 def configspace(space: dict | None = None, seed: int = 0, pool: list | None = None) -> ConfigurationSpace:
-    """Return a space (default: the paper's 61,440 configurations), restricted to `pool` if given."""
+    """Return a space (default: `SPACE`, 61,440 configurations), restricted to `pool` if given."""
     result = (Pool if pool else ConfigurationSpace)(name="nexception", seed=seed)
     values = (space or current_space()).items()
     result.add([CategoricalHyperparameter(name, list(names)) for name, names in values])
@@ -184,11 +184,21 @@ def short(config: dict) -> str:
 
 # data -> macro-architecture, lowest and highest budget (epochs), wall time, time limit of a trial, batch. On
 # numbers, ranks after one epoch are unrelated to ranks after nine (README.md).
+PAPER = ("nexception_reduced", 5, 45, "3d", "2h", 64)
 DEFAULTS = {
     "numbers": ("nexception_nano", 3, 9, "5m", "3m", 32),
     "digits": ("nexception_nano", 1, 9, "7m", "2m", 64),
+    "cifar10": PAPER,
+    "cifar100": PAPER,
 }
-OTHERS = ("nexception_reduced", 5, 45, "3d", "2h", 64)
+
+
+def defaults(data: str) -> tuple:
+    """Return the entry of `DEFAULTS` for a data set; other small sets use that of digits."""
+    return DEFAULTS.get(data, DEFAULTS["digits"] if data in SMALL_SETS else PAPER)
+
+
+SIZES = [name.removeprefix("nexception_") for name in MODELS if name.startswith("nexception_")]
 
 
 # fmt: off
@@ -198,15 +208,15 @@ class Options:
 
     data: str = option("numbers", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
     root: str = option("data", "folder of the CIFAR files")
-    model: str = option("", "macro-architecture (default: nexception_nano for numbers and digits, else "
+    model: str = option("", "macro-architecture (default: nexception_nano; for CIFAR and image folders "
                         "nexception_reduced)", choices=tuple(MODELS))
     out: str = option("", "run folder (default: runs/search-DATA)")
     trials: int = option(0, "stop after this many trials in total (default: no limit)", 0)
     walltime: str = option("", "stop after this time in total: 90s, 10m (default without --trials: 5m to 3d)")
     sampler: str = option("smac", "Hyperband with a random forest, Hyperband alone, or random search at the "
                           "highest budget", choices=("smac", "hyperband", "random"))
-    min_epochs: int = option(0, "lowest budget in epochs (default: numbers 3, digits 1, others 5)", 0)
-    max_epochs: int = option(0, "highest budget: the lowest times a power of 3 (default: 9, others 45)", 0)
+    min_epochs: int = option(0, "lowest budget in epochs (default: numbers 3, digits 1, CIFAR, folders 5)", 0)
+    max_epochs: int = option(0, "highest budget: the lowest times a power of 3 (default: 9 or 45)", 0)
     objectives: str = option("accuracy", "several give a Pareto front: accuracy,throughput,macs,parameters")
     priors: bool = option(True, "start with NEXcepTion's and Xception's choices")
     batch: int = option(0, "images per training batch (default: 32 for numbers, else 64)", 0)
@@ -217,14 +227,14 @@ class Options:
     memory_limit: float = option(0.0, "memory limit of a trial in GB (default: 0.9 RAM / workers)", 0)
     compile: bool = option(False, "torch.compile the network of each trial; pays off in long trials on GPUs")
     device: str = option("auto", "auto (all GPUs, else the CPU), cpu, cuda, cuda:1, ...")
-    grow: str = option("", "NEXcepTion size in which to write the best network", choices=("", "t", "s", "tp"))
+    grow: str = option("", "NEXcepTion size in which to write the best network", choices=("", *SIZES))
     seed: int = option(0, "seed of the sampler, from which the trials' seeds are derived", 0, 2**32 - 1)
     # fmt: on
 
     def resolved(self) -> Options:
         """Fill in the defaults that depend on the data. Raises UsageError for contradictions."""
         o = replace(self)
-        model, lowest, highest, walltime, time_limit, batch = DEFAULTS.get(o.data, OTHERS)
+        model, lowest, highest, walltime, time_limit, batch = defaults(o.data)
         o.model, o.batch, o.time_limit = o.model or model, o.batch or batch, o.time_limit or time_limit
         o.out = o.out or f"runs/search-{Path(o.data).resolve().name}"
         if not o.trials and not o.walltime:
@@ -236,7 +246,7 @@ class Options:
             known = ", ".join(name for name in OBJECTIVES if name != "accuracy")
             raise UsageError(f"--objectives {o.objectives}: give accuracy first, then any of {known}")
         if o.batch == 1:
-            raise UsageError("--batch 1: batch norm needs at least 2 images")
+            raise UsageError("--batch 1: batch norm, one of the choices, needs at least 2 images")
         return o
 
 
@@ -256,7 +266,7 @@ def clock(span: float) -> str:
 
 
 def check_budgets(lowest: int, highest: int) -> list[int]:
-    """Return the budgets from lowest to highest by factors of 3. Raises UsageError if there are none."""
+    """Return the budgets from lowest to highest by factors of 3. Raises UsageError if they do not fit."""
     budgets = [lowest]
     while budgets[-1] * ETA <= highest:
         budgets.append(budgets[-1] * ETA)
@@ -266,6 +276,11 @@ def check_budgets(lowest: int, highest: int) -> list[int]:
             f"fit are {budgets[-1]} and {budgets[-1] * ETA}"
         )
     return budgets
+
+
+def budgets_up_to(highest: int) -> list[int]:
+    """Return all budgets from which powers of 3 lead to the highest: 1, 3, 9."""
+    return [highest // ETA**k for k in range(highest) if highest % ETA**k == 0][::-1]
 
 
 def trial_devices(o: Options) -> list[tuple[str, int]]:
@@ -289,8 +304,8 @@ open_once = functools.cache(open_data)  # keeps the data on their device for lat
 def trial_settings(changes: dict) -> dict:
     """Return the settings of a trial (see `train`): the default search's, updated with `changes`."""
     s = {"data": "numbers", "root": "data", "model": "nexception_nano", "device": "auto", "compile": False}
-    s |= {"precision": "auto", "objectives": ["accuracy"], "split": "val"} | changes
-    return {"batch": DEFAULTS.get(s["data"], OTHERS)[-1], **s}
+    s |= {"precision": "auto", "objectives": ["accuracy"], "split": "val", "workers": None} | changes
+    return {"batch": defaults(s["data"])[-1], **s}
 
 
 def train(config: dict, seed: int, budget: float, settings: dict | None = None):
@@ -300,13 +315,17 @@ def train(config: dict, seed: int, budget: float, settings: dict | None = None):
 
     Args:
         config: a value for each choice of `SPACE`, as strings (see `encode`).
+        seed: of initial weights, data order and augmentation.
+        budget: epochs.
         settings: changes to the default search's settings: data, root, model, batch, device, compile,
-            precision ("auto", "bf16", "fp16" or "off"), objectives, and the split to evaluate ("val"; "test"
-            for the final comparison, if the data have one).
+            precision ("auto", "bf16", "fp16" or "off"), objectives, workers (data-loading processes), and
+            the split to evaluate ("val"; "test" for the final comparison, if the data have one).
 
     Returns:
         The cost (a list for several objectives) and a dictionary of further results.
-        Raises RunError when the loss is not finite.
+
+    Raises:
+        RunError: the loss is not finite.
     """
     s = trial_settings(settings or {})
     epochs, device = round(budget), pick_device(s["device"])
@@ -318,14 +337,15 @@ def train(config: dict, seed: int, budget: float, settings: dict | None = None):
         torch.cuda.reset_peak_memory_stats(device)
     options = trial_options(s, epochs, seed, device)
     how = {"size": options.size, "augment": augmentation(options), "device": device, "root": options.root}
+    how["workers"] = s["workers"]
     data = open_once(options.data, Plan(options.batch), **how)
     data.plan = Plan(options.batch, seed=seed)
     begun = time.perf_counter()
     torch.manual_seed(seed)
-    network = model_config(config, s["model"])
+    network = network_config(config, s["model"])
     network = create_model(network, num_classes=len(data.classes), input_size=data.transform.size)
     training = Training(network, options, Process(device=device))
-    scored = {epochs // ETA**k for k in range(epochs) if epochs % ETA**k == 0}  # this budget and lower ones
+    scored = budgets_up_to(epochs)
     curve = fit(training, data, score_after=scored)
     split = s["split"] if s["split"] in data.splits else "val"
     scores = {"top1": curve[-1]["val_top1"], "loss": curve[-1]["val_loss"]}
@@ -795,7 +815,7 @@ class Sampler:
     space, seed, objectives, priors, sampler and budgets. `crash_cost` has one cost per objective.
 
     With a `pool` it proposes only configurations of this list, until all have run at the highest budget:
-    `play` in bench.py searches among finished trials.
+    `simulate` in bench.py searches among finished trials.
     """
 
     def __init__(self, folder: Path, settings: dict, crash_cost: list[float], pool: list[dict] | None = None):
@@ -850,7 +870,7 @@ class Sampler:
         self._trials = iter(self.intensifier)
 
     def ask(self) -> TrialInfo | None:
-        """Return the next trial, or None if a running one must finish first."""
+        """Return the next trial, or None if a running one must finish first or none is left."""
         for _ in range(self._stages + 1):
             trial = next(self._trials, None)
             if trial is not None:
@@ -897,13 +917,14 @@ class Search:
             "seed": o.seed, "trial_seeds": "from the configuration", "precision": None,
         }  # fmt: skip
         self.devices = trial_devices(o)
+        self.loaders = None if o.scheduler else max(1, cpu_count() // len(self.devices))  # per trial
         self.trials, self.seconds = o.trials or math.inf, seconds(o.walltime, "--walltime")
         self.time_limit, memory = seconds(o.time_limit, "--time-limit"), psutil.virtual_memory().total
         self.memory_limit = o.memory_limit * 1e9 or 0.9 * memory / len(self.devices)
         if self.default_target and not o.scheduler:  # raises UsageError if the data are missing
             open_data(o.data, Plan(batch=o.batch), root=o.root, workers=0).close()
         with torch.device("meta"):
-            network = create_model(model_config(points()["NEXcepTion"], o.model))
+            network = create_model(network_config(points()["NEXcepTion"], o.model))
         worst = {"top1": 0.0, "inference_images_per_second": 0.0}  # of a failure; twice NEXcepTion's size
         worst |= {"macs": 2 * count_macs(network), "parameters": 2 * count_parameters(network)}
         self.failed = [OBJECTIVES[name][0](worst) for name in self.settings["objectives"]]
@@ -1039,7 +1060,7 @@ class Search:
         job["target"] = self.settings["target"]
         if self.default_target:
             names = ("data", "model", "batch", "objectives", "precision")
-            job["settings"] = {name: self.settings[name] for name in names}
+            job["settings"] = {name: self.settings[name] for name in names} | {"workers": self.loaders}
             job["settings"] |= {"root": self.options.root, "compile": self.options.compile}
             job["settings"] |= {"device": device, "split": split}
         self.running[self.executor.submit(run_trial, job)] = trial, job
@@ -1102,13 +1123,13 @@ class Search:
         print(f"{line}  left {clock(left)}", flush=True)
 
     def conclude(self) -> None:
-        """Write the incumbent as a network for `train.py`, compare it with the known points, and report."""
+        """Write the incumbent as a network for `train.py`, compare it with the paper's points, and report."""
         best, o = best_rows(self.rows, self.settings["budgets"][-1]), self.options
         print(f"\n{len(self.rows)} trials in {clock(self.elapsed)}")
         print(incumbent_text(self.rows, self.settings))
         network = self.folder / "incumbent.json"
         if best and set(best[0]["config"]) == set(SPACE):
-            config = model_config(best[0]["config"], f"nexception_{o.grow}" if o.grow else o.model)
+            config = network_config(best[0]["config"], f"nexception_{o.grow}" if o.grow else o.model)
             write_whole(network, json.dumps(config.to_dict(), indent=2) + "\n")
         if best and self.default_target:
             self.compare(best[0]["config"])
@@ -1122,7 +1143,7 @@ class Search:
             print(f"train it in full: python train.py --data {o.data} --model {network}")
 
     def compare(self, incumbent: dict) -> None:
-        """Train the incumbent and the known points REPEATS times each and evaluate them on the test split."""
+        """Train the incumbent and the paper's points REPEATS times each; evaluate them on test (else val)."""
         path, budget, waiting = self.folder / "final.json", self.settings["budgets"][-1], {}
         scored = read_json(path)
         for repeat in range(1, REPEATS + 1):
@@ -1130,7 +1151,8 @@ class Search:
                 waiting[repeat_name(config, repeat)] = config, trial_seed(self.settings, config, repeat)
         waiting = {name: job for name, job in waiting.items() if name not in scored}
         if waiting:
-            print(f"training incumbent and known points, {REPEATS} times {budget} epochs each", flush=True)
+            compared = "training the incumbent and NEXcepTion's and Xception's choices"
+            print(f"{compared}, {REPEATS} times {budget} epochs each", flush=True)
         while (waiting or self.running) and not self.signal:
             while waiting and self.devices:
                 name = next(iter(waiting))
@@ -1148,7 +1170,7 @@ def trial_seed(settings: dict, config: dict, *repeat: int) -> int:
 
 
 def repeat_name(config: dict, repeat: int) -> str:
-    """Return the name of a training run in the final comparison (earlier versions had one per network)."""
+    """Return the name of a run in the final comparison; the first has no number, as in earlier versions."""
     return short(config) + (f" #{repeat}" if repeat > 1 else "")
 
 
@@ -1169,9 +1191,8 @@ def comparison(folder: Path, incumbent: dict) -> str:
         if incumbent == points()[name] or min(len(ours), len(theirs)) < 2:
             continue
         gap, p = np.mean(ours) - np.mean(theirs), ttest_ind(ours, theirs, equal_var=False).pvalue
-        verdict = "exceeds" if p < 0.05 else "does not exceed"
-        test = f"Welch's t-test, p = {p:.2g}"
-        lines.append(f"incumbent - {name}: {gap:+.2f} points {verdict} the noise between seeds ({test})")
+        verdict = f"{'more' if p < 0.05 else 'not more'} than the noise between seeds"
+        lines.append(f"incumbent - {name}: {gap:+.2f} points, {verdict} (Welch's t-test, p = {p:.2g})")
     validation = "validation split, which the search has seen: the data have no test split"
     split = "test split" if splits <= {"test"} else validation
     return "\n".join([f"accuracy on the {split}; mean ± deviation (trainings):", *lines])
@@ -1434,7 +1455,7 @@ def draw_front(done: list[dict], front: list[dict], settings: dict, path: Path) 
 
 
 def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
-    """Draw the mean accuracy of each value of each choice with its 90% interval, and the known points."""
+    """Draw the mean accuracy of each value of each choice with its 90% interval, and the paper's points."""
     rng, columns = np.random.default_rng(0), 3
     rows = -(-len(space) // columns)
     figure, axes = subplots(columns, 10, 2.5 * rows, rows, sharey=True)
@@ -1460,18 +1481,18 @@ def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
 
 
 def space_text(done: list[dict], highest: int) -> str:
-    """Describe the space by random trials: quantiles, rank correlation with early epochs, known points."""
+    """Describe the space by random trials: quantiles, rank correlations, the paper's points."""
     drawn = [row for row in done if row["origin"] != "prior"]
     batch = [row for row in drawn if row["config"].get("norm") == "batch"]
     lines = ["| random configurations | | p10 | median | p90 |", "|---|---:|---:|---:|---:|"]
-    for name, group in {"all": drawn, "batch norm alone": batch}.items():
+    for name, group in {"all": drawn, "with batch norm": batch}.items():
         if group:
             marks = np.quantile([accuracy(row) for row in group], [0.1, 0.5, 0.9])
             lines.append(f"| {name} | {len(group)} | " + " | ".join(f"{mark:.2f}%" for mark in marks) + " |")
     lines.append("")
     accuracies = np.array([accuracy(row) for row in drawn])
     curves = [row["info"].get("curve", ()) for row in drawn]
-    for epoch in (highest // ETA**k for k in (2, 1) if highest % ETA**k == 0):
+    for epoch in budgets_up_to(highest)[-3:-1]:
         if all(len(curve) == highest for curve in curves):
             rank = spearmanr([curve[epoch - 1][1] for curve in curves], accuracies).statistic
             lines.append(f"- Spearman correlation of accuracy after epochs {epoch} and {highest}: {rank:.2f}")
@@ -1508,7 +1529,7 @@ def report(folder: Path) -> Path:
         cells.append(", ".join(f"{name}'s" for name, point in points().items() if point == row["config"]))
         page.append(f"| {' | '.join(cells)} |")
     draw_progress(rows, settings, folder / "progress.png")
-    page.append("\n## Best so far\n\n![Best so far](progress.png)")
+    page.append("\n## Progress\n\n![Accuracy of trials against time](progress.png)")
     front = best_rows(rows, budgets[-1])
     if len(objectives) > 1:
         draw_front(done, front, settings, folder / "front.png")
@@ -1551,7 +1572,7 @@ def main(argv: list[str]) -> int:
                 raise UsageError(f"usage: python search.py {argv[0]} RUN")
             print(commands[argv[0]](Path(argv[1])))
             return 0
-        return Search(parse(Options, argv, "search.py")).run()
+        return Search(parse(Options, argv, "search.py", __doc__.partition("\n\n")[2])).run()
     except (UsageError, RunError) as error:
         print(f"search.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

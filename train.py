@@ -2,14 +2,14 @@
 
     python train.py                                               # digits, nexception_nano, two CPU cores
     torchrun --nproc_per_node=4 train.py --data /path/imagenet --model nexception_t       # the paper's run
-    python train.py --data /path/imagenet --model nexception_t    # the same statistics on one GPU
+    python train.py --data /path/imagenet --model nexception_t    # the same run on one GPU
     python train.py --data /path/photos --init-weights nexception_t.pth                   # fine-tuning
     python train.py --data /path/imagenet --eval nexception_t.pth # top-1 and top-5
 
 The run folder (`--out`) holds `config.json` (the resolved options), `metrics.jsonl` (one line per epoch),
 `last.pt` and the checkpoint before it, `previous.pt`, `best.pt` (the weights with the best validation top-1),
 `curves.png` and, for an image folder, its file lists, `files-*.npz`. Repeat the command to resume a run: at
-worst, the unfinished epoch starts again. Random draws are keyed by (seed, epoch, step, virtual rank), and on
+worst, the unfinished epoch starts again. Random draws are keyed by seed, epoch, step and virtual rank, and on
 a CPU the result is bit-identical to that of an uninterrupted run. More epochs change the schedule and need
 another `--out`. SIGTERM and Ctrl-C save in mid-epoch and exit with status 143 and 130.
 
@@ -43,6 +43,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from data import (
+    MIXING,
     SMALL_SETS,
     Augmentation,
     Data,
@@ -351,7 +352,7 @@ RECIPES = {
     "paper-s": Recipe("published for ImageNet: nexception_s 82.0% (not rerun)",
                       PAPER | {"seed": 2, "batch": 32, "lr": 1.4e-3}),
     "small-folder": Recipe(
-        "about a million images in all; crops of 16 photographs, nexception_nano: 83.4% in 12 epochs",
+        "epochs for a million images in total; 16 photographs, nexception_nano: 83.4% in 12 epochs",
         ONE | {"lr": 1e-2, "repeats": 1, "rand_augment": 0.0, "min_scale": 0.35, "cutmix": 0.0},
     ),
     "fine-tune": Recipe(
@@ -360,11 +361,11 @@ RECIPES = {
                "rand_augment": 0.0, "min_scale": 0.35, "mixup": 0.0, "cutmix": 0.0},
     ),
     "digits": Recipe(
-        "nexception_nano reaches 99.2 to 100% (seeds 1 to 3) in a minute on two idle CPU cores",
+        "on digits, nexception_nano reaches 99.2 to 100% (seeds 1 to 3) in a minute on two idle CPU cores",
         ONE | {"model": "nexception_nano", "epochs": 20, "lr": 1e-2, "warmup_epochs": 2, "cutmix": 0.0},
     ),
     "numbers": Recipe(
-        "nexception_nano reaches 84.7% with --epochs 12, in 80 s of one CPU core",
+        "on numbers, nexception_nano reaches 84.7% with --epochs 12, in 80 s of one CPU core",
         ONE | {"model": "nexception_nano", "epochs": 30, "batch": 32, "lr": 1e-2, "warmup_epochs": 2,
                "loss": "soft_ce", "mixup": 0.0, "cutmix": 0.0},
     ),
@@ -486,6 +487,7 @@ def resolve(options: Options, world: int = 1, images: int | None = None, say=lam
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}
     resolved.device, resolved.amp = str(device), names[amp_dtype(resolved.amp, device)]
     resolved.out = default_out(options)
+    say(f"recipe {name}, chosen by {why}; {RECIPES[name].expect}")
     if resolved.warmup_epochs >= resolved.epochs:
         shorter = resolved.epochs // 4
         say(f"warm-up shortened from {resolved.warmup_epochs} to {shorter} of {resolved.epochs} epochs")
@@ -496,9 +498,8 @@ def resolve(options: Options, world: int = 1, images: int | None = None, say=lam
         raise UsageError("--freeze needs a trained network: give --init-weights")
     if resolved.wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("--wandb needs a package: pip install wandb")
-    say(f"recipe {name}, chosen by {why}; {RECIPES[name].expect}")
     if name == "small-folder":
-        say("note: for so few images, trained weights (--init-weights) usually help more than extra epochs")
+        say("note: for so few images, ImageNet weights (--init-weights) usually help more than extra epochs")
     return resolved
 
 
@@ -653,7 +654,7 @@ class Training:
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if options.ema else None
         self.forward = torch.compile(self.model) if options.compile else self.model
         if self.process.world > 1:
-            # `fit` broadcasts the buffers.
+            # `fit` broadcasts the running statistics.
             wrap = nn.parallel.DistributedDataParallel
             self.forward = wrap(self.forward, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.epoch, self.losses, self.metrics, self.best = 0, None, [], -1.0
@@ -694,7 +695,7 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float, update: int) 
 
 
 # --------------------------------------------------------------------------------------------------
-# Stopping, the run folder
+# Stopping and the run folder
 
 
 class Stopped(Exception):
@@ -935,8 +936,7 @@ def fit(
             for micro in range(options.accumulate):
                 images, labels = next(batches)
                 virtual_rank = process.rank + process.world * micro
-                # The 1 separates this stream of random numbers from those of the augmentation in data.py.
-                rng = np.random.default_rng((options.seed, epoch, step, virtual_rank, 1))
+                rng = np.random.default_rng((options.seed, epoch, step, virtual_rank, MIXING))
                 torch.manual_seed(int(rng.integers(2**63)))  # for stochastic depth
                 images, targets = mixup(data.transform.normalize(images), labels, classes, rng)
                 # DDP exchanges gradients after the last micro-batch only, as with its `no_sync`.
@@ -1037,7 +1037,7 @@ def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say
 
 
 def evaluate_checkpoint(options: Options, process: Process) -> int:
-    """Print top-1 and top-5 of a checkpoint (`--eval`) on a small set's test split, or a folder's val/."""
+    """Print top-1 and top-5 of a checkpoint (`--eval`) on the test split, if there is one, else on val."""
     used = ("data", "eval", "exif", "batch", "workers", "device", "amp", "root")
     for entry in fields(options):
         if entry.name not in used and getattr(options, entry.name) != entry.default:
@@ -1047,13 +1047,14 @@ def evaluate_checkpoint(options: Options, process: Process) -> int:
     settings = {"workers": options.workers, "device": process.device, "train": False}
     if options.data in SMALL_SETS:
         settings |= {"size": model.transform.size, "root": options.root}
-        split = place = "test"
+        place = ""
     else:
         files = process.from_first(lambda: list_images(options.data, train=False))
         settings |= {"files": files, "transform": model.transform, "exif": options.exif}
-        split, place = "val", os.fsdecode(files["val"].folder)
+        place = os.fsdecode(files["val"].folder)
     plan = Plan(batch=options.batch or 64, rank=process.rank, world=process.world)
     data = open_data(options.data, plan, **settings)
+    split = "test" if "test" in data.splits else "val"
     if len(data.classes) != model.config.num_classes or tuple(model.classes or data.classes) != data.classes:
         raise UsageError(
             f"{options.eval} was not trained for the {len(data.classes)} classes of {options.data}: "
@@ -1063,7 +1064,7 @@ def evaluate_checkpoint(options: Options, process: Process) -> int:
     data.close()
     if process.first:
         left_out = f", {result['unreadable']} unreadable left out" if result["unreadable"] else ""
-        print(f"{options.eval} on {result['count']} images of {options.data} ({place}{left_out})")
+        print(f"{options.eval} on {result['count']} images of {options.data} ({place or split}{left_out})")
         print(f"top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  loss {result['loss']:.4f}")
     return 0
 

@@ -489,7 +489,7 @@ def test_samplers_play_on_finished_trials(tmp_path, capsys):
     best, worst = (f(row["info"]["top1"] for row in rows) for f in (max, min))
     for sampler, budgets in (("smac", [9]), ("random", [9]), ("hyperband", [3, 9])):
         own = settings | {"sampler": sampler, "budgets": budgets, "priors": []}
-        regrets = bench.play(rows, own, epochs=24 * (9 + 3))
+        regrets = bench.simulate(rows, own, epochs=24 * (9 + 3))
         assert (regrets[0], regrets[-1]) == (best - worst, 0)
         assert (np.diff(regrets) <= 0).all() and len(regrets) == 24 * 12
     assert run("samplers", run_folder, "--seeds", 2, "--epochs", 45, "--out", tmp_path) == 0

@@ -90,17 +90,26 @@ def interrupted(tmp_path_factory):
 
 
 def test_the_space_is_the_papers():
-    """61,440 configurations, NEXcepTion's and Xception's among them; each value gives another network."""
+    """61,440 configurations (plus those of added values); each value gives another network."""
     space, points = search.current_space(), search.points()
-    assert math.prod(len(values) for values in space.values()) == 61_440
-    assert search.configspace().estimate_size() == 61_440
-    assert len(np.unique(search.every_point([len(v) for v in space.values()]), axis=0)) == 61_440
-    assert search.model_config(points["NEXcepTion"], "nexception_t") == MODELS["nexception_t"]
-    assert search.model_config(points["Xception"], "xception") == MODELS["xception"]
+    positions = {"none", "1", "2", "3", "12", "13", "23", "123"}
+    papers = {
+        "stem": {"conv", "patchify"}, "kernel": {"3", "5", "7", "9", "mixed"},
+        "pooling": {"max", "conv", "blur"}, "block": {"xception", "bottleneck"}, "se": {"yes", "no"},
+        "activation": {"relu", "gelu", "elu", "celu"}, "activation_positions": positions,
+        "norm": {"batch", "layer"}, "norm_positions": positions,
+    }  # fmt: skip
+    assert math.prod(map(len, papers.values())) == 61_440
+    assert papers.keys() == space.keys() and all(papers[name] <= set(space[name]) for name in space)
+    size = math.prod(map(len, space.values()))
+    assert search.configspace().estimate_size() == size
+    assert len(np.unique(search.every_point([len(v) for v in space.values()]), axis=0)) == size
+    assert search.network_config(points["NEXcepTion"], "nexception_t") == MODELS["nexception_t"]
+    assert search.network_config(points["Xception"], "xception") == MODELS["xception"]
     assert points["NEXcepTion"]["activation_positions"] == "2" and points["Xception"]["se"] == "no"
     first = {name: values[0] for name, values in space.items()}
     for name, values in space.items():
-        networks = {search.model_config({**first, name: value}, "nexception_nano") for value in values}
+        networks = {search.network_config({**first, name: value}, "nexception_nano") for value in values}
         assert len(networks) == len(values)
     configs = search.configspace(seed=2).sample_configuration(500)
     assert len({search.short(dict(c)) for c in configs}) == len({tuple(c.values()) for c in configs})
@@ -372,8 +381,8 @@ def test_the_comparison_trains_each_network_three_times_and_resumes(tmp_path, ca
     assert search.trial_seed(opened.settings, best) not in [seed for _, seed in jobs]
     said = capsys.readouterr().out
     assert "accuracy on the test split" in said and "71.50% ± 0.50 (3)" in said
-    assert re.search(r"incumbent - NEXcepTion: \+0.33 points does not exceed", said)
-    assert re.search(r"incumbent - Xception: \+11.00 points exceeds .*p = ", said)
+    assert re.search(r"incumbent - NEXcepTion: \+0.33 points, not more than", said)
+    assert re.search(r"incumbent - Xception: \+11.00 points, more than .*p = ", said)
     old = {search.short(config): {"status": "success", "top1": 50.0} for config in search.points().values()}
     path.write_text(json.dumps(old))
     split, jobs[:] = "val", []
@@ -596,7 +605,7 @@ def test_the_report_of_a_random_search_maps_the_space(tmp_path):
 # Real folders and trainings
 
 
-def test_folders_of_the_first_version_are_continued(tmp_path):
+def test_folders_of_the_first_version_are_continued(tmp_path, monkeypatch):
     """results/search-digits: report and next trial; its trials all have the same seed."""
     out = tmp_path / "run"
     out.mkdir()
@@ -605,6 +614,8 @@ def test_folders_of_the_first_version_are_continued(tmp_path):
     rows = search.rows_of(out)
     assert search.main(["report", str(out)]) == 0
     assert read_json(out / "importance.json")["9"]["trials"] == sum(row["budget"] == 9 for row in rows)
+    space = read_json(out / "search.json")["space"]
+    monkeypatch.setattr(search, "current_space", lambda: space)  # whatever has been added to it since
     opened = start(out, len(rows) + 1, search.train)
     assert opened.settings["trial_seeds"] == "one for all" and opened.settings["sampler"] == "smac"
     (job,) = jobs_of(opened)
@@ -625,10 +636,11 @@ def test_all_trials_use_the_precision_recorded_at_the_start(tmp_path):
 
 def test_the_target_works_for_smac_and_for_an_activation_added_at_run_time(monkeypatch):
     """SMAC's own runner calls `train` with three arguments."""
-    monkeypatch.setitem(blocks.ACTIVATIONS, "hardswish", torch.nn.Hardswish)
+    before, values = search.configspace().estimate_size(), len(blocks.ACTIVATIONS)
+    monkeypatch.setitem(blocks.ACTIVATIONS, "added", torch.nn.Hardswish)
     space = search.configspace()
-    assert space.estimate_size() == 61_440 * 5 / 4
-    config = search.Configuration(space, search.points()["NEXcepTion"] | {"activation": "hardswish"})
+    assert space.estimate_size() == before // values * (values + 1)
+    config = search.Configuration(space, search.points()["NEXcepTion"] | {"activation": "added"})
     scenario = Scenario(space, deterministic=True, output_directory=None, min_budget=1, max_budget=9)
     runner = TargetFunctionRunner(scenario, search.train, ["config", "seed", "budget"])
     status, cost, _, _, info = runner.run(config, seed=1, budget=1)
@@ -638,7 +650,7 @@ def test_the_target_works_for_smac_and_for_an_activation_added_at_run_time(monke
 
 
 def test_a_real_search_of_digits(tmp_path, monkeypatch, capsys):
-    """One trial of an epoch; incumbent and both known points on the test split; the network for train.py."""
+    """One trial of an epoch, the comparison on the test split, and the network for train.py."""
     monkeypatch.chdir(tmp_path)
     arguments = ["--data", "digits", "--trials", "1", "--max-epochs", "1", "--workers", "2", "--out", "run"]
     arguments += ["--grow", "tp"]
@@ -646,7 +658,7 @@ def test_a_real_search_of_digits(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     (row,) = search.rows_of(Path("run"))
     info = row["info"]
-    network = create_model(search.model_config(row["config"], "nexception_nano"), num_classes=10)
+    network = create_model(search.network_config(row["config"], "nexception_nano"), num_classes=10)
     assert info["parameters"] == sum(p.numel() for p in network.parameters())
     assert info["top1"] == pytest.approx(100 - 100 * row["cost"][0])
     assert info["curve"][-1][1] == pytest.approx(info["top1"], abs=0.01)

@@ -798,7 +798,7 @@ def test_training_does_not_synchronize_with_the_gpu():
     assert len(fit(training, data, stop=StopAfter(action=forbid_synchronizing))) == 2
 
 
-def test_a_data_set_an_optimizer_and_a_loss_are_one_entry_each(tiny, monkeypatch):
+def test_a_data_set_an_optimizer_and_a_loss_are_one_entry_each(tiny, tmp_path, monkeypatch, capsys):
     """Learn whether the left or the right half is white with plain SGD and a squared error."""
 
     def load_halves(size, _root):
@@ -818,3 +818,8 @@ def test_a_data_set_an_optimizer_and_a_loss_are_one_entry_each(tiny, monkeypatch
     torch.manual_seed(0)
     network = create_model(tiny, num_classes=2, drop_path=0.0)
     assert fit(Training(network, options), source)[-1]["val_top1"] == 100
+    content = {"model": network.state_dict(), "config": network.config.to_dict()}
+    content |= {"classes": ["left", "right"], "transform": source.transform.to_dict()}
+    torch.save(content, tmp_path / "halves.pt")
+    assert train.main(["--data", "halves", "--eval", str(tmp_path / "halves.pt"), "--device", "cpu"]) == 0
+    assert "halves (val)\ntop-1 100.00%" in capsys.readouterr().out
