@@ -559,7 +559,7 @@ def speed(options: SpeedOptions) -> None:
 
     if device.type == "cpu":
         keep_large_buffers()
-    if options.compile:  # models of one class share a count of compilations; halving the batch adds one
+    if options.compile and options.train:  # as in compile_frozen; halving the batch adds a shape
         from torch._dynamo import config as dynamo_config
 
         dynamo_config.recompile_limit = 2**16

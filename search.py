@@ -1240,13 +1240,13 @@ def leaves(tree, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return inside[ends], tree.value[ends, 0, 0]
 
 
-def effects(codes: np.ndarray, costs: np.ndarray, sizes: list[int], incumbent=None, **forest) -> dict:
+def effects(codes: np.ndarray, costs: np.ndarray, sizes: list[int], incumbent=None, **settings) -> dict:
     """Fit a forest to the costs and return the importances of `importances`, without intervals.
 
     Returns {"local": (P,), "fanova": (P,), "improvement": (P,), "pairs": (P, P)}. incumbent: codes (P,),
-    default: the row of least cost. forest: arguments of RandomForestRegressor.
+    default: the row of least cost. settings: arguments of RandomForestRegressor.
     """
-    forest = RandomForestRegressor(max_features=5 / 6, **forest).fit(one_hot(codes, sizes), costs)
+    forest = RandomForestRegressor(max_features=5 / 6, **settings).fit(one_hot(codes, sizes), costs)
     incumbent = codes[np.argmin(costs)] if incumbent is None else incumbent
     choice, starts = np.repeat(np.arange(len(sizes)), sizes), np.cumsum([0, *sizes[:-1]])
     around = np.repeat(incumbent[None], len(choice), axis=0)

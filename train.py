@@ -492,7 +492,7 @@ def resolve(options: Options, world: int = 1, images: int | None = None, say=lam
         shorter = resolved.epochs // 4
         say(f"warm-up shortened from {resolved.warmup_epochs} to {shorter} of {resolved.epochs} epochs")
         resolved.warmup_epochs = shorter
-    if resolved.batch == 1 and not resolved.freeze:
+    if resolved.batch == 1 and config.norm == "batch" and not resolved.freeze:
         raise UsageError("--batch 1: batch norm needs at least 2 images")
     if resolved.freeze and not resolved.init_weights:
         raise UsageError("--freeze needs a trained network: give --init-weights")

@@ -678,7 +678,7 @@ def test_files_are_written_atomically(monkeypatch, tmp_path):
     data.write_whole(path, "first")
     data.write_whole(path, memoryview(b"second"), tmp_path / "previous")
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(data.RunError, match=r"cannot write .*file: No space left on device.*repeat the command"):
+    with pytest.raises(data.RunError, match=r"cannot write .*file: No space left on device.*repeat"):
         data.write_whole(path, b"third")
     assert sorted(os.listdir(tmp_path)) == ["file", "previous"]
     assert [(tmp_path / name).read_text() for name in ("file", "previous")] == ["second", "first"]
