@@ -83,9 +83,10 @@ def test_separable_conv_equals_a_dense_convolution(kernel):
     conv = blocks.SeparableConv(8, 5, kernel).double()
     x = double(2, 8, 10, 12)
     depthwise = conv.depthwise.convs if kernel == "mixed" else [conv.depthwise]
-    filters = torch.cat([F.pad(c.weight, [(9 - c.kernel_size[0]) // 2] * 4) for c in depthwise])
-    dense = conv.pointwise.weight * filters.transpose(0, 1)  # (5, 8, 9, 9)
-    torch.testing.assert_close(conv(x), F.conv2d(x, dense, padding=4))
+    widest = max(c.kernel_size[0] for c in depthwise)
+    filters = torch.cat([F.pad(c.weight, [(widest - c.kernel_size[0]) // 2] * 4) for c in depthwise])
+    dense = conv.pointwise.weight * filters.transpose(0, 1)  # (5, 8, widest, widest)
+    torch.testing.assert_close(conv(x), F.conv2d(x, dense, padding=widest // 2))
     assert all(parameter.dim() > 1 for parameter in conv.parameters())
 
 

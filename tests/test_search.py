@@ -18,7 +18,7 @@ from unittest.mock import Mock
 
 import blocks
 import search
-from data import UsageError
+from data import SMALL_SETS, UsageError, cpu_count
 from model import MODELS, create_model
 from search import Options, Search, read_json
 from train import RunError
@@ -124,6 +124,12 @@ def test_budgets_and_times():
     texts = ("90s", "10m", "1.5h", "3d", "7")
     assert [search.seconds(text, "--walltime") for text in texts] == [90, 600, 5400, 259200, 7]
     assert [search.clock(s) for s in (4.24, 200, 600, 7400)] == ["4.2 s", "3:20", "10:00", "2:03:20"]
+
+
+def test_defaults_depend_on_the_data(monkeypatch):
+    monkeypatch.setitem(SMALL_SETS, "new", SMALL_SETS["digits"])
+    assert search.defaults("new") == search.defaults("digits") != search.defaults("numbers")
+    assert search.defaults("/photos") == search.defaults("cifar100")  # the paper's
 
 
 @pytest.mark.parametrize("power", range(8))
@@ -629,8 +635,9 @@ def test_all_trials_use_the_precision_recorded_at_the_start(tmp_path):
     path = tmp_path / "run/search.json"
     assert '"precision": "off"' in path.read_text()
     path.write_text(path.read_text().replace('"precision": "off"', '"precision": "bf16"'))
-    (job,) = jobs_of(start(tmp_path / "run", 1, search.train, device="cpu"))
+    (job,) = jobs_of(start(tmp_path / "run", 1, search.train, device="cpu", workers=1))
     assert job["settings"]["precision"] == "bf16"
+    assert job["settings"]["workers"] == cpu_count()  # loader processes of the only concurrent trial
     assert search.trial_options(job["settings"], 9, 1, torch.device("cpu")).amp == "bf16"
 
 
