@@ -4,7 +4,7 @@
     python bench.py accuracy CHECKPOINT imagenet=/data/imagenet/val imagenet-a=/data/imagenet-a
     python bench.py figures      # the paper's figures 2 and 3; with measured speed: results/speed-*.json
     python bench.py export CHECKPOINT
-    python bench.py data [PATH]  # images/s of the input pipeline and of timm's; workers needed to feed a GPU
+    python bench.py data FOLDER  # images/s of the input pipeline and of timm's; workers needed to feed a GPU
     python bench.py trial        # seconds per trial of search.py, and of a plain loop with timm's loader
     python bench.py samplers RUN # SMAC, Hyperband and random search on the trials of a random search
     python bench.py versions OTHER # whole commands of this checkout and of another one
@@ -890,7 +890,7 @@ def export(options: ExportOptions) -> None:
 class DataOptions:
     """Measure images/s of the input pipeline and of timm's, on one core and by number of workers."""
 
-    path: str = option("", "image folder (default: made from photographs of scikit-image)", positional=True)
+    path: str = option(MISSING, "image folder, with or without train/", positional=True)
     repetitions: int = option(20, "timed turns on one core; five with workers", least=1)
     workers: tuple[int, ...] = option((), "worker counts to time (default: 1, 2, 4, ..., all cores)", least=1)
     rate: float = option(1000.0, "GPU training speed in images/s, to estimate the workers it needs", least=0)
@@ -898,36 +898,6 @@ class DataOptions:
 
 
 DATA_BATCH = 64  # images
-# ImageNet's most common sizes, by frequency
-PHOTOGRAPH_SIZES = [(500, 375)] * 11 + [(500, 333)] * 4 + [(375, 500)] * 3 + [(333, 500), (640, 480)]
-
-
-def make_photographs(folder: Path, count: int = 300, links: int = 8) -> None:
-    """Write `count` JPEG files of about 100 KB, made of scikit-learn's and scikit-image's photographs.
-
-    They differ in crop, zoom, flip and noise. Each file gets `links` names, for an epoch long enough to time.
-    """
-    import skimage.data as sk
-    from sklearn.datasets import load_sample_image
-
-    photographs = [load_sample_image("china.jpg"), load_sample_image("flower.jpg"), sk.astronaut()]
-    photographs += [sk.coffee(), sk.chelsea(), sk.rocket(), sk.retina()]
-    photographs += [*sk.stereo_motorcycle()[:2], sk.hubble_deep_field()]
-    rng = np.random.default_rng(0)
-    for n in range(count):
-        image = Image.fromarray(photographs[n % len(photographs)])
-        width, height = PHOTOGRAPH_SIZES[rng.integers(len(PHOTOGRAPH_SIZES))]
-        part = min(image.width / width, image.height / height) * rng.uniform(0.7, 1)
-        left, top = rng.uniform(0, image.width - part * width), rng.uniform(0, image.height - part * height)
-        box = (left, top, left + part * width, top + part * height)
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-        pixels = np.asarray(image, dtype=np.float32)
-        pixels = (pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255)[:, :: rng.choice([-1, 1])]
-        place = folder / f"class_{n % 10}" / f"{n}.jpg"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(place, quality=95)
-        for link in range(1, links):
-            os.link(place, place.with_name(f"{n}_{link}.jpg"))
 
 
 def take_from(epochs: Callable[[int], Iterator]) -> Callable[[], int]:
@@ -942,10 +912,7 @@ def input_speed(options: DataOptions) -> None:
     counts = options.workers or sorted({2**n for n in range(8) if 2**n < cores} | {cores})
     keep_large_buffers()  # as training on a CPU does
     with contextlib.ExitStack() as stack:
-        folder = Path(options.path or stack.enter_context(tempfile.TemporaryDirectory()))
-        if not options.path:
-            print("making photographs ...", flush=True)
-            make_photographs(folder)
+        folder = Path(options.path)
         folder = folder / "train" if (folder / "train").is_dir() else folder
         files = list_images(folder, train=False)["val"]
 

@@ -442,14 +442,6 @@ def test_data_times_the_input_pipeline(tmp_path, capsys, monkeypatch, timm):
     assert table.partition("\n\n")[2] in capsys.readouterr().out
 
 
-def test_made_photographs_are_as_large_as_imagenets(tmp_path):
-    bench.make_photographs(tmp_path, count=12, links=2)
-    files = sorted(tmp_path.rglob("*.jpg"))
-    assert len(files) == 24
-    assert 60_000 < np.mean([file.stat().st_size for file in files]) < 180_000
-    assert {Image.open(file).size for file in files} <= set(bench.PHOTOGRAPH_SIZES)
-
-
 def test_trials_of_both_kinds_take_turns(tmp_path, monkeypatch, capsys):
     seconds, jobs = {"search:train": 2.0, "bench:plain_trial": 5.0}, []
     search = type(sys)("search")
