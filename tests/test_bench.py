@@ -338,7 +338,7 @@ def test_accuracy_masks_classes_without_a_folder(checkpoint, folder, tmp_path, c
     (tmp_path / "copy" / "bee").rename(tmp_path / "copy" / "emu")
     assert run(*arguments, "--out", tmp_path / "none") == 2  # before the first is evaluated
     assert "no class of the model is called emu" in capsys.readouterr().err
-    assert not any((tmp_path / "none").iterdir())
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_papers_figures_stand_beside_ours(folder, tmp_path, monkeypatch, capsys):
