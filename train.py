@@ -444,16 +444,31 @@ def default_out(options: Options) -> str:
     return options.out or f"runs/{Path(options.data).resolve().name}-{Path(model).stem}"
 
 
-def resolve(options: Options, world: int = 1, images: int | None = None, say=lambda text: None) -> Options:
+def recipe_of_run(out: str, data: str) -> str | None:
+    """Return the recipe of the run in a folder, if any (in the first version always the default one)."""
+    try:
+        found = json.loads(Path(out, "config.json").read_bytes())["options"]
+    except (OSError, ValueError, KeyError):
+        return None
+    saved = any(Path(out, name).exists() for name in ("last.pt", "previous.pt"))
+    return found.get("recipe", default_recipe(data)) if saved else None
+
+
+def resolve(
+    options: Options, world=1, images: int | None = None, say=lambda text: None, resumed=None
+) -> Options:
     """Fill in omitted options from the recipe that fits the data, the model and the initial weights.
 
-    images: number of training images of a folder, for the choice of its recipe. say: called with each line to
-    print. Raises UsageError for impossible or contradictory values.
+    world: number of processes. images: number of training images of a folder, for the choice of its recipe.
+    say: called with each line to print. resumed: the recipe of the run that is resumed, or None. Raises
+    UsageError for impossible or contradictory values.
     """
     given = {k: v for k, v in asdict(options).items() if v is not None}
     name, why = default_recipe(options.data), "--data"
     if options.recipe is not None:
         name, why = options.recipe, "--recipe"
+    elif resumed in RECIPES:
+        name, why = resumed, "the run that is resumed"
     elif options.init_weights:
         name, why = "fine-tune", "--init-weights"
     elif name == "paper" and images is not None and images < SMALL_FOLDER:
@@ -787,9 +802,13 @@ class Folder:
 
     def compare(self, content: dict) -> None:
         """Raise UsageError with each difference between the run of a checkpoint and this one."""
-        if not isinstance(content, dict) or not {*self.record, "optimizer", "losses"} <= content.keys():
+        content = {"images": self.record["images"]} | content if isinstance(content, dict) else {}
+        if not {*self.record, "optimizer", "losses"} <= content.keys():
             raise UsageError(f"{self.path} holds no checkpoint of this train.py: give another --out")
-        theirs = asdict(Options()) | content["options"]  # options newer than the run take their defaults
+        # Options newer than the run take their defaults; the first version had one loss and one optimizer,
+        # did not record the number of images and left "auto" in place.
+        theirs = asdict(Options()) | {"loss": "bce", "optimizer": "lamb"} | content["options"]
+        theirs["amp"] = self.record["options"]["amp"] if theirs["amp"] == "auto" else theirs["amp"]
         pairs = {k: (theirs[k], ours) for k, ours in self.record["options"].items() if k not in FREE}
         for name in ("micro-batches a step", "config", "images"):
             pairs[name] = content[name], self.record[name]
@@ -1080,7 +1099,8 @@ def run(options: Options, process: Process) -> int:
     if options.data not in SMALL_SETS:
         files = process.from_first(lambda: list_images(options.data, saved=Path(default_out(options))))
         images = len(files["train"])
-    options = resolve(options, process.world, images, say)
+    resumed = process.from_first(lambda: recipe_of_run(default_out(options), options.data))
+    options = resolve(options, process.world, images, say, resumed)
     plan = Plan(options.batch, options.accumulate, seed=options.seed, rank=process.rank, world=process.world)
     data = open_data(
         options.data, plan, files=files, size=options.size, augment=augmentation(options), exif=options.exif,

@@ -580,6 +580,24 @@ def test_the_previous_checkpoint_replaces_a_broken_one(damage, tiny, reference, 
     assert_same(learned(finished), learned(reference))
 
 
+def test_runs_of_the_first_version_are_resumed(tiny, finished, tmp_path, capsys):
+    """Their records lack the images and the options that came later, and have "auto" for --amp."""
+    config = json.loads((finished / "config.json").read_text())
+    last = torch.load(finished / "last.pt", weights_only=True)
+    del last["images"]
+    for options in (config["options"], last["options"]):
+        for name in ("recipe", "loss", "optimizer", "freeze", "exif"):
+            del options[name]
+        options["amp"] = "auto"
+    (finished / "config.json").write_text(json.dumps(config))
+    torch.save(last, finished / "last.pt")
+    assert train.recipe_of_run(str(tmp_path / "none"), "digits") is None
+    assert train.recipe_of_run(str(finished), "/photos") == "paper"  # there was no other for folders
+    for _ in range(2):
+        assert train.main(arguments(tiny, finished)) == 0
+        assert f"{finished}: finished" in capsys.readouterr().out
+
+
 def test_folders_without_a_checkpoint_of_ours_are_refused(tiny, finished, capsys):
     shutil.copy(finished / "best.pt", finished / "last.pt")
     assert train.main(arguments(tiny, finished)) == 2
