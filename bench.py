@@ -5,6 +5,7 @@
     python bench.py figures      # the paper's figures 2 and 3; with measured speed: results/speed-*.json
     python bench.py export CHECKPOINT
     python bench.py data FOLDER  # images/s of the input pipeline and of timm's; workers needed to feed a GPU
+    python bench.py lamb         # steps/s of LAMB, timm's LAMB and PyTorch's AdamW
     python bench.py trial        # seconds per trial of search.py, and of a plain loop with timm's loader
     python bench.py samplers RUN # SMAC, Hyperband and random search on the trials of a random search
     python bench.py versions OTHER # whole commands of this checkout and of another one
@@ -1010,6 +1011,44 @@ def input_speed(options: DataOptions) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# lamb: a step of the optimizer
+
+
+@dataclass(frozen=True)
+class LambOptions:
+    """Time a step of LAMB beside timm's and PyTorch's fused AdamW, in turns."""
+
+    model: str = option("nexception_t", "one of MODELS or a JSON config, whose parameters are updated")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1")
+    repetitions: int = option(20, "timed turns of each", least=1)
+    out: str = option("results", "folder of the results")
+
+
+def lamb(options: LambOptions) -> None:
+    """Time the optimizers on parameters of their own with random gradients; print and write the table."""
+    device, label = pick_device(options.device), "LAMB"
+    optimizers = {label: Lamb, "AdamW, PyTorch's fused": partial(torch.optim.AdamW, fused=True)}
+    with contextlib.suppress(ModuleNotFoundError):
+        from timm.optim import Lamb as TimmLamb
+
+        optimizers["LAMB, timm's"] = TimmLamb
+    rows = []
+    for name, make in optimizers.items():
+        torch.manual_seed(0)
+        model = create_model(options.model).to(device, memory_format=torch.channels_last)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        step = make(parameter_groups(model, 0.02), lr=2e-3).step
+        rows.append(Row(name, lambda step=step: step() or 1, before=step, base=label))
+    take_turns(rows, options.repetitions, stopwatch(device))
+    header = ["", "steps/s", "median", "× as fast as ours"]
+    text = markdown_table(header, [[row.label, *timing_cells(row)] for row in rows])
+    print(text)
+    name = f"lamb-{Path(options.model).stem}-{device.type}"
+    write_results(name, options, device, text, rows, unit="steps/s")
+
+
+# --------------------------------------------------------------------------------------------------
 # trial: one trial of the search
 
 
@@ -1042,7 +1081,7 @@ class SmallImages(torch.utils.data.Dataset):
 def plain_trial(config: dict, seed: int, budget: float, settings: dict):
     """Train NEXcepTion with timm's loader, mixup, loss and LAMB in a plain loop.
 
-    The interface is that of `search.train`, so that the same processes run both; `config` is ignored.
+    The interface is that of `search.train_config`, so that the same processes run both; `config` is ignored.
     """
     from search import trial_options
 
@@ -1105,7 +1144,7 @@ def trial(options: TrialOptions) -> None:
         return outcome["info"]["seconds"]
 
     plain = "timm's loader, plain loop"
-    rows = [Row("search.py", partial(run, "search:train"), base=plain)]
+    rows = [Row("search.py", partial(run, "search:train_config"), base=plain)]
     rows.append(Row(plain, partial(run, "bench:plain_trial"), base=plain))
     # The seconds reported by the trials exclude starting their processes.
     take_turns(rows, options.repetitions, lambda work: (1, work()), rate=False, warm_up=0)
@@ -1278,6 +1317,7 @@ COMMANDS: dict[str, tuple[Callable, type]] = {  # name -> function of its option
     "figures": (figures, FiguresOptions),
     "export": (export, ExportOptions),
     "data": (input_speed, DataOptions),
+    "lamb": (lamb, LambOptions),
     "trial": (trial, TrialOptions),
     "samplers": (samplers, SamplersOptions),
     "versions": (versions, VersionsOptions),

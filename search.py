@@ -302,13 +302,13 @@ open_once = functools.cache(open_data)  # keeps the data on their device for lat
 
 
 def trial_settings(changes: dict) -> dict:
-    """Return the settings of a trial (see `train`): the default search's, updated with `changes`."""
+    """Return the settings of a trial (see `train_config`): the default search's, updated with `changes`."""
     s = {"data": "numbers", "root": "data", "model": "nexception_nano", "device": "auto", "compile": False}
     s |= {"precision": "auto", "objectives": ["accuracy"], "split": "val", "workers": None} | changes
     return {"batch": defaults(s["data"])[-1], **s}
 
 
-def train(config: dict, seed: int, budget: float, settings: dict | None = None):
+def train_config(config: dict, seed: int, budget: float, settings: dict | None = None):
     """Train the network of a configuration for `budget` epochs and evaluate it.
 
     This is the target function of the search; any SMAC facade can use it.
@@ -607,6 +607,8 @@ def settings_of(folder: Path) -> dict:
     found = read_json(folder / "search.json")
     if not found:
         raise UsageError(f"{folder} is not the folder of a search: it has no readable search.json")
+    if found.get("target") == "search:train":  # its name in earlier versions
+        found["target"] = "search:train_config"
     return {"sampler": "smac", "trial_seeds": "one for all", "precision": None, **found}
 
 
@@ -899,13 +901,13 @@ class Search:
     """A search: SMAC proposes trials, trial processes run them, the journal records them.
 
     `choices` is the space (default: `SPACE`). `target` is a function of an importable module, `target(config,
-    seed, budget)` -> cost, list of costs, or either with a dictionary of plain values; `train` also gets the
-    settings of the trials.
+    seed, budget)` -> cost, list of costs, or either with a dictionary of plain values; `train_config` also
+    gets the settings of the trials.
     """
 
-    def __init__(self, options: Options, choices: dict | None = None, target=train):
+    def __init__(self, options: Options, choices: dict | None = None, target=train_config):
         self.options = o = options.resolved()
-        self.default_target = target is train
+        self.default_target = target is train_config
         budgets = check_budgets(o.min_epochs, o.max_epochs)
         space = current_space() if choices is None else choices
         self.settings = {

@@ -442,8 +442,18 @@ def test_data_times_the_input_pipeline(tmp_path, capsys, monkeypatch, timm):
     assert table.partition("\n\n")[2] in capsys.readouterr().out
 
 
+def test_optimizers_take_turns(tmp_path, capsys):
+    arguments = ["--model", "nexception_nano", "--device", "cpu", "--repetitions", 2, "--out", tmp_path]
+    assert run("lamb", *arguments) == 0
+    ours, adam, timms = read_json(tmp_path / "lamb-nexception_nano-cpu.json")["rows"]
+    for row in (adam, timms):
+        ratios = np.divide(row["samples"], ours["samples"])
+        assert row["ratio"]["mean"] == pytest.approx(ratios.mean())
+    assert "LAMB, timm's" in capsys.readouterr().out
+
+
 def test_trials_of_both_kinds_take_turns(tmp_path, monkeypatch, capsys):
-    seconds, jobs = {"search:train": 2.0, "bench:plain_trial": 5.0}, []
+    seconds, jobs = {"search:train_config": 2.0, "bench:plain_trial": 5.0}, []
     search = type(sys)("search")
     search.points, search.trial_settings = lambda: {"NEXcepTion": {"se": "yes"}}, dict
 
@@ -455,7 +465,7 @@ def test_trials_of_both_kinds_take_turns(tmp_path, monkeypatch, capsys):
     search.run_trial = run_trial
     monkeypatch.setitem(sys.modules, "search", search)
     assert run("trial", "--repetitions", 3, "--device", "cpu", "--out", tmp_path) == 0
-    assert sorted(job["target"] for job in jobs) == 3 * ["bench:plain_trial"] + 3 * ["search:train"]
+    assert sorted(job["target"] for job in jobs) == 3 * ["bench:plain_trial"] + 3 * ["search:train_config"]
     ours, plain = read_json(tmp_path / "search-trial-cpu.json")["rows"]
     assert (ours["samples"], plain["samples"], ours["ratio"]["mean"]) == ([2.0] * 3, [5.0] * 3, 2.5)
     assert run("trial", "--epochs", 2, "--device", "cpu", "--out", tmp_path) == 1

@@ -622,7 +622,7 @@ def test_folders_of_the_first_version_are_continued(tmp_path, monkeypatch):
     assert read_json(out / "importance.json")["9"]["trials"] == sum(row["budget"] == 9 for row in rows)
     space = read_json(out / "search.json")["space"]
     monkeypatch.setattr(search, "current_space", lambda: space)  # whatever has been added to it since
-    opened = start(out, len(rows) + 1, search.train)
+    opened = start(out, len(rows) + 1, search.train_config)
     assert opened.settings["trial_seeds"] == "one for all" and opened.settings["sampler"] == "smac"
     (job,) = jobs_of(opened)
     assert job["seed"] == rows[0]["seed"]
@@ -631,25 +631,25 @@ def test_folders_of_the_first_version_are_continued(tmp_path, monkeypatch):
 
 def test_all_trials_use_the_precision_recorded_at_the_start(tmp_path):
     """Also on a machine that would choose another."""
-    start(tmp_path / "run", 1, search.train, device="cpu").journal.file.close()
+    start(tmp_path / "run", 1, search.train_config, device="cpu").journal.file.close()
     path = tmp_path / "run/search.json"
     assert '"precision": "off"' in path.read_text()
     path.write_text(path.read_text().replace('"precision": "off"', '"precision": "bf16"'))
-    (job,) = jobs_of(start(tmp_path / "run", 1, search.train, device="cpu", workers=1))
+    (job,) = jobs_of(start(tmp_path / "run", 1, search.train_config, device="cpu", workers=1))
     assert job["settings"]["precision"] == "bf16"
     assert job["settings"]["workers"] == cpu_count()  # loader processes of the only concurrent trial
     assert search.trial_options(job["settings"], 9, 1, torch.device("cpu")).amp == "bf16"
 
 
 def test_the_target_works_for_smac_and_for_an_activation_added_at_run_time(monkeypatch):
-    """SMAC's own runner calls `train` with three arguments."""
+    """SMAC's own runner calls `train_config` with three arguments."""
     before, values = search.configspace().estimate_size(), len(blocks.ACTIVATIONS)
     monkeypatch.setitem(blocks.ACTIVATIONS, "added", torch.nn.Hardswish)
     space = search.configspace()
     assert space.estimate_size() == before // values * (values + 1)
     config = search.Configuration(space, search.points()["NEXcepTion"] | {"activation": "added"})
     scenario = Scenario(space, deterministic=True, output_directory=None, min_budget=1, max_budget=9)
-    runner = TargetFunctionRunner(scenario, search.train, ["config", "seed", "budget"])
+    runner = TargetFunctionRunner(scenario, search.train_config, ["config", "seed", "budget"])
     status, cost, _, _, info = runner.run(config, seed=1, budget=1)
     assert status.name == "SUCCESS", info
     assert 0 < cost == pytest.approx(1 - info["top1"] / 100)
