@@ -125,9 +125,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise UsageError("32-bit pixels have no defined range: convert the file to 8 or 16 bits")
     if image.mode[0] != "I":
         return image.convert("RGB")
-    tags = getattr(image, "tag_v2", {})  # TIFF: 258 is BitsPerSample, 262 PhotometricInterpretation
-    pixels = (np.asarray(image) >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)
-    return Image.fromarray(255 - pixels if tags.get(262) == 0 else pixels).convert("RGB")  # 0: WhiteIsZero
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF's BitsPerSample
+    return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8)).convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -742,12 +741,10 @@ class FileList:
             raise UsageError(f"{str(folder)!r} has no class folders: it needs a sub-folder for each class")
         self.classes = tuple(sorted(names, key=natural_key))
         root, encoded, lengths, counts, skipped = os.path.join(folder, ""), [], [], [], []
-        times = {".": os.stat(folder).st_mtime_ns}  # modification times of all folders, for `load`
         for label in self.classes:
             files = []
             for place, inner, names in os.walk(root + label, followlinks=True, onerror=refuse):
                 place = place.removeprefix(root)
-                times[place] = os.stat(root + place).st_mtime_ns
                 inner[:] = [name for name in inner if name[0] != "."]
                 for name in (name for name in names if name[0] != "."):
                     listed = files if name.lower().endswith(EXTENSIONS) else skipped
@@ -767,7 +764,6 @@ class FileList:
         self.ends = np.cumsum(lengths)
         self.names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self.labels = np.repeat(np.arange(len(counts)), counts)
-        self.places, self.times = np.array(list(times)), np.array(list(times.values()))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -777,32 +773,12 @@ class FileList:
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(self.folder + b"/" + self.names[start : self.ends[index]].tobytes())
 
-    def save(self, path: Path) -> None:
-        """Save the list as an .npz file, to be loaded instead of walking the folder again."""
-        content = io.BytesIO()
-        np.savez_compressed(content, **{name: np.array(value) for name, value in vars(self).items()})
-        write_whole(path, content.getbuffer())
 
-    @classmethod
-    def load(cls, path: Path, folder: Path) -> FileList | None:
-        """Load the list of `folder`; return None if it is absent or any folder was modified since."""
-        files = cls.__new__(cls)
-        try:
-            with np.load(path) as stored:
-                vars(files).update(stored)
-            times = [os.stat(folder / place).st_mtime_ns for place in files.places]
-        except OSError:
-            return None
-        files.folder, files.classes = files.folder.item(), tuple(files.classes.tolist())
-        return files if files.folder == os.fsencode(folder) and times == files.times.tolist() else None
-
-
-def list_images(path: str | Path, train: bool = True, saved: Path | None = None) -> dict[str, FileList]:
+def list_images(path: str | Path, train: bool = True) -> dict[str, FileList]:
     """Return the images of a folder by split: "train", "val" and, if there is test/ beside val/, "test".
 
     "val" is the first of val/, validation/ and test/ that exists. With train=False, only "val" is listed, and
-    `path` may be a folder of class folders. A list that `FileList.save` wrote to `saved`/files-SPLIT.npz is
-    reused unless a folder was modified. Raises UsageError.
+    `path` may be a folder of class folders. Raises UsageError.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -820,7 +796,7 @@ def list_images(path: str | Path, train: bool = True, saved: Path | None = None)
             )
     files = {}
     for split, place in places.items():
-        files[split] = (saved and FileList.load(saved / f"files-{split}.npz", place)) or FileList(place)
+        files[split] = FileList(place)
         unlike = sorted(set(files[split].classes) ^ set(next(iter(files.values())).classes))
         if unlike:
             raise UsageError(f"{str(place)!r} has other classes than train/: only one has {unlike[:5]}")

@@ -8,10 +8,10 @@
 
 The run folder (`--out`) holds `config.json` (the resolved options), `metrics.jsonl` (one line per epoch),
 `last.pt` and the checkpoint before it, `previous.pt`, `best.pt` (the weights with the best validation top-1),
-`curves.png` and, for an image folder, its file lists, `files-*.npz`. Repeat the command to resume a run: at
-worst, the unfinished epoch starts again. Random draws are keyed by seed, epoch, step and virtual rank, and on
-a CPU the result is bit-identical to that of an uninterrupted run. More epochs change the schedule and need
-another `--out`. SIGTERM and Ctrl-C save in mid-epoch and exit with status 143 and 130.
+and `curves.png`. Repeat the command to resume a run: at worst, the unfinished epoch starts again. Random
+draws are keyed by seed, epoch, step and virtual rank, and on a CPU the result is bit-identical to that of an
+uninterrupted run. More epochs change the schedule and need another `--out`. SIGTERM and Ctrl-C save in
+mid-epoch and exit with status 143 and 130.
 
 Each optimizer step takes processes x accumulate micro-batches of `batch` images. Each micro-batch is a
 virtual rank with its own stride of the epoch's images, its own mixup draw and its own batch statistics, so
@@ -1097,7 +1097,7 @@ def run(options: Options, process: Process) -> int:
 
     files, images = {}, None
     if options.data not in SMALL_SETS:
-        files = process.from_first(lambda: list_images(options.data, saved=Path(default_out(options))))
+        files = process.from_first(lambda: list_images(options.data))
         images = len(files["train"])
     resumed = process.from_first(lambda: recipe_of_run(default_out(options), options.data))
     options = resolve(options, process.world, images, say, resumed)
@@ -1127,8 +1127,6 @@ def run(options: Options, process: Process) -> int:
         if process.device.type == "cuda":
             machine["device"] += f", {torch.cuda.get_device_name(process.device)}"
         write_whole(folder.path / "config.json", json.dumps(record | machine, indent=1) + "\n")
-        for split, listed in files.items():  # so that a resumed run need not walk the image folder
-            listed.save(folder.path / f"files-{split}.npz")
     shown = "  ".join(f"{name}={value}" for name, value in asdict(options).items() if value is not None)
     say(textwrap.fill(shown, 110, break_on_hyphens=False))
     epochs = options.epochs + options.cooldown_epochs
