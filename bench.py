@@ -725,7 +725,7 @@ def accuracy(options: AccuracyOptions) -> None:
         table = markdown_table(["set", "images", "classes", "top-1, %", "paper's", "top-5, %"], cells)
         text = f"{shown}\n\n{table}"
         # Written after each set, so that results are kept if a later set fails.
-        write_results(result_name, options, device, text, rows, transform=transform.to_dict())
+        write_results(result_name, options, device, text, rows, transform=asdict(transform))
     print(text)
 
 
@@ -879,7 +879,7 @@ def export(options: ExportOptions) -> None:
             raise RunError(f"{path} not written: its logits differ from the checkpoint's by {relative:.1e}")
         write_whole(path, content)
         print(f"{path}: logits within {relative:.1e} of the checkpoint's, relative to the largest")
-    facts = {"classes": model.classes, "transform": replace(model.transform, size=size).to_dict()}
+    facts = {"classes": model.classes, "transform": asdict(replace(model.transform, size=size))}
     write_whole(stem.with_name(stem.name + ".export.json"), json.dumps(facts, indent=1) + "\n")
 
 

@@ -2,8 +2,11 @@
 
 All modules take and return float maps (B, C, H, W) of any floating dtype and memory format. `SPACE` lists the
 paper's nine design choices, a `Design` holds one value of each, and `model.py` assembles networks. To add an
-activation, norm or pooling, add an entry to `ACTIVATIONS`, `NORMS` or `POOLINGS`; to add a kernel size, add
-it to `KERNELS`. Models, training, search and benchmarks pick it up.
+activation, norm, pooling or residual block, add an entry to `ACTIVATIONS`, `NORMS`, `POOLINGS` or `BLOCKS`;
+to add a kernel size, add it to `KERNELS`. Models, training, search and benchmarks pick it up.
+
+At the bottom of the import chain, this file also holds what all scripts share: `UsageError`, `RunError` and
+`write_whole`. `blocks.py` and `model.py` need no other file and no package but PyTorch.
 
 The separable convolutions of a block are numbered 1, 2, 3 (down-sampling blocks have two). Those in
 `activation_positions` are preceded by an activation, those in `norm_positions` followed by a norm (paper,
@@ -12,14 +15,53 @@ section 3.2, "Fewer Activations and Normalizations").
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # Read when PyTorch is loaded, so every script imports this file first. By default, OpenMP threads spin so
+    # long between parallel regions that a training step takes ten times as long on a busy machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
+
+
+class UsageError(ValueError):
+    """A user error, described in one sentence. Scripts exit with status 2."""
+
+
+class RunError(Exception):
+    """A failure during a run, described in one sentence. Scripts exit with status 1."""
+
+
+def write_whole(path: str | Path, content: bytes | memoryview | str, previous: Path | None = None) -> None:
+    """Write a file atomically, keeping its former content as `previous` if given. Raises RunError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; files saved before are intact: remove the cause and "
+            "repeat the command"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
 
 KERNELS = (3, 5, 7, 9)  # odd
 MIXED_KERNELS = (3, 5, 7, 9)  # one for each group of channels of a "mixed" convolution
@@ -39,7 +81,6 @@ class LayerNorm2d(nn.LayerNorm):
         return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 
-# Functions of the number of channels. Squeeze-and-excitation applies these norms to maps of 1 × 1.
 # Functions of the number of channels, as few as 8 in squeeze-and-excitation, whose maps are 1 × 1: group norm
 # would be `lambda channels: nn.GroupNorm(math.gcd(4, channels), channels)`.
 NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
@@ -218,19 +259,6 @@ POOLINGS: dict[str, Callable[[int], nn.Module]] = {
     "blur": lambda channels: nn.Sequential(nn.MaxPool2d(3, 1, 1), BlurPool()),
 }
 
-# The paper's search space: nine choices and the values of each.
-SPACE: dict[str, Collection] = {
-    "stem": ("conv", "patchify"),
-    "kernel": (*KERNELS, "mixed"),
-    "pooling": POOLINGS,
-    "block": ("xception", "bottleneck"),
-    "se": (False, True),
-    "activation": ACTIVATIONS,
-    "activation_positions": POSITIONS,
-    "norm": NORMS,
-    "norm_positions": POSITIONS,
-}
-
 
 @dataclass(frozen=True)
 class Design:
@@ -239,7 +267,7 @@ class Design:
     stem: str = "patchify"  # "conv" (Xception's two convolutions) or "patchify"
     kernel: int | str = 5  # of the separable convolutions in the blocks: one of KERNELS or "mixed"
     pooling: str = "blur"  # of the down-sampling blocks
-    block: str = "bottleneck"  # of the middle flow: "xception" or "bottleneck"
+    block: str = "bottleneck"  # of the middle flow
     se: bool = True  # squeeze-and-excitation at the end of each block
     activation: str = "gelu"
     activation_positions: tuple[int, ...] = (2,)  # convolutions (of 1, 2, 3) preceded by an activation
@@ -386,13 +414,13 @@ class MiddleBlock(nn.Module):
     """Block of the middle flow: three separable convolutions, SE and stochastic depth, added to the input
     (paper, Figure 1). Keeps the resolution.
 
-    The bottleneck (NEXcepTion) block widens to `expansion` × `channels` in convolution 1 and returns to
-    `channels` in convolution 2; the Xception block keeps its width.
+    Convolution 1 widens to `expansion` × `channels`, convolution 2 returns to `channels`. With an expansion
+    of 1, this is Xception's block.
     """
 
     def __init__(self, channels: int, expansion: int, design: Design, drop_path: float):
         super().__init__()
-        hidden = channels * expansion if design.block == "bottleneck" else channels
+        hidden = channels * expansion
         self.act1 = design.activation_before(1)
         self.conv1 = SeparableConv(channels, hidden, design.kernel)
         self.norm1 = design.norm_after(1, hidden)
@@ -413,6 +441,14 @@ class MiddleBlock(nn.Module):
         return self.drop_path(self.se(x)) + shortcut
 
 
+# Residual blocks of the middle flow, which keep the shape (B, C, H, W): functions of the number of channels,
+# the expansion, the design and the rate of stochastic depth.
+BLOCKS: dict[str, Callable[[int, int, Design, float], nn.Module]] = {
+    "xception": lambda channels, expansion, design, drop_path: MiddleBlock(channels, 1, design, drop_path),
+    "bottleneck": MiddleBlock,
+}
+
+
 class ExitConv(nn.Module):
     """One of the two final 3 × 3 separable convolutions of an isotropic network, with norm and activation."""
 
@@ -424,3 +460,17 @@ class ExitConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
+
+
+# The paper's search space: nine choices and the values of each.
+SPACE: dict[str, Collection] = {
+    "stem": ("conv", "patchify"),
+    "kernel": (*KERNELS, "mixed"),
+    "pooling": POOLINGS,
+    "block": BLOCKS,
+    "se": (False, True),
+    "activation": ACTIVATIONS,
+    "activation_positions": POSITIONS,
+    "norm": NORMS,
+    "norm_positions": POSITIONS,
+}

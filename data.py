@@ -11,8 +11,7 @@ process of that rank would. A training batch depends only on (seed, epoch, virtu
 number of workers or processes or the step from which an epoch was resumed. `python bench.py data` measures
 the throughput: 400 to 600 ImageNet-sized training crops per second and core.
 
-This file also holds the helpers shared by all scripts: their exceptions, `write_whole`, `lock_file` and
-`cpu_count`.
+This file also holds `lock_file` and `cpu_count`, which other scripts share.
 """
 
 from __future__ import annotations
@@ -30,14 +29,11 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    # Read when PyTorch is loaded, so every script imports this file first. By default, OpenMP threads spin so
-    # long between parallel regions that a training step takes ten times as long on a busy machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from blocks import UsageError, write_whole
 
 import numpy as np
 import torch
@@ -55,36 +51,6 @@ CROP_DRAWS = 24  # uniform numbers per random crop: 22 for `crop_box`, then the 
 
 # ----------------------------------------------------------------------------------------------------------
 # Shared by all scripts
-
-
-class UsageError(ValueError):
-    """A user error, described in one sentence. Scripts exit with status 2."""
-
-
-class RunError(Exception):
-    """A failure during a run, described in one sentence. Scripts exit with status 1."""
-
-
-def write_whole(path: str | Path, content: bytes | memoryview | str, previous: Path | None = None) -> None:
-    """Write a file atomically, keeping its former content as `previous` if given. Raises RunError."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror}; files saved before are intact: remove the cause and "
-            "repeat the command"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def lock_file(file, wait: bool = False) -> bool:
@@ -139,6 +105,10 @@ class EvalTransform:
     mean: tuple[float, float, float] = IMAGENET_MEAN  # per channel, for values in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
 
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
+
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) after resizing an image of this size."""
         short = math.floor(self.size / self.crop_pct)
@@ -167,13 +137,6 @@ class EvalTransform:
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Convert a PIL image to a normalized float32 tensor (3, size, size)."""
         return self.normalize(self.crop(image)[None])[0]
-
-    def to_dict(self) -> dict:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> EvalTransform:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data import EvalTransform, UsageError, write_whole
 from blocks import (
+    BLOCKS,
     NORMS,
     SPACE,
     ConvStem,
@@ -40,12 +41,17 @@ from blocks import (
     PatchifyStem,
     PyramidDownsample,
     SqueezeExcite,
+    UsageError,
+    write_whole,
 )
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from data import EvalTransform  # needs NumPy and Pillow, so it is imported where a network needs it
 
 
 @dataclass(frozen=True)
@@ -90,27 +96,15 @@ class ModelConfig(Design):
         if not 0 <= self.drop_path < 1:
             raise UsageError(f"drop_path: {self.drop_path} is not in [0, 1)")
 
-    def to_dict(self) -> dict:
-        """Plain JSON values (tuples become lists); `from_dict` is the inverse."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> ModelConfig:
-        """The inverse of `to_dict`. Missing fields take their defaults; unknown ones raise UsageError."""
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UsageError(f"not the fields of a ModelConfig: {error}") from None
-
     def to_json(self, path: str | os.PathLike) -> None:
-        write_whole(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
+        write_whole(Path(path), json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> ModelConfig:
         """Read a file written by `to_json`. Raises UsageError with the file's name if it holds no config."""
         try:
-            return cls.from_dict(json.loads(Path(path).expanduser().read_text()))
-        except (OSError, ValueError) as error:
+            return cls(**json.loads(Path(path).expanduser().read_text()))
+        except (OSError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is not a model config: {error}") from None
 
 
@@ -195,7 +189,7 @@ class NEXcepTion(nn.Module):
 
     def __init__(self, config: ModelConfig | dict):
         super().__init__()
-        self.config = config = ModelConfig.from_dict(config) if isinstance(config, dict) else config
+        self.config = config = ModelConfig(**config) if isinstance(config, dict) else config
         self.classes: list[str] | None = None
         self.transform: EvalTransform | None = None
         self.grad_checkpointing = False
@@ -218,7 +212,8 @@ class NEXcepTion(nn.Module):
             else:
                 stage = [PyramidDownsample(width, out, config)] if i > 0 else []
                 depth = config.depths[i]
-            stage += [MiddleBlock(out, config.expansion, config, next(rates)) for _ in range(depth)]
+            block = BLOCKS[config.block]
+            stage += [block(out, config.expansion, config, next(rates)) for _ in range(depth)]
             stages.append(stage)
             width = out
         if isotropic:
@@ -329,11 +324,11 @@ def count_macs(model: nn.Module, input_size: int | None = None, attention: bool 
     return sum(n for op, n in macs.items() if ("bmm" in op or "attention" in op) == attention)
 
 
-def state_dict_keys(model: NEXcepTion) -> dict[str, dict[str, str]]:
-    """Map our state dict keys, always with a classifier's, to those of each naming scheme.
+def foreign_keys(model: NEXcepTion) -> dict[str, dict[str, str]]:
+    """Map our state dict keys, always with a classifier's, to the authors' and to timm's.
 
-    "our" is the identity, "the authors'" is valid for networks structured like -T, -S or -TP, "timm's" for
-    networks structured like its `legacy_xception`.
+    The authors' are valid for networks structured like -T, -S or -TP, timm's for networks structured like its
+    `legacy_xception`.
     """
     config, last = model.config, len(model.stages) - 1
     # Paths of modules, ours to theirs; `places` are the authors' paths of the residual blocks, in order.
@@ -358,7 +353,8 @@ def state_dict_keys(model: NEXcepTion) -> dict[str, dict[str, str]]:
     se = {"se.reduce": "block_end.fc1", "se.norm": "block_end.bn", "se.expand": "block_end.fc2"}
     middle = {f"conv{n}": f"sepconv{n}" for n in (1, 2, 3)} | {f"norm{n}": f"norm{n}" for n in (1, 2, 3)} | se
     downsampling = skip | {"conv1": "rep.0", "norm1": "rep.1", "conv2": "rep.3", "norm2": "rep.4"} | se
-    blocks = [(k, m) for k, m in model.named_modules() if isinstance(m, (DownsamplingBlock, MiddleBlock))]
+    blocks = [(f"stages.{i}.{j}", m) for i, stage in enumerate(model.stages) for j, m in enumerate(stage)]
+    blocks = [(k, m) for k, m in blocks if not isinstance(m, (PyramidDownsample, ExitConv))]
     for i, ((path, block), place) in enumerate(zip(blocks, places, strict=True)):
         parts = downsampling if isinstance(block, DownsamplingBlock) else middle
         authors |= {f"{path}.{ours}": f"{place}.{theirs}" for ours, theirs in parts.items()}
@@ -378,7 +374,6 @@ def state_dict_keys(model: NEXcepTion) -> dict[str, dict[str, str]]:
     keys = dict.fromkeys([*model.state_dict(), "head.fc.weight", "head.fc.bias"])
     convs = {"depthwise": "conv_dw", "pointwise": "conv_pw"}
     return {
-        "our": {key: key for key in keys},
         "the authors'": {key: renamed(key, authors, convs) for key in keys},
         "timm's": {key: renamed(key, timm, {"depthwise": "conv1"}) for key in keys},
     }
@@ -386,24 +381,30 @@ def state_dict_keys(model: NEXcepTion) -> dict[str, dict[str, str]]:
 
 def export_official(model: NEXcepTion) -> dict[str, Tensor]:
     """The state dict with the authors' keys, in their order: the inverse of `load_weights`."""
-    keys = state_dict_keys(model)["the authors'"]
+    keys = foreign_keys(model)["the authors'"]
     return {keys[key]: value for key, value in model.state_dict().items()}
 
 
-def _read_checkpoint(path: str | os.PathLike) -> dict:
-    """The content of a checkpoint file, tensors on the CPU. Raises UsageError if it cannot be read safely."""
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The content of a checkpoint file, tensors on the CPU. Raises UsageError if it is not a readable one.
+
+    Loads tensors and plain values only: unpickling anything else could run any code.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UsageError(f"{path}: no such file")
+        raise UsageError(f"{path}: {'a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
     try:
         # timm's training script, which the authors used, stores its parsed arguments in a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files raise many kinds of error
         reason = "damaged, or not written by torch.save"
         if pickled := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"it pickles {pickled[1]}, but only tensors and plain values are loaded"
         raise UsageError(f"{path} is not a readable checkpoint: {reason}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is not a checkpoint: it holds no dictionary but a {type(content).__name__}")
+    return content
 
 
 def _weights_of(content: dict) -> dict[str, Tensor]:
@@ -431,14 +432,16 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
     """
     source, content = "state dict", path_or_state_dict
     if not isinstance(content, dict):
-        source, content = os.fspath(content), _read_checkpoint(content)
-    weights, schemes = _weights_of(content), state_dict_keys(model)
+        source, content = os.fspath(content), read_checkpoint(content)
+    weights, own, classifier = _weights_of(content), model.state_dict(), ("head.fc.weight", "head.fc.bias")
+    schemes = {"our": {key: key for key in (*own, *classifier)}}
+    if not own.keys() <= weights.keys():
+        schemes |= foreign_keys(model)
     scheme = max(schemes, key=lambda name: len(weights.keys() & set(schemes[name].values())))
-    own, theirs = model.state_dict(), schemes[scheme]
+    theirs = schemes[scheme]
     found = {key: weights.pop(theirs[key]) for key in theirs if theirs[key] in weights}
     notes = []  # printed if all tensors fit
 
-    classifier = ("head.fc.weight", "head.fc.bias")
     if model.num_classes == 0:
         found = {key: value for key, value in found.items() if key not in classifier}
     elif classifier[0] in found and (classes := len(found[classifier[0]])) != model.num_classes:
@@ -473,6 +476,8 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
 
 def published_transform(config: ModelConfig) -> EvalTransform:
     """The evaluation transform of the published weights for networks like `config`."""
+    from data import EvalTransform
+
     if config.stem == "conv":  # timm's legacy_xception: 299 of 333 pixels, range [-1, 1]
         return EvalTransform(config.input_size, 0.8975, "bicubic", (0.5,) * 3, (0.5,) * 3)
     return EvalTransform(config.input_size)
@@ -485,28 +490,33 @@ def load_checkpoint(path: str | os.PathLike, fuse: bool = False) -> NEXcepTion:
     `classes` is then None and `transform` that of the published weights. `fuse=True` folds the batch norms
     (see `fuse`). Raises UsageError if the file fits no model.
     """
-    content = _read_checkpoint(path)
+    from data import EvalTransform
+
+    content = read_checkpoint(path)
     weights = _weights_of(content)
-    model = NEXcepTion(content["config"]) if "config" in content else _recognize(path, weights)
+    try:
+        config = ModelConfig(**content["config"]) if "config" in content else _recognize(path, weights)
+        transform = EvalTransform(**content["transform"]) if "transform" in content else None
+    except TypeError as error:  # unknown fields, or no dictionary
+        raise UsageError(f"{path} holds no config or transform of a network: {error}") from None
+    model = NEXcepTion(config)
     load_weights(model, weights)
-    model.classes = content.get("classes")
-    model.transform = published_transform(model.config)
-    if "transform" in content:
-        model.transform = EvalTransform.from_dict(content["transform"])
+    model.classes, model.transform = content.get("classes"), transform or published_transform(config)
     return _fold_norms(model.eval()) if fuse else model.eval()
 
 
-def _recognize(path: str | os.PathLike, weights: dict[str, Tensor]) -> NEXcepTion:
-    """The named model, untrained, that `weights` fit in one of the naming schemes."""
+def _recognize(path: str | os.PathLike, weights: dict[str, Tensor]) -> ModelConfig:
+    """The config of the named model that `weights` fit under our keys, the authors' or timm's."""
     shapes = {key: value.shape for key, value in weights.items()}
     for config in MODELS.values():
         with torch.device("meta"):
             model = NEXcepTion(config)
-        for keys in state_dict_keys(model).values():
-            head, own = keys["head.fc.weight"], model.state_dict()
+        own = model.state_dict()
+        for keys in ({key: key for key in own}, *foreign_keys(model).values()):
+            head = keys["head.fc.weight"]
             body = {keys[k]: v.shape for k, v in own.items() if not k.startswith("head.fc.")}
             if head in shapes and body.items() <= shapes.items():
-                return create_model(config, num_classes=shapes[head][0])
+                return replace(config, num_classes=shapes[head][0])
     raise UsageError(f"{path} has no config inside and fits none of {', '.join(MODELS)}")
 
 

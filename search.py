@@ -46,8 +46,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from data import SMALL_SETS, Data, Plan, RunError, UsageError, cpu_count, lock_file, open_data, write_whole
 from blocks import SPACE
+from data import SMALL_SETS, Data, Plan, RunError, UsageError, cpu_count, lock_file, open_data, write_whole
 from model import MODELS, POINTS, ModelConfig, count_macs, count_parameters, create_model, keep_large_buffers
 from train import Options as TrainOptions
 from train import (
@@ -1132,7 +1132,7 @@ class Search:
         network = self.folder / "incumbent.json"
         if best and set(best[0]["config"]) == set(SPACE):
             config = network_config(best[0]["config"], f"nexception_{o.grow}" if o.grow else o.model)
-            write_whole(network, json.dumps(config.to_dict(), indent=2) + "\n")
+            config.to_json(network)
         if best and self.default_target:
             self.compare(best[0]["config"])
         if self.signal:

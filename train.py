@@ -56,7 +56,15 @@ from data import (
     open_data,
     write_whole,
 )
-from model import MODELS, ModelConfig, create_model, keep_large_buffers, load_checkpoint, load_weights
+from model import (
+    MODELS,
+    ModelConfig,
+    create_model,
+    keep_large_buffers,
+    load_checkpoint,
+    load_weights,
+    read_checkpoint,
+)
 
 import numpy as np
 import torch
@@ -753,19 +761,10 @@ class StopSignal:
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
-    """Save atomically with `torch.save` (see `data.write_whole`)."""
+    """Save atomically with `torch.save` (see `write_whole`)."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getbuffer(), previous)
-
-
-def read_checkpoint(path: Path) -> dict | None:
-    """Read a checkpoint, tensors on the CPU; warn and return None if the file is broken."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated files raise many kinds of errors
-        print(f"warning: {path} is broken ({error!r:.100})", file=sys.stderr)
-        return None
 
 
 class Folder:
@@ -792,17 +791,20 @@ class Folder:
             leftover.unlink()
         found = [path for path in (self.last, self.previous) if path.exists()]
         for path in found:
-            content = read_checkpoint(path)
-            if content is not None:
-                self.compare(content)
-                return path
+            try:
+                content = read_checkpoint(path)
+            except UsageError as error:
+                print(f"warning: {error}", file=sys.stderr)
+                continue
+            self.compare(content)
+            return path
         if found:
             raise UsageError(f"no checkpoint in {self.path} can be read: move it away or give another --out")
         return None
 
     def compare(self, content: dict) -> None:
         """Raise UsageError with each difference between the run of a checkpoint and this one."""
-        content = {"images": self.record["images"]} | content if isinstance(content, dict) else {}
+        content = {"images": self.record["images"]} | content
         if not {*self.record, "optimizer", "losses"} <= content.keys():
             raise UsageError(f"{self.path} holds no checkpoint of this train.py: give another --out")
         # Options newer than the run take their defaults; the first version had one loss and one optimizer,
@@ -1113,7 +1115,7 @@ def run(options: Options, process: Process) -> int:
     record = {
         "options": asdict(options), "micro-batches a step": process.world * options.accumulate,
         "classes": list(data.classes), "images": {split: data.count(split) for split in data.splits},
-        "config": model.config.to_dict(), "transform": data.transform.to_dict(),
+        "config": asdict(model.config), "transform": asdict(data.transform),
     }  # fmt: skip
     folder = Folder(options.out, record, process)
     if options.init_weights and not (folder.last.exists() or folder.previous.exists()):
@@ -1137,7 +1139,7 @@ def run(options: Options, process: Process) -> int:
     )
     if checkpoint is not None:
         # Each process reads the file itself, which saves pickling and broadcasting it.
-        training.load_state(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        training.load_state(read_checkpoint(checkpoint))
         step = 0 if training.losses is None else len(training.losses)
         where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {step + 1}"
         say(f"{folder.path}: {'finished' if training.epoch == epochs else where}")

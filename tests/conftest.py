@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-import data  # noqa: F401, ahead of PyTorch: it sets how long OpenMP threads spin
+import blocks  # noqa: F401, ahead of PyTorch: it sets how long OpenMP threads spin
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -46,9 +46,9 @@ def checkpoint(tmp_path_factory) -> Path:
     for name, tensor in network.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             tensor.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
-    content = {"model": network.state_dict(), "config": network.config.to_dict()}
+    content = {"model": network.state_dict(), "config": asdict(network.config)}
     content |= {"classes": ["ant", "bee", "cat", "dog"]}
-    content |= {"transform": EvalTransform(32, 0.875, "bilinear").to_dict()}
+    content |= {"transform": asdict(EvalTransform(32, 0.875, "bilinear"))}
     folder = tmp_path_factory.mktemp("run-7", numbered=False)
     (folder / "config.json").write_text("{}")
     torch.save(content, folder / "best.pt")
@@ -374,7 +374,7 @@ def test_export_computes_what_the_checkpoint_does(checkpoint, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {*found, "best.export.json"}
     side = read_json(tmp_path / "best.export.json")
     assert side["classes"] == ["ant", "bee", "cat", "dog"]
-    assert EvalTransform.from_dict(side["transform"]) == EvalTransform(32, 0.875, "bilinear")
+    assert EvalTransform(**side["transform"]) == EvalTransform(32, 0.875, "bilinear")
 
 
 def test_export_refuses_what_differs(checkpoint, tmp_path, monkeypatch, capsys):

@@ -12,13 +12,14 @@ import json
 import random
 import shutil
 import struct
+import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import blocks
-from data import EvalTransform, UsageError
 from blocks import SPACE, StochasticDepth
+from data import EvalTransform, UsageError
 from model import (
     MODELS,
     ModelConfig,
@@ -215,6 +216,26 @@ def test_unsafe_and_truncated_files_are_refused(tmp_path):
             load_checkpoint(tmp_path / name)
 
 
+def test_blocks_and_model_alone_need_only_pytorch(tmp_path):
+    """Copied into an empty folder, they build, load and fuse networks without NumPy and Pillow."""
+    for name in ("blocks.py", "model.py"):
+        shutil.copy(HERE.parent / name, tmp_path)
+    torch.save({"state_dict": NEXcepTion(NANO).state_dict()}, tmp_path / "weights.pt")
+    script = """
+import sys
+packages = ("numpy", "PIL", "matplotlib", "scipy", "sklearn", "timm", "torchvision")
+sys.modules |= dict.fromkeys(packages)  # importing any of these now fails
+from model import create_model, fuse, load_weights, main
+import torch
+model = create_model("nexception_nano", num_classes=6)
+load_weights(model, "weights.pt")
+assert fuse(model)(torch.ones(2, 3, 32, 32)).shape == (2, 6)
+assert main([]) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("values", "field"),
     [
@@ -253,7 +274,7 @@ def test_config_travels_through_a_json_file(tmp_path):
 def test_any_config_builds_trains_fuses_and_has_the_maps_of_its_feature_info(seed):
     rng = random.Random(seed)
     config = random_config(rng)
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert ModelConfig(**json.loads(json.dumps(asdict(config)))) == config
     model = with_statistics(NEXcepTion(config), seed)
     x = torch.randn(3, 3, rng.randrange(32, 80), rng.randrange(32, 80))
 
@@ -355,7 +376,7 @@ def test_models_travel_through_hugging_face_hub_s_mixin(tmp_path):
     class Hub(NEXcepTion, hub.PyTorchModelHubMixin):
         pass
 
-    for given in (NANO, NANO.to_dict()):
+    for given in (NANO, asdict(NANO)):
         model = Hub(given).eval()
         model.save_pretrained(tmp_path / "hub")
         loaded = Hub.from_pretrained(tmp_path / "hub").eval()
@@ -472,8 +493,8 @@ def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
 
     model = with_statistics(NEXcepTion(NANO))
     model.head.fc.weight.data.mul_(100)  # for probabilities that differ between images
-    content = {"model": model.state_dict(), "ema": None, "config": NANO.to_dict(), "classes": list("abcdef")}
-    torch.save(content | {"transform": TRANSFORM.to_dict()}, tmp_path / "best.pt")
+    content = {"model": model.state_dict(), "ema": None, "config": asdict(NANO), "classes": list("abcdef")}
+    torch.save(content | {"transform": asdict(TRANSFORM)}, tmp_path / "best.pt")
     torch.save(content | {"config": {"layers": 3}}, tmp_path / "foreign.pt")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
     photo.save(tmp_path / "photo.png")
@@ -491,7 +512,7 @@ def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
     for arguments, message in (
         (("best.pt", "bomb.bmp"), "bomb.bmp is not a readable image"),
         (("best.pt", "best.pt"), "not a readable image"),
-        (("foreign.pt", "photo.png"), "not the fields of a ModelConfig"),
+        (("foreign.pt", "photo.png"), "foreign.pt holds no config or transform of a network: "),
         (("absent.pt", "photo.png"), "no such file"),
         (("best.pt",), "name the photographs"),
     ):

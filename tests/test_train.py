@@ -268,7 +268,7 @@ def test_parser_reads_all_kinds_of_options():
 
 def test_paper_recipe_is_the_default_of_the_paper_s_models(tmp_path):
     grown = tmp_path / "found.json"  # an S with another kernel: its recipe is chosen by shape, not by name
-    ModelConfig.from_dict(MODELS["nexception_s"].to_dict() | {"kernel": 7}).to_json(grown)
+    dataclasses.replace(MODELS["nexception_s"], kernel=7).to_json(grown)
     for name, batch, lr, seed in (
         ("nexception_t", 64, 2e-3, 1), ("nexception_tp", 64, 2e-3, 1), ("nexception_s", 32, 1.4e-3, 2),
         (str(grown), 32, 1.4e-3, 2),
@@ -339,7 +339,7 @@ def test_user_errors_are_one_sentence_and_leave_no_folder(given, said, tmp_path,
     monkeypatch.setitem(sys.modules, "wandb", None)
     if "{weights}" in given:
         config, path = dataclasses.replace(TINY, in_channels=1), tmp_path / "grey.pt"
-        torch.save({"config": config.to_dict(), "model": create_model(config).state_dict()}, path)
+        torch.save({"config": dataclasses.asdict(config), "model": create_model(config).state_dict()}, path)
         given = given.format(weights=path)
     out = [] if "--eval" in given else ["--out", str(tmp_path / "runs" / "run")]
     assert train.main([*out, *given.split()]) == 2
@@ -500,7 +500,7 @@ def test_digits_are_learned_and_recorded(tmp_path, capsys):
     assert "lr=0.01" in printed and "epoch 5/5" in printed and "recipe digits" in printed
     best = load_checkpoint(out / "best.pt")
     changed = {"num_classes": 10, "input_size": 16}
-    assert best.config.to_dict() == MODELS["nexception_nano"].to_dict() | changed
+    assert best.config == dataclasses.replace(MODELS["nexception_nano"], **changed)
     assert train.main(["--eval", str(out / "best.pt"), "--device", "cpu"]) == 0
     assert f"top-1 {metrics[-1]['test_top1']:.2f}%" in capsys.readouterr().out
 
@@ -833,8 +833,8 @@ def test_a_data_set_an_optimizer_and_a_loss_are_one_entry_each(tiny, tmp_path, m
     torch.manual_seed(0)
     network = create_model(tiny, num_classes=2, drop_path=0.0)
     assert fit(Training(network, options), source)[-1]["val_top1"] == 100
-    content = {"model": network.state_dict(), "config": network.config.to_dict()}
-    content |= {"classes": ["left", "right"], "transform": source.transform.to_dict()}
+    content = {"model": network.state_dict(), "config": dataclasses.asdict(network.config)}
+    content |= {"classes": ["left", "right"], "transform": dataclasses.asdict(source.transform)}
     torch.save(content, tmp_path / "halves.pt")
     assert train.main(["--data", "halves", "--eval", str(tmp_path / "halves.pt"), "--device", "cpu"]) == 0
     assert "halves (val)\ntop-1 100.00%" in capsys.readouterr().out
