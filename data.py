@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from blocks import UsageError, write_whole
+from blocks import RunError, UsageError, write_whole  # noqa: F401, for the scripts that import this file
 
 import numpy as np
 import torch
