@@ -83,16 +83,22 @@ def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image to 8-bit RGB. Keeps the upper byte of 16-bit pixels, which PIL would clip to 255,
-    and the stored colour of transparent pixels, as PIL does.
+def to_rgb(image: Image.Image, exif: bool = False) -> Image.Image:
+    """Convert a PIL image to 8-bit RGB; with `exif`, rotate it as its EXIF orientation says.
+
+    Keeps the upper byte of 16-bit pixels, which PIL would clip to 255, and the stored colour of transparent
+    pixels, as PIL does.
     """
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise UsageError("32-bit pixels have no defined range: convert the file to 8 or 16 bits")
-    if image.mode[0] != "I":
-        return image.convert("RGB")
-    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF's BitsPerSample
-    return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8)).convert("RGB")
+    if image.mode[0] == "I":
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF's BitsPerSample
+        pixels = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+        pixels.info, image = image.info, pixels
+    rgb = image.convert("RGB")
+    with contextlib.suppress(Exception):  # a damaged EXIF block costs the rotation, not the image
+        rgb = ImageOps.exif_transpose(rgb) if exif else rgb
+    return rgb
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class EvalTransform:
     interpolation: str = "bicubic"  # "bicubic" | "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN  # per channel, for values in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
+    exif: bool = False  # rotate photographs as their EXIF orientation says (timm and torchvision do not)
 
     def __post_init__(self):
         for name in ("mean", "std"):
@@ -122,8 +129,9 @@ class EvalTransform:
 
     def crop(self, image: Image.Image) -> torch.Tensor:
         """Return the resized centre crop of a PIL image, uint8 (3, size, size)."""
+        image = to_rgb(image, self.exif)
         height, width = self.resized(image.height, image.width)
-        image = to_rgb(image).resize((width, height), Image.Resampling[self.interpolation.upper()])
+        image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
         top, left = self.corner(height, width)
         image = image.crop((left, top, left + self.size, top + self.size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -779,10 +787,7 @@ def decode(data: bytearray, exif: bool = False) -> torch.Tensor:
             # Not torchvision's wrapper, which warns on every call since 0.29.
             operator = torch.ops.image.decode_jpeg
             return operator(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, exif)
-    image = Image.open(io.BytesIO(data))
-    if exif:
-        ImageOps.exif_transpose(image, in_place=True)  # a copy would lose the TIFF tags that `to_rgb` reads
-    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(to_rgb(Image.open(io.BytesIO(data)), exif))).permute(2, 0, 1)
 
 
 def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
@@ -799,8 +804,8 @@ class FolderDataset(Dataset):
     it would be some 300 small kernels per batch that delay the model's and do not scale with the workers.
     """
 
-    def __init__(self, files: dict, transform: EvalTransform, augment: Augmentation, exif: bool = False):
-        self.files, self.exif = files, exif
+    def __init__(self, files: dict, transform: EvalTransform, augment: Augmentation):
+        self.files = files
         self.counts = {split: len(listed) for split, listed in files.items()}
         self.transform, self.augment = transform, augment
         self.fill = fill_colour(transform.mean)
@@ -821,7 +826,7 @@ class FolderDataset(Dataset):
                 for index in (first + np.arange(21 if training else 1)) % len(files):  # until one is readable
                     path = files.path(index)
                     try:
-                        image = decode(bytearray(Path(path).read_bytes()), self.exif)
+                        image = decode(bytearray(Path(path).read_bytes()), self.transform.exif)
                     except Exception as error:  # Pillow's decoders raise almost any type for broken files
                         bad.append((path, f"{type(error).__name__}: {error}"))
                         continue
@@ -978,13 +983,13 @@ def open_data(
     train: bool = True,
     files: dict[str, FileList] | None = None,
     size: int | None = None,
+    exif: bool = False,
     transform: EvalTransform | None = None,
     augment: Augmentation | None = None,
     device: str | torch.device = "cpu",
     workers: int | None = None,
     root: str = "data",
     max_bad_files: int = 50,
-    exif: bool = False,
 ) -> Data:
     """Open a small set (see SMALL_SETS) or an image folder for training and evaluation.
 
@@ -994,12 +999,12 @@ def open_data(
         train: whether to open the train split.
         files: result of `list_images` (default: call it).
         size: image size in pixels (default: the transform's, or 32 for small sets and 224 for folders).
+        exif: rotate a folder's images as their EXIF orientation says, if no transform is given.
         transform: evaluation transform, such as a checkpoint's (default: the source's).
         augment: augmentation (default: `default_augmentation(source)`).
         workers: data-loading processes of a folder (default: one per core, split between processes; 0: none).
         root: folder of the CIFAR files.
         max_bad_files: number of unreadable files to tolerate.
-        exif: rotate a folder's images as their EXIF orientation says (timm and torchvision do not).
 
     Raises UsageError.
     """
@@ -1011,7 +1016,7 @@ def open_data(
         splits, classes = small.load(transform.size, root)
         splits = {split: tensors for split, tensors in splits.items() if train or split != "train"}
         return Data(source, SmallDataset(splits, transform, augment, device), classes, plan, device)
-    transform = transform or EvalTransform(size or 224)
+    transform = transform or EvalTransform(size or 224, exif=exif)
     files = files or list_images(source, train)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world))  # on this machine, set by torchrun
     workers = max(1, cpu_count() // processes) if workers is None else workers
@@ -1022,7 +1027,7 @@ def open_data(
             f"{total} workers need {needed / 2**20:.0f} MiB in /dev/shm, more than is free: use fewer "
             "(--workers of train.py and bench.py), or start the container with a larger --shm-size"
         )
-    dataset = FolderDataset(files, transform, augment, exif)
+    dataset = FolderDataset(files, transform, augment)
     data = Data(source, dataset, next(iter(files.values())).classes, plan, device, max_bad_files)
     import torchvision.io  # noqa: F401, once for all workers
 

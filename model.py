@@ -651,15 +651,14 @@ def print_table() -> None:
 
 
 def classify(model: NEXcepTion, photos: list[str]) -> None:
-    """Print the five most likely classes of each photograph, rotated by its EXIF orientation."""
-    from PIL import Image, ImageOps
+    """Print the five most likely classes of each photograph."""
+    from PIL import Image
 
     if model.config.in_channels != 3 or model.num_classes == 0:
         raise UsageError("classifying photographs needs a model with a classifier and in_channels 3")
     for photo in photos:
         try:
             with Image.open(Path(photo).expanduser()) as image:
-                ImageOps.exif_transpose(image, in_place=True)  # a copy would lose TIFF tags
                 x = model.transform(image)[None]  # (C, H, W) -> (1, C, H, W)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UsageError(f"{photo} is not a readable image: {error}") from None

@@ -1071,7 +1071,8 @@ def evaluate_checkpoint(options: Options, process: Process) -> int:
         place = ""
     else:
         files = process.from_first(lambda: list_images(options.data, train=False))
-        settings |= {"files": files, "transform": model.transform, "exif": options.exif}
+        transform = replace(model.transform, exif=model.transform.exif or options.exif)
+        settings |= {"files": files, "transform": transform}
         place = os.fsdecode(files["val"].folder)
     plan = Plan(batch=options.batch or 64, rank=process.rank, world=process.world)
     data = open_data(options.data, plan, **settings)

@@ -463,12 +463,16 @@ def test_exif_orientation_is_applied_on_request(photograph, tmp_path, kind):
         upright = as_tensor(ImageOps.exif_transpose(file).convert("RGB"))
         assert torch.equal(data.decode(content, exif=True), upright), orientation
         assert torch.equal(data.decode(content), as_tensor(file.convert("RGB")))
+        assert torch.equal(as_tensor(data.to_rgb(file, exif=True)), upright)
+    broken = encode(photograph.resize((40, 25)), kind, exif=b"Exif\0\0not a TIFF header")
+    assert torch.equal(data.decode(broken, exif=True), data.decode(broken))
     (tmp_path / "class").mkdir()
     (tmp_path / "class/sideways.png").write_bytes(content)
     for exif in (False, True):
         opened = open_data(tmp_path, train=False, size=16, workers=0, exif=exif)
         images, _ = next(opened.eval_batches())
         assert torch.equal(images[0], opened.dataset.centre_crop(data.decode(content, exif)))
+        assert nearly_equal(images[0], opened.transform.crop(Image.open(io.BytesIO(content))))
 
 
 def test_16_bit_images_are_scaled_not_clipped():

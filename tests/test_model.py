@@ -494,7 +494,7 @@ def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
     model = with_statistics(NEXcepTion(NANO))
     model.head.fc.weight.data.mul_(100)  # for probabilities that differ between images
     content = {"model": model.state_dict(), "ema": None, "config": asdict(NANO), "classes": list("abcdef")}
-    torch.save(content | {"transform": asdict(TRANSFORM)}, tmp_path / "best.pt")
+    torch.save(content | {"transform": asdict(replace(TRANSFORM, exif=True))}, tmp_path / "best.pt")
     torch.save(content | {"config": {"layers": 3}}, tmp_path / "foreign.pt")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
     photo.save(tmp_path / "photo.png")
