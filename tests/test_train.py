@@ -576,7 +576,7 @@ def test_killed_runs_end_with_the_same_result(tiny, reference, tmp_path):
 def test_the_previous_checkpoint_replaces_a_broken_one(damage, tiny, reference, finished, capsys):
     damage(finished / "last.pt")
     assert train.main(arguments(tiny, finished)) == 0
-    assert ("last.pt is broken" in capsys.readouterr().err) == (damage is not Path.unlink)
+    assert ("last.pt is not a readable checkpoint" in capsys.readouterr().err) == (damage is not Path.unlink)
     assert_same(learned(finished), learned(reference))
 
 
