@@ -28,7 +28,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import re
 import shlex
@@ -74,11 +73,14 @@ from train import (
     bce_loss,
     check_channels,
     evaluate,
+    machine,
     option,
     parameter_groups,
     parse,
     pick_device,
     run_script,
+    save_figure,
+    subplots,
 )
 
 import numpy as np
@@ -225,42 +227,6 @@ def timing_cells(row: Row) -> list[str]:
     median = f"{statistics.median(row.samples):,.{digits}f}"
     ratio = "{mean:.2f} ± {deviation:.2f}".format(**row.ratio) if row.ratio else ""
     return [f"{mean:,.{digits}f} ± {deviation:,.{digits}f}", median, ratio]
-
-
-def commit_of(folder: Path) -> str:
-    """Return the short hash of the commit that is checked out in `folder`, "" if there is none."""
-    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return ""
-
-
-def machine(device: torch.device) -> dict:
-    """Return processor, accelerator, threads, versions and command: everything that a timing depends on."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, KeyError):  # more detail on Linux
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        info = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", first, re.MULTILINE))
-        flags, vector = info["flags"].split(), ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-        processor = " ".join([info["model name"], *(flag for flag in vector if flag in flags)])
-    record = {
-        "processor": processor,
-        "cores": cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    for package in ("torchvision", "timm", "pillow"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            record[package] = importlib.metadata.version(package)
-    record["commit"] = commit_of(Path(__file__).parent)
-    record["command"] = "python bench.py " + shlex.join(sys.argv[1:])
-    if device.type == "cuda":
-        record["gpu"] = torch.cuda.get_device_name(device)
-        record |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return record
 
 
 def write_results(name: str, options, device: torch.device, text: str, rows: list, **more) -> Path:
@@ -784,14 +750,9 @@ def measured(path: str) -> tuple[dict[str, float], str]:
 
 def draw(values: dict[str, float], title: str, stem: Path) -> list:
     """Write `stem`.svg and .png with a labelled bubble for each key of `values`; return the labels."""
-    import matplotlib
     from adjustText import adjust_text
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "nexception"  # makes files reproducible
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8.3, 5.6), dpi=200, layout="constrained")
+    figure, (axes,) = subplots(1, 8.3, 5.6)
     kinds = {k: "NEXcepTion" if k.startswith("nexception") else row.kind for k, row in TABLE_1.items()}
     keys = sorted(values, key=lambda key: -float(TABLE_1[key].parameters))
     areas = [AREA_PER_MILLION * float(TABLE_1[key].parameters) for key in keys]
@@ -803,7 +764,6 @@ def draw(values: dict[str, float], title: str, stem: Path) -> list:
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.margins(0.09, 0.11)
-    axes.spines[["top", "right"]].set_visible(False)
     handles = [axes.scatter([], [], 70, colour, label=kind, alpha=0.65) for kind, colour in COLOURS.items()]
     for millions in (10, 25, 50):
         label = f"{millions}M" + " parameters" * (millions == 50)
@@ -818,11 +778,8 @@ def draw(values: dict[str, float], title: str, stem: Path) -> list:
     lines = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6}
     # Limited by iterations, as a limit in seconds would not be reproducible.
     adjust_text(texts, xs, ys, objects=bubbles, ax=axes, arrowprops=lines, expand=(1.05, 1.15), iter_lim=150)
-    for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
-        file = io.BytesIO()
-        figure.savefig(file, format=suffix[1:], metadata=metadata)
-        write_whole(stem.with_name(stem.name + suffix), file.getvalue())
-    pyplot.close(figure)
+    for suffix in (".svg", ".png"):
+        save_figure(figure, stem.with_name(stem.name + suffix))
     print(f"written: {stem}.svg, {stem}.png")
     return texts
 
@@ -1205,7 +1162,7 @@ def simulate(rows: list[dict], settings: dict, epochs: int) -> np.ndarray:
 
 def samplers(options: SamplersOptions) -> None:
     """Run all searches; write their regrets, a figure, and a paired test of each sampler against random."""
-    from search import budgets_up_to, rows_of, save_figure, settings_of, subplots, successes
+    from search import budgets_up_to, rows_of, settings_of, successes
 
     from scipy.stats import wilcoxon
 
@@ -1305,7 +1262,8 @@ def versions(options: VersionsOptions) -> None:
         ["", "seconds", "median", "× as fast"], [[row.label, *timing_cells(row)] for row in rows]
     )
     print(text)
-    commit = commit_of(checkouts["other"])
+    command = ["git", "-C", str(checkouts["other"]), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     write_results("versions", options, torch.device("cpu"), text, rows, unit="s", other_commit=commit)
 
 

@@ -62,6 +62,8 @@ from train import (
     pick_device,
     resolve,
     run_script,
+    save_figure,
+    subplots,
 )
 
 import numpy as np
@@ -70,7 +72,6 @@ import torch
 from ConfigSpace import CategoricalHyperparameter, Configuration, ConfigurationSpace
 from distributed import Client, KilledWorker
 from matplotlib import colormaps
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from pebble import ProcessExpired, ProcessPool
@@ -1373,21 +1374,6 @@ def importance_text(found: dict) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Figures and report
-
-
-def subplots(columns: int, width: float, height: float, rows: int = 1, **kwargs) -> tuple[Figure, np.ndarray]:
-    """Return a figure and its axes, (rows * columns,), without top and right spines."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **kwargs).ravel()
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    write_whole(path, buffer.getbuffer())
 
 
 def epochs_text(budget: float) -> str:

@@ -27,13 +27,18 @@ import contextlib
 import copy
 import datetime
 import gc
+import importlib.metadata
 import importlib.util
 import io
 import itertools
 import json
 import math
 import os
+import platform
+import re
+import shlex
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -50,6 +55,7 @@ from data import (
     Plan,
     RunError,
     UsageError,
+    cpu_count,
     default_augmentation,
     list_images,
     lock_file,
@@ -165,6 +171,58 @@ def run_script(main: typing.Callable[[list[str]], int]) -> typing.NoReturn:
 
 
 # --------------------------------------------------------------------------------------------------
+# Figures and the machine, for all scripts
+
+
+def subplots(columns: int, width: float, height: float, rows: int = 1, **kwargs):
+    """Return a figure of `width` x `height` inches and its axes, (rows * columns,), without upper spines."""
+    from matplotlib.figure import Figure  # here, since it takes as long to import as a short command
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs).ravel()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure atomically, as .png or reproducible .svg. Raises RunError."""
+    import matplotlib
+
+    picture, kind = io.BytesIO(), path.suffix[1:]
+    metadata = {"png": {"Software": None}, "svg": {"Date": None}}[kind]
+    with matplotlib.rc_context({"svg.hashsalt": "nexception"}):
+        figure.savefig(picture, format=kind, dpi=130, bbox_inches="tight", metadata=metadata)
+    write_whole(path, picture.getbuffer())
+
+
+def machine(device: torch.device) -> dict:
+    """Return processor, accelerator, threads, versions and command: everything that a timing depends on."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, KeyError):  # more detail on Linux
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        info = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", first, re.MULTILINE))
+        flags, vector = info["flags"].split(), ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        processor = " ".join([info["model name"], *(flag for flag in vector if flag in flags)])
+    record = {
+        "device": str(device), "processor": processor, "cores": cpu_count(),
+        "threads": torch.get_num_threads(), "load_average": os.getloadavg(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(), "command": shlex.join(["python", *sys.argv]), "commit": "",
+    }  # fmt: skip
+    for package in ("torch", "torchvision", "timm", "pillow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            record[package] = importlib.metadata.version(package)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError):
+        record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    if device.type == "cuda":
+        record |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        record["cudnn"] = torch.backends.cudnn.version()
+    return record
+
+
+# --------------------------------------------------------------------------------------------------
 # Parts of a recipe: schedule, mixing, losses, optimizers
 
 
@@ -233,10 +291,11 @@ def bce_loss(logits: Tensor, targets: Tensor, threshold: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), (targets > threshold).float())
 
 
-# A new loss is one line: a function of logits (B, classes), targets (B, classes) in [0, 1], and options.
+# A new loss is one line: a function of logits (B, classes), targets (B, classes) in [0, 1], the mixed and
+# normalized images (B, 3, H, W), which a teacher needs, and options.
 LOSSES = {
-    "bce": lambda logits, targets, options: bce_loss(logits, targets, options.loss_threshold),
-    "soft_ce": lambda logits, targets, options: F.cross_entropy(logits.float(), targets),
+    "bce": lambda logits, targets, images, options: bce_loss(logits, targets, options.loss_threshold),
+    "soft_ce": lambda logits, targets, images, options: F.cross_entropy(logits.float(), targets),
 }
 
 
@@ -327,11 +386,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-# A new optimizer is one line: a function of parameter groups and options. `fit` clips the gradients unless
-# the optimizer has a `max_grad_norm` of its own.
+# A new optimizer is one line: a function of the network and options that returns an optimizer, or a list.
+# `fit` sets the rate of each group to the schedule's, times the group's "scale" if it has one, and clips all
+# gradients unless an optimizer has a `max_grad_norm` of its own.
 OPTIMIZERS = {
-    "lamb": lambda groups, o: Lamb(groups, lr=o.lr, max_grad_norm=MAX_GRAD_NORM),
-    "adamw": lambda groups, o: torch.optim.AdamW(groups, lr=o.lr),
+    "lamb": lambda model, o: Lamb(parameter_groups(model, o.weight_decay), max_grad_norm=MAX_GRAD_NORM),
+    "adamw": lambda model, o: torch.optim.AdamW(parameter_groups(model, o.weight_decay)),
 }
 
 
@@ -672,7 +732,8 @@ class Training:
             self.model.requires_grad_(False)
             self.model.head.requires_grad_(True)
         self.amp = amp_dtype(options.amp, device)
-        self.optimizer = OPTIMIZERS[options.optimizer](parameter_groups(model, options.weight_decay), options)
+        optimizers = OPTIMIZERS[options.optimizer](self.model, options)
+        self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if options.ema else None
         self.forward = torch.compile(self.model) if options.compile else self.model
@@ -689,14 +750,17 @@ class Training:
 
     def state(self) -> dict:
         """Return the content of a checkpoint; ema is None and scaler empty when unused."""
-        parts = {name: getattr(self, name) for name in ("model", "ema", "optimizer", "scaler")}
+        parts = {name: getattr(self, name) for name in ("model", "ema", "scaler")}
         state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         return state | {name: getattr(self, name) for name in ("epoch", "losses", "best", "metrics")}
 
     def load_state(self, state: dict) -> None:
-        for name in ("model", "ema", "optimizer", "scaler"):
+        for name in ("model", "ema", "scaler"):
             if state[name]:
                 getattr(self, name).load_state_dict(state[name])
+        for optimizer, content in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
         for name in ("epoch", "losses", "best", "metrics"):
             setattr(self, name, state[name])
 
@@ -805,7 +869,7 @@ class Folder:
     def compare(self, content: dict) -> None:
         """Raise UsageError with each difference between the run of a checkpoint and this one."""
         content = {"images": self.record["images"]} | content
-        if not {*self.record, "optimizer", "losses"} <= content.keys():
+        if not {*self.record, "optimizers", "losses"} <= content.keys():
             raise UsageError(f"{self.path} holds no checkpoint of this train.py: give another --out")
         # Options newer than the run take their defaults; the first version had one loss and one optimizer,
         # did not record the number of images and left "auto" in place.
@@ -843,22 +907,17 @@ class Folder:
         lines = [line for line in training.metrics if "epoch" in line]
         if not (self.process.first and lines):
             return
-        from matplotlib.figure import Figure
-
         options = training.options
         column = {name: [line[name] for line in lines] for name in lines[0]}
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        figure, (left, right) = subplots(2, 9, 3.4)
         figure.suptitle(f"{Path(options.model or options.init_weights).stem} on {Path(options.data).name}")
-        left, right = figure.subplots(1, 2)
         left.plot(column["epoch"], column["train_loss"])
         left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
         for name, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
             right.plot(column["epoch"], column[name], label=f"{label}, best {max(column[name]):.2f}%")
         right.set(xlabel="epoch", ylabel="validation accuracy, %")
         right.legend(frameon=False, loc="lower right")
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=110)
-        write_whole(self.path / "curves.png", picture.getbuffer())
+        save_figure(figure, self.path / "curves.png")
         self.drawn = time.monotonic()
 
     def close(self) -> None:
@@ -930,7 +989,7 @@ def fit(
     step). Raises Stopped after a signal, and RunError when the loss or the weights are no longer finite.
     """
     options, process, model, ema = training.options, training.process, training.model, training.ema
-    optimizer, scaler, forward = training.optimizer, training.scaler, training.forward
+    optimizers, scaler, forward = training.optimizers, training.scaler, training.forward
     loss_function, mixup = LOSSES[options.loss], Mixup(options.mixup, options.cutmix)
     statistics, ema_statistics = RunningStatistics(model), RunningStatistics(training.scored)
     epochs, classes = options.epochs + options.cooldown_epochs, len(data.classes)
@@ -941,8 +1000,8 @@ def fit(
         begun = said = time.monotonic()  # said: when progress was last printed
         waited = data.wait_seconds
         lr = lr_at(epoch, options)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+            group["lr"] = lr * group.get("scale", 1)
         losses = torch.zeros(data.steps, device=process.device)  # mean over this process's micro-batches
         first = done = 0 if training.losses is None else len(training.losses)
         if first:  # resumed in mid-epoch
@@ -965,18 +1024,20 @@ def fit(
                 statistics.write(start)
                 with torch.autocast(images.device.type, training.amp, enabled=training.amp is not None):
                     logits = forward(images)
-                loss = loss_function(logits, targets, options) / options.accumulate
+                loss = loss_function(logits, targets, images, options) / options.accumulate
                 scaler.scale(loss).backward()
                 found = statistics.read()
                 # Infinities and NaN from a float16 overflow would never leave the running statistics.
                 after.append(found.where(found.isfinite(), start) if scaler.is_enabled() else found)
                 losses[step] += loss.detach()
-            if "max_grad_norm" not in optimizer.defaults:
-                scaler.unscale_(optimizer)
+            if not any("max_grad_norm" in optimizer.defaults for optimizer in optimizers):
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-            scaler.step(optimizer)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad()
             mean = sum(after) / options.accumulate
             if ema is not None:
                 statistics.write(mean)
@@ -1126,17 +1187,17 @@ def run(options: Options, process: Process) -> int:
     # Nothing is written before this line, so that a refused command leaves no folder behind.
     checkpoint = process.from_first(folder.open)
     if process.first:
-        machine = {"torch": torch.__version__, "processes": process.world, "device": str(process.device)}
-        if process.device.type == "cuda":
-            machine["device"] += f", {torch.cuda.get_device_name(process.device)}"
-        write_whole(folder.path / "config.json", json.dumps(record | machine, indent=1) + "\n")
+        content = record | {"processes": process.world, "machine": machine(process.device)}
+        write_whole(folder.path / "config.json", json.dumps(content, indent=1) + "\n")
     shown = "  ".join(f"{name}={value}" for name, value in asdict(options).items() if value is not None)
     say(textwrap.fill(shown, 110, break_on_hyphens=False))
     epochs = options.epochs + options.cooldown_epochs
-    decayed, rest = (sum(p.numel() for p in g["params"]) for g in training.optimizer.param_groups)
+    groups = itertools.chain.from_iterable(optimizer.param_groups for optimizer in training.optimizers)
+    decayed = sum(p.numel() for group in groups if group["weight_decay"] for p in group["params"])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
-        f"{decayed:,} parameters with weight decay, {rest:,} without; {epochs} epochs of {data.steps} "
-        f"steps of {process.world} x {options.accumulate} x {options.batch} images"
+        f"{decayed:,} parameters with weight decay, {trained - decayed:,} without; {epochs} epochs of "
+        f"{data.steps} steps of {process.world} x {options.accumulate} x {options.batch} images"
     )
     if checkpoint is not None:
         # Each process reads the file itself, which saves pickling and broadcasting it.

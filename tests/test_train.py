@@ -87,7 +87,7 @@ def results(state: dict) -> dict:
     """Return the content of a checkpoint, without clock readings and paths."""
     clock = ("images_per_second", "data_wait", "seconds")
     metrics = [{k: v for k, v in line.items() if k not in clock} for line in state["metrics"]]
-    return {k: state[k] for k in ("model", "ema", "optimizer", "epoch", "best")} | {"metrics": metrics}
+    return {k: state[k] for k in ("model", "ema", "optimizers", "epoch", "best")} | {"metrics": metrics}
 
 
 def learned(out: Path) -> dict:
@@ -234,9 +234,9 @@ def test_losses_equal_timm():
     targets[0, 0] = 0.2  # a target at the threshold counts as 0
     options = Options(loss_threshold=0.2)
     theirs = timm.loss.BinaryCrossEntropy(smoothing=0.0, target_threshold=0.2)(logits, targets)
-    torch.testing.assert_close(train.LOSSES["bce"](logits, targets, options), theirs)
+    torch.testing.assert_close(train.LOSSES["bce"](logits, targets, None, options), theirs)
     theirs = timm.loss.SoftTargetCrossEntropy()(logits, targets)
-    torch.testing.assert_close(train.LOSSES["soft_ce"](logits, targets, options), theirs)
+    torch.testing.assert_close(train.LOSSES["soft_ce"](logits, targets, None, options), theirs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_accumulated_gradients_are_the_mean_over_micro_batches():
     expected = torch.autograd.grad(total, list(training.model.parameters()))
     other, data = make_training(**plain)
     found = []
-    other.optimizer.step = lambda: found.append([p.grad.clone() for p in other.model.parameters()])
+    other.optimizers[0].step = lambda: found.append([p.grad.clone() for p in other.model.parameters()])
     with pytest.raises(Stopped):
         fit(other, data, stop=StopAfter(1))
     torch.testing.assert_close(found[0], list(expected), rtol=1e-5, atol=1e-7)
@@ -445,7 +445,7 @@ def test_gradients_of_other_optimizers_are_clipped(monkeypatch):
     monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e-3)
     training, data = make_training(optimizer="adamw")
     seen, parameters = [], list(training.model.parameters())
-    training.optimizer.register_step_pre_hook(
+    training.optimizers[0].register_step_pre_hook(
         lambda *_: seen.append(train.norms([p.grad for p in parameters]).norm().item())
     )
     fit(training, data)
@@ -494,7 +494,8 @@ def test_digits_are_learned_and_recorded(tmp_path, capsys):
     assert [line["epoch"] for line in metrics[:-1]] == [1, 2, 3, 4, 5]
     assert metrics[-1]["test_top1"] > 85 and metrics[-1]["test_count"] == 266
     record = json.loads((out / "config.json").read_text())
-    assert (record["options"]["epochs"], record["options"]["amp"], record["device"]) == (5, "off", "cpu")
+    assert (record["options"]["epochs"], record["options"]["amp"]) == (5, "off")
+    assert record["machine"]["device"] == "cpu"
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "lr=0.01" in printed and "epoch 5/5" in printed and "recipe digits" in printed
@@ -724,7 +725,7 @@ def test_a_full_disk_is_reported_in_one_line_and_loses_nothing(tiny, finished, t
 
 
 def test_errors_of_pytorch_keep_their_traceback(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(train.LOSSES, "bce", lambda logits, targets, options: logits @ logits)
+    monkeypatch.setitem(train.LOSSES, "bce", lambda logits, *_: logits @ logits)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         train.main(arguments(tiny, tmp_path / "run"))
 
@@ -823,9 +824,9 @@ def test_a_data_set_an_optimizer_and_a_loss_are_one_entry_each(tiny, tmp_path, m
 
     halves = data.SmallSet(load_halves, (0.5,) * 3, (0.5,) * 3, padding=0, flip=0.0)
     monkeypatch.setitem(data.SMALL_SETS, "halves", halves)
-    monkeypatch.setitem(train.OPTIMIZERS, "sgd", lambda groups, o: torch.optim.SGD(groups, lr=o.lr))
+    monkeypatch.setitem(train.OPTIMIZERS, "sgd", lambda model, o: torch.optim.SGD(model.parameters()))
     monkeypatch.setitem(
-        train.LOSSES, "squared", lambda logits, targets, o: (logits.float() - targets).square().mean()
+        train.LOSSES, "squared", lambda logits, targets, *_: (logits.float() - targets).square().mean()
     )
     asked = {"optimizer": "sgd", "loss": "squared", "epochs": 12, "warmup_epochs": 0, "lr": 0.3, "mixup": 0.0}
     options = resolve(Options(data="halves", model=tiny, size=16, batch=16, device="cpu", **asked))
