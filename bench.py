@@ -753,6 +753,7 @@ def draw(values: dict[str, float], title: str, stem: Path) -> list:
     from adjustText import adjust_text
 
     figure, (axes,) = subplots(1, 8.3, 5.6)
+    figure.set_dpi(200)
     kinds = {k: "NEXcepTion" if k.startswith("nexception") else row.kind for k, row in TABLE_1.items()}
     keys = sorted(values, key=lambda key: -float(TABLE_1[key].parameters))
     areas = [AREA_PER_MILLION * float(TABLE_1[key].parameters) for key in keys]

@@ -178,7 +178,7 @@ def subplots(columns: int, width: float, height: float, rows: int = 1, **kwargs)
     """Return a figure of `width` x `height` inches and its axes, (rows * columns,), without upper spines."""
     from matplotlib.figure import Figure  # here, since it takes as long to import as a short command
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -192,7 +192,7 @@ def save_figure(figure, path: Path) -> None:
     picture, kind = io.BytesIO(), path.suffix[1:]
     metadata = {"png": {"Software": None}, "svg": {"Date": None}}[kind]
     with matplotlib.rc_context({"svg.hashsalt": "nexception"}):
-        figure.savefig(picture, format=kind, dpi=130, bbox_inches="tight", metadata=metadata)
+        figure.savefig(picture, format=kind, dpi=figure.dpi, metadata=metadata)
     write_whole(path, picture.getbuffer())
 
 
@@ -208,9 +208,10 @@ def machine(device: torch.device) -> dict:
         "device": str(device), "processor": processor, "cores": cpu_count(),
         "threads": torch.get_num_threads(), "load_average": os.getloadavg(),
         "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(), "command": shlex.join(["python", *sys.argv]), "commit": "",
+        "python": platform.python_version(), "torch": torch.__version__,
+        "command": shlex.join(["python", *sys.argv]), "commit": "",
     }  # fmt: skip
-    for package in ("torch", "torchvision", "timm", "pillow"):
+    for package in ("torchvision", "timm", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             record[package] = importlib.metadata.version(package)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
