@@ -938,7 +938,7 @@ def input_speed(options: DataOptions) -> None:
         works = {
             "training": take_from(ours().train_batches),
             "evaluation": take_from(lambda _: scored.eval_batches()),
-            "training without RandAugment": take_from(ours(layers=0).train_batches),
+            "training without RandAugment": take_from(ours(policy="none").train_batches),
             "decoding alone": lambda: len(
                 [decode(bytearray(Path(files.path(n)).read_bytes())) for n in drawn()]
             ),

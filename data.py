@@ -155,10 +155,11 @@ class Augmentation:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # folders: width / height of a crop, log-uniform
     padding: int = 0  # small sets: zero padding in pixels before a random crop; 0: no crop
     flip: float = 0.5  # probability of a horizontal flip
-    layers: int = 2  # RandAugment operations drawn per image; 0: no RandAugment
-    probability: float = 0.5  # of applying each operation drawn
-    magnitude: float = 7.0  # mean magnitude of RandAugment, in [0, 10]
-    magnitude_std: float = 0.5  # standard deviation of the magnitude
+    policy: str = "rand_augment"  # key of POLICIES
+    layers: int = 2  # RandAugment: operations drawn per image
+    probability: float = 0.5  # RandAugment: of applying each operation drawn
+    magnitude: float = 7.0  # RandAugment: mean magnitude, in [0, 10]
+    magnitude_std: float = 0.5  # RandAugment: standard deviation of the magnitude
     repeats: int = 3  # repeated augmentation: copies of an image per epoch; 1: each image once
 
 
@@ -366,53 +367,47 @@ def enhancement(magnitude: float, sign: int) -> float:
 
 
 # Operations and their arguments as functions of magnitude (in [0, 10]) and random sign, on timm's scales.
-OPERATIONS = (
-    (auto_contrast, lambda magnitude, sign: 0),
-    (equalize, lambda magnitude, sign: 0),
-    (invert, lambda magnitude, sign: 0),
-    (rotate, lambda magnitude, sign: sign * magnitude / 10 * 30),  # degrees
-    (posterize, lambda magnitude, sign: max(1, 4 - int(magnitude / 10 * 4))),  # bits kept
-    (solarize, lambda magnitude, sign: 256 - int(magnitude / 10 * 256)),  # threshold
-    (solarize_add, lambda magnitude, sign: int(magnitude / 10 * 110)),  # added below 128
-    (color, enhancement),
-    (contrast, enhancement),
-    (brightness, enhancement),
-    (sharpness, enhancement),
-    (shear_x, lambda magnitude, sign: sign * magnitude / 10 * 0.3),
-    (shear_y, lambda magnitude, sign: sign * magnitude / 10 * 0.3),
-    (translate_x, lambda magnitude, sign: sign * magnitude / 10 * 0.45),  # fraction of the width
-    (translate_y, lambda magnitude, sign: sign * magnitude / 10 * 0.45),  # fraction of the height
-)
+OPERATIONS = {
+    "auto_contrast": (auto_contrast, lambda magnitude, sign: 0),
+    "equalize": (equalize, lambda magnitude, sign: 0),
+    "invert": (invert, lambda magnitude, sign: 0),
+    "rotate": (rotate, lambda magnitude, sign: sign * magnitude / 10 * 30),  # degrees
+    "posterize": (posterize, lambda magnitude, sign: max(1, 4 - int(magnitude / 10 * 4))),  # bits kept
+    "solarize": (solarize, lambda magnitude, sign: 256 - int(magnitude / 10 * 256)),  # threshold
+    "solarize_add": (solarize_add, lambda magnitude, sign: int(magnitude / 10 * 110)),  # added below 128
+    "color": (color, enhancement),
+    "contrast": (contrast, enhancement),
+    "brightness": (brightness, enhancement),
+    "sharpness": (sharpness, enhancement),
+    "shear_x": (shear_x, lambda magnitude, sign: sign * magnitude / 10 * 0.3),
+    "shear_y": (shear_y, lambda magnitude, sign: sign * magnitude / 10 * 0.3),
+    "translate_x": (translate_x, lambda magnitude, sign: sign * magnitude / 10 * 0.45),  # of the width
+    "translate_y": (translate_y, lambda magnitude, sign: sign * magnitude / 10 * 0.45),  # of the height
+}
 GEOMETRIC = (rotate, shear_x, shear_y, translate_x, translate_y)  # also take a fill colour and a filter
+# The operations that RandAugment draws from, in the order of its draws: new operations do not change them.
+RAND_AUGMENT = (
+    "auto_contrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color",
+    "contrast", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
+)  # fmt: skip
 
 
 class Draws(NamedTuple):
-    """Random choices of RandAugment for a batch, each (layers, N)."""
+    """Random choices for a batch, each (layers, N)."""
 
-    operation: np.ndarray  # index into OPERATIONS; -1: not applied
+    operation: np.ndarray  # key of OPERATIONS; "": none
     magnitude: np.ndarray  # in [0, 10]
     sign: np.ndarray  # -1 | 1
     bicubic: np.ndarray  # bool
 
 
-def draw_operations(count: int, augment: Augmentation, rng: np.random.Generator) -> Draws:
-    """Draw operations for `count` images, with replacement, and whether each is applied."""
-    shape = (augment.layers, count)
-    operation = rng.integers(len(OPERATIONS), size=shape)
-    applied = rng.random(shape) < augment.probability
-    magnitude = rng.normal(augment.magnitude, augment.magnitude_std, shape).clip(0, 10)
-    sign = rng.integers(2, size=shape) * 2 - 1
-    bicubic = rng.random(shape) < 0.5
-    return Draws(np.where(applied, operation, -1), magnitude, sign, bicubic)
-
-
-def apply_operation(images: torch.Tensor, choice: int, arguments: list, fill: torch.Tensor, bicubic: bool):
-    """Apply OPERATIONS[choice] to uint8 (N, 3, H, W), one argument per image; fill: uint8 (3, 1, 1)."""
-    operation = OPERATIONS[choice][0]
+def apply_operation(images: torch.Tensor, name: str, arguments: list, fill: torch.Tensor, bicubic: bool):
+    """Apply OPERATIONS[name] to uint8 (N, 3, H, W), one argument per image; fill: uint8 (3, 1, 1)."""
+    operation = OPERATIONS[name][0]
     return operation(images, arguments, *([fill, bicubic] if operation in GEOMETRIC else []))
 
 
-def rand_augment(images: torch.Tensor, draws: Draws, fill: torch.Tensor) -> torch.Tensor:
+def apply_draws(images: torch.Tensor, draws: Draws, fill: torch.Tensor) -> torch.Tensor:
     """Apply the drawn operations to uint8 (B, 3, H, W) in place and return it.
 
     Images with the same operation and filter are processed together, on a CPU as many as fit its cache.
@@ -422,17 +417,46 @@ def rand_augment(images: torch.Tensor, draws: Draws, fill: torch.Tensor) -> torc
     at_once = max(1, CACHE // images[0].numel()) if on_cpu else len(images)
     pixels = images.numpy() if on_cpu else images  # NumPy's indexing is eight times as fast
     for operation, magnitude, sign, bicubic in zip(*(choice.tolist() for choice in draws), strict=True):
-        groups: dict[tuple[int, bool], list[int]] = {}
-        for n, choice in enumerate(operation):
-            if choice >= 0:
-                groups.setdefault((choice, bicubic[n] and OPERATIONS[choice][0] in GEOMETRIC), []).append(n)
-        for (choice, smooth), group in groups.items():
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for n, name in enumerate(operation):
+            if name:
+                groups.setdefault((name, bicubic[n] and OPERATIONS[name][0] in GEOMETRIC), []).append(n)
+        for (name, smooth), group in groups.items():
             for members in (group[start : start + at_once] for start in range(0, len(group), at_once)):
-                arguments = [OPERATIONS[choice][1](magnitude[n], sign[n]) for n in members]
+                arguments = [OPERATIONS[name][1](magnitude[n], sign[n]) for n in members]
                 where = members if len(members) > 1 else slice(members[0], members[0] + 1)
                 chosen = torch.as_tensor(pixels[where])
-                pixels[where] = apply_operation(chosen, choice, arguments, fill, smooth)
+                pixels[where] = apply_operation(chosen, name, arguments, fill, smooth)
     return images
+
+
+def rand_augment(images: torch.Tensor, augment: Augmentation, rng, fill: torch.Tensor) -> torch.Tensor:
+    """timm's RandAugment: operations drawn with replacement, each applied with `augment.probability`."""
+    shape = (augment.layers, len(images))
+    operation = np.array(RAND_AUGMENT)[rng.integers(len(RAND_AUGMENT), size=shape)]
+    applied = rng.random(shape) < augment.probability
+    magnitude = rng.normal(augment.magnitude, augment.magnitude_std, shape).clip(0, 10)
+    sign = rng.integers(2, size=shape) * 2 - 1
+    bicubic = rng.random(shape) < 0.5
+    return apply_draws(images, Draws(np.where(applied, operation, ""), magnitude, sign, bicubic), fill)
+
+
+def trivial_augment(images: torch.Tensor, _: Augmentation, rng, fill: torch.Tensor) -> torch.Tensor:
+    """TrivialAugment (Müller and Hutter, 2021): one of RandAugment's operations, at a uniform magnitude."""
+    shape = (1, len(images))
+    operation = np.array(RAND_AUGMENT)[rng.integers(len(RAND_AUGMENT), size=shape)]
+    magnitude, sign = rng.uniform(0, 10, shape), rng.integers(2, size=shape) * 2 - 1
+    return apply_draws(images, Draws(operation, magnitude, sign, rng.random(shape) < 0.5), fill)
+
+
+# A new policy is a function and an entry. It gets cropped and flipped images, uint8 (B, 3, H, W), which it
+# may change, the Augmentation, the batch's np.random.Generator, from which all its draws must come, and the
+# fill colour, uint8 (3, 1, 1). It returns uint8 (B, 3, H, W).
+POLICIES = {
+    "none": lambda images, augment, rng, fill: images,
+    "rand_augment": rand_augment,
+    "trivial_augment": trivial_augment,
+}
 
 
 def fill_colour(mean: tuple[float, float, float]) -> torch.Tensor:
@@ -502,7 +526,7 @@ class SmallDataset:
             return images, labels, []
         rng = np.random.default_rng((*job.key, AUGMENTATION))
         images = crop_and_flip(images, self.augment, rng)
-        return rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill), labels, []
+        return POLICIES[self.augment.policy](images, self.augment, rng, self.fill), labels, []
 
 
 def resize_all(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -683,7 +707,7 @@ def default_augmentation(source: str) -> Augmentation:
     if source not in SMALL_SETS:
         return Augmentation()
     small = SMALL_SETS[source]
-    return Augmentation(padding=small.padding, flip=small.flip, layers=0, repeats=1)
+    return Augmentation(padding=small.padding, flip=small.flip, policy="none", repeats=1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -835,7 +859,7 @@ class FolderDataset(Dataset):
                     taken.append(index)
                     break
             if training:
-                rand_augment(images, draw_operations(len(images), self.augment, rng), self.fill)
+                images = POLICIES[self.augment.policy](images, self.augment, rng, self.fill)
         return images[: len(taken)], torch.from_numpy(files.labels[np.array(taken, dtype=np.int64)]), bad
 
     def random_crop(self, image: torch.Tensor, draws: list[float]) -> torch.Tensor:
@@ -1010,6 +1034,8 @@ def open_data(
     """
     source, device = str(source), torch.device(device)
     augment = augment or default_augmentation(source)
+    if augment.policy not in POLICIES:
+        raise UsageError(f"there is no policy {augment.policy!r}: choose from {', '.join(POLICIES)}")
     if source in SMALL_SETS:
         small = SMALL_SETS[source]
         transform = transform or EvalTransform(size or 32, 1.0, "bilinear", small.mean, small.std)

@@ -49,6 +49,7 @@ from pathlib import Path
 
 from data import (
     MIXING,
+    POLICIES,
     SMALL_SETS,
     Augmentation,
     Data,
@@ -422,12 +423,12 @@ RECIPES = {
                       PAPER | {"seed": 2, "batch": 32, "lr": 1.4e-3}),
     "small-folder": Recipe(
         "epochs for a million images in total; 16 photographs, nexception_nano: 83.4% in 12 epochs",
-        ONE | {"lr": 1e-2, "repeats": 1, "rand_augment": 0.0, "min_scale": 0.35, "cutmix": 0.0},
+        ONE | {"lr": 1e-2, "repeats": 1, "policy": "none", "min_scale": 0.35, "cutmix": 0.0},
     ),
     "fine-tune": Recipe(
         "digits from a 7-class network: 95.1% in 15 epochs (LAMB: 42.9%); photographs from numbers: 65.2%",
         ONE | {"optimizer": "adamw", "lr": 2e-4, "epochs": 30, "warmup_epochs": 2, "repeats": 1,
-               "rand_augment": 0.0, "min_scale": 0.35, "mixup": 0.0, "cutmix": 0.0},
+               "policy": "none", "min_scale": 0.35, "mixup": 0.0, "cutmix": 0.0},
     ),
     "digits": Recipe(
         "on digits, nexception_nano reaches 99.2 to 100% (seeds 1 to 3) in a minute on two idle CPU cores",
@@ -473,7 +474,8 @@ class Options:
 
     mixup: float | None = option(None, "mixup alpha; 0: none", 0)
     cutmix: float | None = option(None, "cutmix alpha; 0: none", 0)
-    rand_augment: float | None = option(None, "RandAugment magnitude; 0: none", 0, 10)
+    policy: str | None = option(None, "augmentation beside crops and flips", choices=tuple(POLICIES))
+    magnitude: float | None = option(None, "mean magnitude of rand_augment", 0, 10)
     repeats: int | None = option(None, "repeated augmentation: copies of an image per epoch; 1: none", 1)
     flip: float | None = option(None, "probability of a horizontal flip", 0, 1)
     exif: bool = option(False, "rotate photographs by their EXIF orientation")
@@ -549,7 +551,7 @@ def resolve(
     augment = default_augmentation(options.data)
     recipe = {
         "size": 32 if options.data in SMALL_SETS else config.input_size, "drop_path": config.drop_path,
-        "flip": augment.flip, "rand_augment": augment.magnitude if augment.layers else 0.0,
+        "flip": augment.flip, "policy": augment.policy, "magnitude": augment.magnitude,
         "repeats": augment.repeats, "min_scale": augment.scale[0],
     } | RECIPES[name].values | {"recipe": name}  # fmt: skip
     if options.init_weights:
@@ -607,8 +609,8 @@ def check_channels(config: ModelConfig, name: str) -> None:
 def augmentation(options: Options) -> Augmentation:
     """Return the augmentation that resolved `options` ask for."""
     return replace(
-        default_augmentation(options.data), layers=2 if options.rand_augment else 0, flip=options.flip,
-        magnitude=options.rand_augment, repeats=options.repeats, scale=(options.min_scale, 1.0),
+        default_augmentation(options.data), policy=options.policy, magnitude=options.magnitude,
+        flip=options.flip, repeats=options.repeats, scale=(options.min_scale, 1.0),
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from sklearn.datasets import load_sample_image
 
 auto_augment = pytest.importorskip("timm.data.auto_augment")
 FILL = data.fill_colour(data.IMAGENET_MEAN)
-PLAIN = Augmentation(layers=0, flip=0, repeats=1)
+PLAIN = Augmentation(policy="none", flip=0, repeats=1)
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +86,15 @@ def epoch_of(source, epoch=1, first_step=0, plan=None, **options):
 # ----------------------------------------------------------------------------------------------------------
 # Augmentation
 
-CASES = [(n, False) for n in range(len(OPERATIONS))]
-CASES += [(n, True) for n, (function, _) in enumerate(OPERATIONS) if function in data.GEOMETRIC]
-NAMES = [OPERATIONS[n][0].__name__ for n, _ in CASES]
-each_case = pytest.mark.parametrize("choice, bicubic", CASES, ids=NAMES)
+CASES = [(name, False) for name in OPERATIONS]
+CASES += [(name, True) for name, (function, _) in OPERATIONS.items() if function in data.GEOMETRIC]
+each_case = pytest.mark.parametrize("choice, bicubic", CASES)
 
 
 @each_case
 def test_operations_equal_timm_within_a_grey_level(monkeypatch, photograph, choice, bicubic):
     function, argument = OPERATIONS[choice]
-    name = auto_augment._RAND_INCREASING_TRANSFORMS[choice]
+    name = auto_augment._RAND_INCREASING_TRANSFORMS[data.RAND_AUGMENT.index(choice)]
     pils, level = auto_augment.NAME_TO_OP[name], auto_augment.LEVEL_TO_ARG[name] or (lambda *_: ())
     monkeypatch.setattr(auto_augment, "_randomly_negate", lambda value: value * sign)
     images = [photograph.resize(size, Image.Resampling.BICUBIC) for size in ((224, 224), (32, 32), (57, 40))]
@@ -133,7 +132,7 @@ def test_operations_are_independent_of_batch_and_memory_format(photograph, choic
 
 def test_operations_at_their_limits():
     assert FILL.flatten().tolist() == [124, 116, 104]  # round(255 * ImageNet's mean)
-    pixels, bits = torch.tensor([[[[100, 200]]]]).byte(), OPERATIONS[4][1](10, 1)
+    pixels, bits = torch.tensor([[[[100, 200]]]]).byte(), OPERATIONS["posterize"][1](10, 1)
     assert data.posterize(pixels, [bits]).tolist() == [[[[0, 128]]]]
     image = torch.arange(36, dtype=torch.uint8).view(1, 3, 4, 3) * 4
     for translate in (data.translate_x, data.translate_y):
@@ -144,15 +143,24 @@ def test_operations_at_their_limits():
     assert ((turned == 200) | (turned == FILL)).all() and (turned[..., 0] == FILL[..., 0]).all()
 
 
-def test_rand_augment_applies_the_drawn_operations(photograph):
+def draw(policy: str, count: int, seed: int) -> data.Draws:
+    """Return what a policy draws for `count` images."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(data, "apply_draws", lambda images, draws, fill: draws)
+        return data.POLICIES[policy](torch.empty(count, 0), Augmentation(), np.random.default_rng(seed), FILL)
+
+
+@pytest.mark.parametrize("policy, layers", [("rand_augment", 2), ("trivial_augment", 1)])
+def test_policies_apply_the_drawn_operations(photograph, policy, layers):
     images = as_tensor(photograph.resize((40, 40)))[None].repeat(30, 1, 1, 1)
-    draws = data.draw_operations(30, Augmentation(), np.random.default_rng(3))
-    together = data.rand_augment(images.clone(), draws, FILL)
+    draws = draw(policy, 30, 3)
+    assert draws.operation.shape == (layers, 30)
+    together = data.POLICIES[policy](images.clone(), Augmentation(), np.random.default_rng(3), FILL)
     for n in range(30):
         expected = images[n : n + 1]
-        for layer in range(2):
+        for layer in range(layers):
             choice = draws.operation[layer, n]
-            if choice >= 0:
+            if choice:
                 argument = OPERATIONS[choice][1](draws.magnitude[layer, n], draws.sign[layer, n])
                 expected = data.apply_operation(expected, choice, [argument], FILL, draws.bicubic[layer, n])
         assert torch.equal(together[n], expected[0])
@@ -169,9 +177,9 @@ def test_draws_have_timms_statistics():
     count = 20000
     for _ in range(count):
         recipe(None)
-    draws = data.draw_operations(count, Augmentation(), np.random.default_rng(0))
+    draws = draw("rand_augment", count, 0)
     error = math.sqrt(2 * count * 0.5 / 15)  # one standard deviation of an operation's count
-    for choice, name in enumerate(op.name for op in recipe.ops):
+    for choice, name in zip(data.RAND_AUGMENT, (op.name for op in recipe.ops), strict=True):
         mine = draws.operation == choice
         theirs = [arguments for n, arguments in seen if n == name]
         assert abs(mine.sum() - len(theirs)) < 5 * error * math.sqrt(2), name
@@ -184,6 +192,23 @@ def test_draws_have_timms_statistics():
             assert np.abs(ours).std() == pytest.approx(np.abs(theirs).std(), rel=0.15)
     assert abs(draws.bicubic.mean() - 0.5) < 0.01
     assert draws.magnitude.min() >= 0 and draws.magnitude.max() <= 10
+
+
+def test_trivial_augment_draws_one_operation_uniformly():
+    draws = draw("trivial_augment", 20000, 0)
+    names, counts = np.unique(draws.operation, return_counts=True)
+    assert sorted(names) == sorted(data.RAND_AUGMENT)
+    assert abs(counts - 20000 / 15).max() < 5 * math.sqrt(20000 / 15)
+    assert np.histogram(draws.magnitude, 10, (0, 10))[0].min() > 0.9 * 2000
+
+
+def test_a_new_operation_or_policy_leaves_the_draws_of_others_alone(monkeypatch, photograph):
+    before = epoch_of("digits", augment=Augmentation(repeats=1))
+    monkeypatch.setitem(OPERATIONS, "mirror", (lambda images, _: images.flip(-1), lambda *_: 0))
+    assert batches_equal(epoch_of("digits", augment=Augmentation(repeats=1)), before)
+    monkeypatch.setitem(data.POLICIES, "mine", lambda images, augment, rng, fill: images // 2)
+    mine, none = (epoch_of("digits", augment=replace(PLAIN, policy=name)) for name in ("mine", "none"))
+    assert batches_equal([(images // 2, labels) for images, labels in none], mine)
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (40, 400), (1, 7)])
@@ -296,7 +321,7 @@ def test_batches_are_independent_of_workers_and_first_step(folder):
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_processes_and_accumulation_share_the_virtual_ranks(folder, source, repeats):
     source, images = (folder, 4) if source == "folder" else (source, 32)
-    augment = replace(data.default_augmentation(str(source)), repeats=repeats, layers=2)
+    augment = replace(data.default_augmentation(str(source)), repeats=repeats, policy="rand_augment")
     options = {"augment": augment, "workers": 0}
     alone = epoch_of(source, plan={"batch": images, "accumulate": 4}, **options)
     for world in (2, 4):
@@ -634,6 +659,7 @@ def test_user_errors(tmp_path):
     for split in ("train", "val"):
         root = make_folder(tmp_path / f"only-{split}", {split: 1})
         assert_refused("needs train/ and one of val/, validation/ and test/", root)
+    assert_refused("no policy 'mine': choose from none, ", "digits", augment=replace(PLAIN, policy="mine"))
     root = make_folder(tmp_path / "images", {"train": 4, "val": 4})
     assert_refused("has 8 training images, too few for one step of 1 x 64 x 2", root, Plan(accumulate=2))
     (root / "train/green").mkdir()

@@ -279,8 +279,8 @@ def test_paper_recipe_is_the_default_of_the_paper_s_models(tmp_path):
             assert options.accumulate * world == 4
         expected = {
             "epochs": 300, "cooldown_epochs": 10, "warmup_epochs": 5, "weight_decay": 0.02, "mixup": 0.1,
-            "cutmix": 1.0, "loss": "bce", "loss_threshold": 0.2, "rand_augment": 7.0, "repeats": 3,
-            "flip": 0.5, "min_scale": 0.08, "drop_path": 0.05, "size": 224, "ema": 0.0,
+            "cutmix": 1.0, "loss": "bce", "loss_threshold": 0.2, "policy": "rand_augment", "magnitude": 7.0,
+            "repeats": 3, "flip": 0.5, "min_scale": 0.08, "drop_path": 0.05, "size": 224, "ema": 0.0,
         }  # fmt: skip
         assert expected.items() <= dataclasses.asdict(options).items()
     assert resolve(Options(data="/imagenet", model="xception")).size == 299
@@ -289,7 +289,7 @@ def test_paper_recipe_is_the_default_of_the_paper_s_models(tmp_path):
 def test_recipes_are_chosen_by_data_and_initial_weights(reference):
     said = []
     small = resolve(Options(data="/photos", model="nexception_s"), images=3800, say=said.append)
-    assert (small.repeats, small.cooldown_epochs, small.rand_augment, small.epochs) == (1, 0, 0.0, 263)
+    assert (small.repeats, small.cooldown_epochs, small.policy, small.epochs) == (1, 0, "none", 263)
     why = "the image count, 3,800 (--recipe paper for ImageNet's)"
     assert f"recipe small-folder, chosen by {why}" in said[-2] and "--init-weights" in said[-1]
     paper = resolve(Options(data="/photos", model="nexception_s", recipe="paper"), images=3800)
@@ -302,10 +302,10 @@ def test_recipes_are_chosen_by_data_and_initial_weights(reference):
 
 
 def test_command_line_overrides_the_recipe():
-    given = "--data /imagenet --model nexception_t --lr 0.001 --batch 32 --no-compile --rand-augment 0"
+    given = "--data /imagenet --model nexception_t --lr 0.001 --batch 32 --no-compile --policy none"
     options = resolve(parse(Options, given.split(), "train.py"))
     assert (options.lr, options.batch, options.compile, options.seed) == (0.001, 32, False, 1)
-    assert train.augmentation(options).layers == 0
+    assert train.augmentation(options).policy == "none"
     assert options.out == "runs/imagenet-nexception_t"
     on_gpu = torch.cuda.is_available()
     assert (options.amp, options.device) == (("bf16", "cuda") if on_gpu else ("off", "cpu"))
