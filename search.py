@@ -39,6 +39,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 import zlib
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -71,9 +72,6 @@ import psutil
 import torch
 from ConfigSpace import CategoricalHyperparameter, Configuration, ConfigurationSpace
 from distributed import Client, KilledWorker
-from matplotlib import colormaps
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from pebble import ProcessExpired, ProcessPool
 from scipy.stats import spearmanr, ttest_ind
 from sklearn.ensemble import RandomForestRegressor
@@ -99,6 +97,7 @@ REPEATS = 3  # training runs of each network in the final comparison
 START_LIMIT = 300  # seconds for the imports of a trial process
 OUT_OF_MEMORY = 251  # exit status of a trial process that exceeds its memory limit
 
+HOLLOW = {"color": "black", "fillstyle": "none"}  # of the markers for the choices of the paper
 # objective -> cost of a trial's results (smaller is better), value of a cost, format of a value, axis label
 # fmt: off
 OBJECTIVES = {
@@ -108,11 +107,10 @@ OBJECTIVES = {
     "parameters": (lambda t: t["parameters"] / 1e6, lambda c: c, "{:.3f} M parameters", "parameters, M"),
 }
 # fmt: on
-IMPORTANCES = {  # kind (see `importances`) -> title
-    "local": "local variance share",
-    "fanova": "fANOVA main effect",
-    "improvement": "improvement ratio (DeepCAVE's)",
-    "pairs": "fANOVA effect of pairs",
+IMPORTANCES = {  # kind (see `importances`) -> title, axis label
+    "local": ("local variance share", "share of the variance around the incumbent"),
+    "fanova": ("fANOVA main effect", "share of the variance over all configurations"),
+    "improvement": ("improvement ratio (DeepCAVE's)", "loss by other values / loss by the default"),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -264,6 +262,11 @@ def seconds(text: str, name: str) -> float:
 def clock(span: float) -> str:
     """Format seconds: 4.2 s, 3:20, 2:03:20."""
     return f"{span:.1f} s" if span < 60 else str(timedelta(seconds=round(span))).lstrip("0:")
+
+
+def epochs_text(budget: float) -> str:
+    """Format a budget: 1 epoch, 9 epochs."""
+    return f"{budget:g} epoch{'s' * (budget != 1)}"
 
 
 def check_budgets(lowest: int, highest: int) -> list[int]:
@@ -567,9 +570,10 @@ def parse_rows(content: bytes) -> list[dict]:
 def read_json(path: Path) -> dict:
     """Return the JSON object of a file, an empty one if the file is missing or broken."""
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Journal:
@@ -627,18 +631,24 @@ def successes(rows: list[dict], budget: float) -> list[dict]:
     return [row for row in rows if row["status"] == "success" and round(row["budget"]) == round(budget)]
 
 
-def accuracy(row: dict) -> float:
+def top1(row: dict) -> float:
     """Return the validation top-1 of a successful trial, in percent."""
     return 100 - 100 * row["cost"][0]
 
 
+def value_text(objective: str, cost: float) -> str:
+    """Format the value of a cost: 98.15%, 2,310 images/s, 12.3 MMACs, 0.410 M parameters."""
+    _, value, text, _ = OBJECTIVES[objective]
+    return text.format(value(cost))
+
+
 def result_text(costs: list[float], objectives: list[str]) -> str:
-    """Format costs as values: 98.15%  2,310 images/s  12.3 MMACs  0.41 M parameters."""
-    pairs = zip(objectives, costs, strict=False)
-    return "  ".join(OBJECTIVES[name][2].format(OBJECTIVES[name][1](cost)) for name, cost in pairs)
+    """Format the values of all costs: 98.15%  2,310 images/s."""
+    return "  ".join(map(value_text, objectives, costs))
 
 
 def incumbent_text(rows: list[dict], settings: dict) -> str:
+    """Format the incumbent, or the Pareto front of several objectives, one network per line."""
     found = best_rows(rows, settings["budgets"][-1])
     texts = [f"{short(row['config'])}  {result_text(row['cost'], settings['objectives'])}" for row in found]
     return "\n".join(f"incumbent: {text}" for text in texts) or "no incumbent yet at the highest budget"
@@ -646,33 +656,21 @@ def incumbent_text(rows: list[dict], settings: dict) -> str:
 
 def write_csv(folder: Path, rows: list[dict], settings: dict) -> None:
     """Write trials.csv, one row per trial."""
-    names = {"top1": "accuracy", "loss": "loss", "parameters": "parameters", "macs": "macs"}
-    names |= {"training_images_per_second": "images_per_second", "precision": "precision", "error": "error"}
+    space = settings["space"]
+    names = ("top1", "loss", "parameters", "macs", "training_images_per_second", "amp", "error")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([*settings["space"], "budget", "seed", "status", "seconds", "elapsed", *names.values()])
+    table.writerow([*space, "budget", "seed", "status", "seconds", "elapsed", *names])
     for row in rows:
-        config = [row["config"][name] for name in settings["space"]]
         times = [round(row["end"] - row["start"], 3), round(row["elapsed"], 3)]
-        reported = [row["info"].get(name, "") for name in names]
-        table.writerow([*config, row["budget"], row["seed"], row["status"], *times, *reported])
+        results = [row["info"].get(name, "") for name in names]
+        config = [row["config"][name] for name in space]
+        table.writerow([*config, row["budget"], row["seed"], row["status"], *times, *results])
     write_whole(folder / "trials.csv", text.getvalue())
 
 
 # --------------------------------------------------------------------------------------------------
 # SMAC
-
-
-def one_hot(codes: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Encode unordered choices, (N, P) integers, as indicator columns, (N, sum of sizes)."""
-    codes = codes.astype(int)
-    columns = [np.eye(size, dtype=np.float32)[codes[:, i]] for i, size in enumerate(sizes)]
-    return np.concatenate(columns, axis=1)
-
-
-def every_point(sizes: list[int]) -> np.ndarray:
-    """Return the codes of all configurations, (product of sizes, P)."""
-    return np.indices(sizes).reshape(len(sizes), -1).T
 
 
 class OneHotForest(RandomForest):
@@ -1164,7 +1162,7 @@ class Search:
                 if outcome["status"] == "success" or not self.signal:
                     scored[name] = {"status": outcome["status"], "seed": job["seed"], **outcome["info"]}
                     write_whole(path, json.dumps(scored, indent=1))
-        print(comparison(self.folder, incumbent))
+        print(comparison(self.folder, incumbent)[0])
 
 
 def trial_seed(settings: dict, config: dict, *repeat: int) -> int:
@@ -1177,47 +1175,72 @@ def repeat_name(config: dict, repeat: int) -> str:
     return short(config) + (f" #{repeat}" if repeat > 1 else "")
 
 
-def comparison(folder: Path, incumbent: dict) -> str:
-    """Format mean and deviation of the final training runs, and Welch's t-tests of their differences."""
-    scored, splits, lines, accuracies = read_json(folder / "final.json"), set(), [], {}
-    for name, config in {"incumbent": incumbent, **points()}.items():
-        found = [scored.get(repeat_name(config, repeat)) for repeat in range(1, REPEATS + 1)]
-        done = [score for score in found if score and score["status"] == "success"]
-        splits |= {score.get("split", "test") for score in done}
-        top1 = accuracies[name] = [score["top1"] for score in done]
-        result = f"{np.mean(top1):.2f}%" if top1 else "no result"
-        result += f" ± {np.std(top1, ddof=1):.2f}" if len(top1) > 1 else ""
-        result += "".join(f"  {score['error']}" for score in found if score and score not in done)
-        lines.append(f"  {name:10} {short(config):58} {result} ({len(top1)})")
+def comparison(folder: Path, incumbent: dict) -> tuple[str, str]:
+    """Return the accuracies of the final trainings as text, and the name of the best network.
+
+    The text has mean and deviation of each network, and Welch's t-test of the incumbent's difference from
+    NEXcepTion's and Xception's choices.
+    """
+    compared, scored = {"incumbent": incumbent, **points()}, read_json(folder / "final.json")
+    width, lines, scores, splits = max(map(len, map(short, compared.values()))), [], {}, set()
+    for name, config in compared.items():
+        found = [scored.get(repeat_name(config, repeat), {}) for repeat in range(1, REPEATS + 1)]
+        done = [result for result in found if "top1" in result]
+        top1s = scores[name] = [result["top1"] for result in done]
+        splits |= {result["split"] for result in done}
+        text = f"{np.mean(top1s):.2f}%" if top1s else "no result"
+        text += f" ± {np.std(top1s, ddof=1):.2f}" if len(top1s) > 1 else ""
+        failed = "".join(f"  {first_line(result)}" for result in found if result not in done)
+        lines.append(f"  {name:10} {short(config):{width}}  {text} ({len(top1s)}){failed}")
     for name in points():
-        ours, theirs = accuracies["incumbent"], accuracies[name]
+        ours, theirs = scores["incumbent"], scores[name]
         if incumbent == points()[name] or min(len(ours), len(theirs)) < 2:
             continue
-        gap, p = np.mean(ours) - np.mean(theirs), ttest_ind(ours, theirs, equal_var=False).pvalue
-        verdict = f"{'more' if p < 0.05 else 'not more'} than the noise between seeds"
-        lines.append(f"incumbent - {name}: {gap:+.2f} points, {verdict} (Welch's t-test, p = {p:.2g})")
-    validation = "validation split, which the search has seen: the data have no test split"
-    split = "test split" if splits <= {"test"} else validation
-    return "\n".join([f"accuracy on the {split}; mean ± deviation (trainings):", *lines])
+        with warnings.catch_warnings():  # SciPy's, of scores that are all the same
+            warnings.simplefilter("ignore")
+            p = ttest_ind(ours, theirs, equal_var=False).pvalue
+        verdict = f"{'more' if p < 0.05 else 'not more'} than the noise between seeds (Welch's t-test, "
+        verdict += "p < 0.001)" if p < 0.001 else f"p = {p:.2g})"
+        gap = np.mean(ours) - np.mean(theirs)
+        lines.append(f"incumbent - {name}: " + (f"{gap:+.2f} points, {verdict}" if gap else "equal"))
+    best = max(scores, key=lambda name: np.mean(scores[name] or [-1]))
+    if best != "incumbent":
+        lines.append(f"the best of these is not what the search found, but {best}'s choices")
+    split = "test split" if splits <= {"test"} else "validation split, which the search has seen"
+    return "\n".join([f"accuracy on the {split}; mean ± deviation (trainings):", *lines]), best
+
+
+def first_line(info: dict) -> str:
+    """Return the first line of a failed trial's error."""
+    return info.get("error", "").partition("\n")[0][:100]
+
+
+def running_text(folder: Path) -> str:
+    """Say whether a search of this machine holds the lock of a run folder, without taking it."""
+    path, locks = folder / "trials.jsonl", Path("/proc/locks")
+    if not (path.exists() and locks.exists()):  # Linux alone lists the locks
+        return ""
+    found = re.search(rf"FLOCK +ADVISORY +WRITE (\d+) \S+:{path.stat().st_ino} ", locks.read_text())
+    return f", running (process {found[1]})" if found else ", not running on this machine"
 
 
 def status_text(folder: Path) -> str:
     """Format progress, incumbent and failures of a running or finished search; takes no lock."""
     settings, rows, state = settings_of(folder), rows_of(folder), read_json(folder / "state.json")
+    budgets, failures = settings["budgets"], [row for row in rows if row["status"] != "success"]
     of = [f" of {state[name]}" if state.get(name) else "" for name in ("trials", "walltime")]
-    lines = [f"{folder}: {settings['sampler']} on {settings['data']}, budgets {settings['budgets']} epochs"]
     elapsed = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in rows)])
-    lines += [f"{len(rows)}{of[0]} trials in {clock(elapsed)}{of[1]}"]
+    succeeded = ", ".join(f"{len(successes(rows, b))} succeeded after {epochs_text(b)}" for b in budgets)
+    lines = [
+        f"{folder}: {settings['sampler']} on {settings['data']}{running_text(folder)}",
+        f"{len(rows)}{of[0]} trials in {clock(elapsed)}{of[1]}; {succeeded}, {len(failures)} failed",
+        incumbent_text(rows, settings),
+    ]
     if rows:
-        lines[-1] += f"; the last one ended {clock(time.time() - rows[-1]['end'])} ago"
-    for budget in settings["budgets"]:
-        lines.append(f"  {budget:g} epochs: {len(successes(rows, budget))} succeeded")
-    lines.append(incumbent_text(rows, settings))
-    failures = [row for row in rows if row["status"] != "success"]
-    lines.append(f"{len(failures)} failures")
+        lines.insert(2, f"the last one ended {clock(max(0, time.time() - rows[-1]['end']))} ago")
     for row in failures[-5:]:
-        error = row["info"].get("error", "").split("\n")[0][:100]
-        lines.append(f"  {short(row['config'])} {row['budget']:g} epochs, {row['status']}: {error}")
+        where = f"{short(row['config'])}, {epochs_text(row['budget'])}"
+        lines.append(f"  {row['status']}: {where}: {first_line(row['info'])}")
     return "\n".join(lines)
 
 
@@ -1225,149 +1248,108 @@ def status_text(folder: Path) -> str:
 # Importance
 
 
-def leaves(tree, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the leaves of a scikit-learn tree on indicator columns, and their predictions (L,).
-
-    A leaf is a box, (L, sum of sizes) of bool: the values of each choice that lead to it. Sums over boxes are
-    exact, and much faster than sums over all configurations, of which there may be millions.
-    """
-    choice = np.repeat(np.arange(len(sizes)), sizes)
-    inside = np.ones((tree.node_count, len(choice)), dtype=bool)
-    for node in np.flatnonzero(tree.children_left >= 0):  # parents come before their children
-        left, right, column = tree.children_left[node], tree.children_right[node], tree.feature[node]
-        inside[left] = inside[right] = inside[node]
-        inside[left, column] = False
-        inside[right, choice == choice[column]] = False
-        inside[right, column] = True
-    ends = tree.children_left < 0
-    return inside[ends], tree.value[ends, 0, 0]
+def one_hot(codes: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Encode unordered choices, (N, P) integers, as indicator columns, (N, sum of sizes)."""
+    codes = codes.astype(int)
+    columns = [np.eye(size, dtype=np.float32)[codes[:, i]] for i, size in enumerate(sizes)]
+    return np.concatenate(columns, axis=1)
 
 
-def effects(codes: np.ndarray, costs: np.ndarray, sizes: list[int], incumbent=None, **settings) -> dict:
-    """Fit a forest to the costs and return the importances of `importances`, without intervals.
+def every_point(sizes: list[int]) -> np.ndarray:
+    """Return the codes of all configurations, (product of sizes, P)."""
+    return np.indices(sizes).reshape(len(sizes), -1).T
 
-    Returns {"local": (P,), "fanova": (P,), "improvement": (P,), "pairs": (P, P)}. incumbent: codes (P,),
-    default: the row of least cost. settings: arguments of RandomForestRegressor.
-    """
-    forest = RandomForestRegressor(max_features=5 / 6, **settings).fit(one_hot(codes, sizes), costs)
-    incumbent = codes[np.argmin(costs)] if incumbent is None else incumbent
-    choice, starts = np.repeat(np.arange(len(sizes)), sizes), np.cumsum([0, *sizes[:-1]])
-    around = np.repeat(incumbent[None], len(choice), axis=0)
-    around[np.arange(len(choice)), choice] = np.concatenate([np.arange(n) for n in sizes])
-    points = one_hot(np.stack([*around, incumbent, np.zeros_like(incumbent)]), sizes)
-    predictions = np.stack([tree.tree_.predict(points)[:, 0] for tree in forest.estimators_])
-    variances = np.stack([part.var(1) for part in np.split(predictions[:, :-2], starts[1:], axis=1)], axis=1)
-    total = variances.sum(1, keepdims=True)
-    local = (variances / np.where(total > 0, total, 1)).mean(0)
-    predictions = predictions.mean(0)
-    best, default = predictions[-2:]
-    losses = np.add.reduceat(predictions[:-2] - best, starts) / np.maximum(np.subtract(sizes, 1), 1)
-    main, pairs = np.zeros(len(sizes)), np.zeros((len(sizes), len(sizes)))
+
+@functools.cache
+def every_column(sizes: tuple[int, ...]) -> np.ndarray:
+    """Return the indicator columns of all configurations, (product of sizes, sum of sizes)."""
+    return one_hot(every_point(sizes), sizes)
+
+
+def effects(codes: np.ndarray, costs: np.ndarray, sizes: list, best: np.ndarray, trees: int) -> np.ndarray:
+    """Return the estimates of `importances`, (3, P), from one forest; best: the incumbent's codes, (P,)."""
+    forest = RandomForestRegressor(trees, max_features=5 / 6, random_state=0)
+    forest.fit(one_hot(codes, sizes), costs)
+    choices, space = range(len(sizes)), every_column(tuple(sizes))
+    others = [tuple(j for j in choices if j != i) for i in choices]
+    lines = [(*best[:i], slice(None), *best[i + 1 :]) for i in choices]  # a choice's values around the best
+    shares, mean = [], np.zeros(sizes)
     for tree in forest.estimators_:
-        inside, value = leaves(tree.tree_, sizes)
-        share = np.add.reduceat(inside, starts, axis=1, dtype=float) / sizes  # (L, P) of each choice's values
-        volume = share.prod(1)
-        value = value - volume @ value
-        variance = len(forest.estimators_) * (volume @ value**2 or 1)
-        scaled = inside / share[:, choice]
-        means = (volume * value) @ scaled  # (sum of sizes,): marginal mean of each value
-        joint = scaled.T @ ((volume * value)[:, None] * scaled)  # of each pair of values
-        main += np.add.reduceat(means**2, starts) / sizes / variance
-        squares = (joint - means - means[:, None]) ** 2
-        squares = np.add.reduceat(np.add.reduceat(squares, starts, axis=0), starts, axis=1)
-        pairs += squares / np.outer(sizes, sizes) / variance
-    np.fill_diagonal(pairs, 0)
-    return {"local": local, "fanova": main, "improvement": losses / ((default - best) or 1), "pairs": pairs}
+        grid = tree.tree_.predict(space).reshape(sizes)  # of every configuration
+        local = np.array([grid[line].var() for line in lines])
+        main = np.array([grid.mean(axis=axes).var() for axes in others])
+        shares.append([local / (local.sum() or 1), main / (grid.var() or 1)])
+        mean += grid / trees
+    least, default = mean[tuple(best)], mean.flat[0]
+    losses = [(mean[line] - least).sum() / max(n - 1, 1) for line, n in zip(lines, sizes, strict=True)]
+    return np.stack([*np.mean(shares, axis=0), np.array(losses) / ((default - least) or 1)])
 
 
-def importances(codes: np.ndarray, costs: np.ndarray, sizes: list[int], seed: int = 0) -> dict:
-    """Return three importances of each choice, and one of each pair, from random forests of the costs.
+def importances(codes: np.ndarray, costs: np.ndarray, sizes: list[int]) -> dict[str, np.ndarray]:
+    """Return three importances of each choice, from random forests of the costs: {kind: (4, P)}.
 
     codes: (N, P) integers; costs: (N,); sizes: the number of values of each of the P choices.
 
     - local: the variance of a tree's predictions over all values of a choice, around the incumbent (the row
       of least cost), divided by the sum over the choices; mean over the trees (Biedenkapp et al., 2018).
     - fanova: the variance of the marginal mean of a choice over all configurations, divided by the variance
-      of all predictions; mean over the trees (Hutter et al., 2014). pairs: the same of the joint marginal
-      mean of two choices minus their own marginal means.
+      of all predictions; mean over the trees (Hutter et al., 2014).
     - improvement: (mean prediction of a choice's other values around the incumbent - the incumbent's) / (the
       default's - the incumbent's), the default being the first value of each choice. DeepCAVE showed this
       ratio up to release 1.2, and so did the paper's Figure 4 (with negative ratios as 0).
 
-    Returns {kind: (4, P)} and {"pairs": (4, P, P)}: the estimate; both ends of its 90% interval, from forests
-    of resampled trials; and the noise level, the median over forests of trials in which the values of that
-    choice are shuffled. For pairs the residuals of an additive fit are shuffled instead, because forests find
-    pair effects in purely additive costs, too.
+    The four rows are the estimate, both ends of its 90% interval (5% and 95% of forests of resampled trials),
+    and the noise level: the median of forests of trials in which the values of that choice are shuffled.
     """
-    rng, few = np.random.default_rng(seed), {"n_estimators": FEW_TREES, "random_state": seed}
-    found = effects(codes, costs, sizes, n_estimators=TREES, random_state=seed)
-    resampled, noise = [], {kind: np.zeros_like(value) for kind, value in found.items()}
-    for rows in rng.integers(len(costs), size=(RESAMPLES, len(costs))):
-        resampled.append(effects(codes[rows], costs[rows], sizes, codes[costs.argmin()], **few))
+    rng, least = np.random.default_rng(0), costs.argmin()
+    estimate = effects(codes, costs, sizes, codes[least], TREES)
+    draws = rng.integers(len(costs), size=(RESAMPLES, len(costs)))
+    resampled = [effects(codes[rows], costs[rows], sizes, codes[least], FEW_TREES) for rows in draws]
+    noise, shuffled = np.zeros_like(estimate), np.zeros((SHUFFLES, len(IMPORTANCES)))
     for i in range(len(sizes)):
-        shuffled = []
-        for _ in range(SHUFFLES):
-            mixed = codes.copy()
-            mixed[:, i] = rng.permutation(mixed[:, i])
-            shuffled.append(effects(mixed, costs, sizes, **few))
-        for kind in IMPORTANCES:
-            noise[kind][..., i] = np.median([result[kind][..., i] for result in shuffled], axis=0)
-    columns = one_hot(codes, sizes)
-    weights, _, rank, _ = np.linalg.lstsq(columns, costs, rcond=None)
-    fitted, freedom = columns @ weights, len(costs) - rank
-    residuals = (costs - fitted) * math.sqrt(len(costs) / max(freedom, 1))
-    sums = [effects(codes, fitted + rng.permutation(residuals), sizes, **few) for _ in range(2 * SHUFFLES)]
-    noise["pairs"] = np.median([result["pairs"] for result in sums], axis=0)
-    noise["pairs"] += freedom == 0  # without residuals every pair counts as noise
-    ends = {kind: np.quantile([result[kind] for result in resampled], [0.05, 0.95], axis=0) for kind in found}
-    return {kind: np.stack([found[kind], *ends[kind], noise[kind]]) for kind in found}
+        mixed = codes.copy()
+        for k in range(SHUFFLES):
+            mixed[:, i] = rng.permutation(codes[:, i])
+            shuffled[k] = effects(mixed, costs, sizes, mixed[least], FEW_TREES)[:, i]
+        noise[:, i] = np.median(shuffled, axis=0)
+    rows = np.stack([estimate, *np.quantile(resampled, [0.05, 0.95], axis=0), noise], axis=1)  # (3, 4, P)
+    return dict(zip(IMPORTANCES, rows, strict=True))
 
 
 def importance(folder: Path) -> dict:
     """Return the importances at each budget of a run folder; write importance.json and importance.png.
 
-    {budget: {"trials": N, kind: {choice: [estimate, low, high, noise]}, "pairs": {"a × b": [...]}}}, with the
-    five strongest pairs (see `importances`). Budgets with fewer successful trials than twice the number of
-    choices are left out; raises UsageError if there is no other.
+    {budget: {"trials": N, kind: {choice: [estimate, low, high, noise]}}}, see `importances`. Budgets with
+    fewer successful trials than twice the number of choices are left out; raises UsageError if none is left.
     """
     settings, rows = settings_of(folder), rows_of(folder)
-    space = settings["space"]
-    least, sizes, found = 2 * len(space), [len(values) for values in space.values()], {}
+    space, found = settings["space"], {}
     for budget in settings["budgets"]:
         done = successes(rows, budget)
-        if len(done) < least:
-            continue
-        codes = np.array([[space[name].index(row["config"][name]) for name in space] for row in done])
-        result = importances(codes, np.array([row["cost"][0] for row in done]), sizes)
-        pairs = result.pop("pairs")
-        names = itertools.combinations(enumerate(space), 2)
-        pairs = [(f"{a} × {b}", pairs[:, i, j].tolist()) for (i, a), (j, b) in names]
-        found[budget] = {"trials": len(done)}
-        found[budget] |= {kind: dict(zip(space, v.T.tolist(), strict=True)) for kind, v in result.items()}
-        found[budget]["pairs"] = dict(sorted(pairs, key=lambda pair: -pair[1][0])[:5])
+        if len(done) >= 2 * len(space):
+            codes = np.array([[space[name].index(row["config"][name]) for name in space] for row in done])
+            costs, sizes = np.array([row["cost"][0] for row in done]), [len(space[name]) for name in space]
+            kinds = importances(codes, costs, sizes).items()
+            found[budget] = {kind: dict(zip(space, cells.T.tolist(), strict=True)) for kind, cells in kinds}
+            found[budget]["trials"] = len(done)
     if not found:
-        raise UsageError(f"{folder}: too few successful trials: importance needs {least} at a budget")
+        raise UsageError(f"{folder}: importance needs {2 * len(space)} successful trials of one budget")
     write_whole(folder / "importance.json", json.dumps(found, indent=1))
     draw_importance(found, folder / "importance.png")
     return found
 
 
-def is_noise(cell: list[float]) -> bool:
-    """Return whether the interval of an importance, [estimate, low, high, noise], reaches the noise level."""
-    return cell[1] <= cell[3]
-
-
 def importance_text(found: dict) -> str:
     """Format the importances as one table per kind: each choice at each budget, with its interval."""
-    last, lines = found[max(found)], []
-    for kind, title in IMPORTANCES.items():
-        of = found if kind != "pairs" else {max(found): last}
-        lines.append(f"{title:34}" + "".join(f"{epochs_text(budget):>28}" for budget in of))
-        for name in sorted(last[kind], key=lambda name: -last[kind][name][0]):
-            cells = [r[kind][name] for r in of.values()]
-            texts = ["{:.3f} [{:.3f}, {:.3f}]".format(*cell) + " ~"[is_noise(cell)] for cell in cells]
+    lines = []
+    for kind, (title, _) in IMPORTANCES.items():
+        lines.append(f"{title:34}" + "".join(f"{epochs_text(budget):>28}" for budget in found))
+        last = found[max(found)][kind]
+        for name in sorted(last, key=last.get, reverse=True):
+            cells = [result[kind][name] for result in found.values()]
+            texts = ["{:.3f} [{:.3f}, {:.3f}]{}".format(*c[:3], " ~"[c[1] <= c[3]]) for c in cells]
             lines.append(f"  {name:32}" + "".join(f"{text:>28}" for text in texts))
-    lines.append("[ ]: 90% interval from resampled trials; ~: not distinguishable from noise.")
+    lines.append("[ ]: 90% interval from resampled trials; ~: it reaches the noise level.")
     lines.append("Only the improvement ratio is comparable with the paper's Figure 4 (DeepCAVE up to 1.2).")
     return "\n".join(lines)
 
@@ -1376,153 +1358,180 @@ def importance_text(found: dict) -> str:
 # Figures and report
 
 
-def epochs_text(budget: float) -> str:
-    return f"{budget:g} epoch{'s' * (budget != 1)}"
+def finish(figure, axis, columns: int, path: Path) -> None:
+    """Put the legend of one of the axes below them, each label once, and save the figure."""
+    handles, labels = axis.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries, ncols=columns, frameon=False, loc="outside lower center")
+    save_figure(figure, path)
+
+
+def shades(budgets) -> dict:
+    """Return a colour for each budget; the higher the budget, the darker."""
+    from matplotlib import colormaps
+
+    return dict(zip(budgets, colormaps["viridis"](np.linspace(0.3, 0.8, len(budgets))[::-1]), strict=True))
 
 
 def draw_importance(found: dict, path: Path) -> None:
-    """Draw one panel per kind, with a bar for each choice and budget; pale bars may be noise."""
-    local = found[max(found)]["local"]
-    names = sorted(local, key=lambda name: local[name][0])
-    kinds = [kind for kind in IMPORTANCES if kind != "pairs"]
-    figure, axes = subplots(len(kinds), 12, 0.55 * len(names) + 1.5, sharey=True)
-    thickness, colours = 0.8 / len(found), colormaps["viridis"](np.linspace(0.35, 0.85, len(found))[::-1])
-    for axis, kind in zip(axes, kinds, strict=True):
-        for i, result in enumerate(found.values()):
-            cells = [result[kind][name] for name in names]
-            values, lows, highs, noise = np.array(cells).T
+    """Draw one panel per kind, with a bar for each choice and budget."""
+    last = found[max(found)]
+    names = sorted(last["local"], key=last["local"].get)
+    figure, axes = subplots(len(IMPORTANCES), 12, 0.55 * len(names) + 1.8, sharey=True)
+    thickness, colours = 0.8 / len(found), shades(found)
+    for axis, (kind, (title, label)) in zip(axes, IMPORTANCES.items(), strict=True):
+        largest = max(cell[0] for result in found.values() for cell in result[kind].values())
+        low, high = (-0.5, min(max(1.1, 1.1 * largest), 3)) if kind == "improvement" else (0, 1)
+        for i, (budget, result) in enumerate(found.items()):
+            values, lows, highs, noise = np.array([result[kind][name] for name in names]).T
             places = np.arange(len(names)) + thickness * ((len(found) - 1) / 2 - i)
-            shades = [(*colours[i][:3], 0.3 if is_noise(cell) else 1.0) for cell in cells]
-            axis.barh(places, values, thickness, color=shades)
-            axis.hlines(places, lows, highs, color="black", linewidth=0.8)
-            axis.plot(noise, places, "|", color="crimson", markersize=24 * thickness)
-        axis.set_title(IMPORTANCES[kind], fontsize=10)
-        axis.set_xlim(0, 1.02)
-    largest = max(cell[0] for result in found.values() for cell in result["improvement"].values())
-    axes[-1].set_xlim(-0.5, np.clip(1.1 * largest, 1.1, 3.0))  # the ratio is unbounded
+            bars = f"{epochs_text(budget)}, {result['trials']} trials"
+            axis.barh(places, values, thickness, color=colours[budget], label=bars)
+            axis.hlines(places, lows, highs, color="black", linewidth=0.8, label="90% interval")
+            axis.plot(noise, places, "|", color="crimson", markersize=24 * thickness, label="noise level")
+            for end, marker, cut in ((low, "<", lows < low), (high, ">", highs > high)):
+                ends = np.full(len(places), end)[cut]
+                axis.plot(ends, places[cut], marker, color="black", clip_on=False, in_layout=False)
+            for place, value in zip(places[values > high], values[values > high], strict=True):
+                axis.text(high, place, f"{value:.1f}   ", color="white", ha="right", va="bottom")
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(xlim=(low, high), xlabel=label, title=title)
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    labels = [f"{epochs_text(budget)}, {result['trials']} trials" for budget, result in found.items()]
-    handles = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
-    handles += [Patch(color="0.8", label="pale: not distinguishable from noise")]
-    handles += [Line2D([], [], color="crimson", marker="|", linestyle="", label="noise level")]
-    handles += [Line2D([], [], color="black", linewidth=0.8, label="90% interval")]
-    figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside lower center", ncols=len(handles))
-    save_figure(figure, path)
+    axes[0].plot([], [], ">", color="black", label="goes on beyond the axis")
+    finish(figure, axes[0], 3 + len(found), path)
+
+
+def paper_rows(rows: list[dict]) -> list[tuple[str, str, dict]]:
+    """Return label, marker and trial of NEXcepTion's and Xception's choices, as far as `rows` has them."""
+    marked = zip(points().items(), "Ds", strict=True)
+    return [(f"{k}'s choices", m, row) for (k, point), m in marked for row in rows if row["config"] == point]
 
 
 def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
-    """Draw the best accuracy at the highest budget against time, and all successful trials as dots."""
-    budgets = settings["budgets"]
-    figure, (axis,) = subplots(1, 6.5, 3.8)
-    unit, length = ("hours", 3600) if rows[-1]["elapsed"] > 2 * 3600 else ("minutes", 60)
-    colours = colormaps["viridis"](np.linspace(0.75, 0.15, len(budgets)))
-    for budget, colour in zip(budgets, colours, strict=True):
+    """Draw the accuracy of all successful trials against time, and the best so far at the highest budget."""
+    end = rows[-1]["elapsed"]
+    unit, length = ("hours", 3600) if end > 3 * 3600 else ("minutes", 60) if end > 180 else ("seconds", 1)
+    figure, (axis,) = subplots(1, 6.5, 4)
+    for budget, colour in shades(settings["budgets"]).items():
         done = successes(rows, budget)
-        times, accuracies = [row["elapsed"] / length for row in done], [accuracy(row) for row in done]
-        axis.scatter(times, accuracies, s=14, color=colour, label=epochs_text(budget))
-    best = np.maximum.accumulate(accuracies)  # at the highest budget
-    times, best = [*times, rows[-1]["elapsed"] / length], [*best, best[-1]]
-    axis.step(times, best, where="post", color="crimson", label="best at the highest budget")
-    axis.set(xlabel=unit, ylabel=OBJECTIVES["accuracy"][3])
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    save_figure(figure, path)
+        times, scores = [row["elapsed"] / length for row in done], [top1(row) for row in done]
+        axis.plot(times, scores, "o", markersize=4, color=colour, label=f"trials, {epochs_text(budget)}")
+    best = np.maximum.accumulate(scores)  # at the highest budget
+    label = f"best after {epochs_text(budget)}"
+    if len(done) > 1:
+        axis.step([*times, end / length], [*best, best[-1]], "crimson", where="post", label=label)
+    for label, marker, row in paper_rows(done):
+        axis.plot(row["elapsed"] / length, top1(row), marker, **HOLLOW, label=label)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel=f"{unit} of search", ylabel=OBJECTIVES["accuracy"][3])
+    finish(figure, axis, 3, path)
 
 
 def draw_front(done: list[dict], front: list[dict], settings: dict, path: Path) -> None:
-    """Draw top-1 against each other objective, for the Pareto front and all trials at the highest budget."""
-    others = settings["objectives"][1:]
-    figure, axes = subplots(len(others), 5 * len(others), 3.8)
-    for i, (axis, name) in enumerate(zip(axes, others, strict=True), start=1):
+    """Draw top-1 against each other objective: all trials at the highest budget, and the numbered front."""
+    names = settings["objectives"][1:]
+    figure, axes = subplots(len(names), 5 * len(names), 4)
+    for i, (axis, name) in enumerate(zip(axes, names, strict=True), start=1):
         _, value, _, label = OBJECTIVES[name]
-        for group, colour, title in ((done, "0.7", "other trials"), (front, "crimson", "Pareto front")):
-            values, accuracies = [value(row["cost"][i]) for row in group], [accuracy(row) for row in group]
-            axis.plot(values, accuracies, "o", markersize=5, color=colour, label=title)
+
+        def draw(rows, style, i=i, axis=axis, value=value, **kwargs):
+            axis.plot([value(row["cost"][i]) for row in rows], [top1(row) for row in rows], style, **kwargs)
+
+        draw(done, ".", color="0.7", label="other trials near it")
+        draw(front, "o", color="crimson", label="Pareto front")
+        # The front of these two objectives; other points of the front are better in a third.
+        pair = [row for k, row in enumerate(front) if all(row["cost"][i] < r["cost"][i] for r in front[:k])]
+        draw(pair, "-", color="crimson", linewidth=0.8, drawstyle="steps-pre")
+        for title, marker, row in paper_rows(done):
+            draw([row], marker, **HOLLOW, label=title)
+        for number, row in enumerate(front, start=1):
+            place = value(row["cost"][i]), top1(row)
+            axis.annotate(number, place, (4, 4), textcoords="offset points", color="crimson")
         axis.set(xlabel=label, ylabel=OBJECTIVES["accuracy"][3])
-    axes[-1].legend(frameon=False)
-    save_figure(figure, path)
+        shown = [top1(row) for row in [*front, *(row for *_, row in paper_rows(done))]]
+        axis.set_ylim(bottom=max(min(shown) - 5, axis.get_ylim()[0]))
+    finish(figure, axes[0], 4, path)
 
 
 def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
     """Draw the mean accuracy of each value of each choice with its 90% interval, and the paper's points."""
     rng, columns = np.random.default_rng(0), 3
     rows = -(-len(space) // columns)
-    figure, axes = subplots(columns, 10, 2.5 * rows, rows, sharey=True)
+    figure, axes = subplots(columns, 11, 2.6 * rows + 0.4, rows, sharey=True)
     for axis, (name, values) in zip(axes, space.items(), strict=False):
+        ticks = []
         for place, value in enumerate(values):
-            group = np.array([accuracy(row) for row in done if row["config"][name] == value])
-            if len(group):
+            group = np.array([top1(row) for row in done if row["config"][name] == value])
+            ticks.append(f"{value}\n({len(group)})")
+            if len(group) > 4:  # fewer tell too little about their spread
                 means = rng.choice(group, (1000, len(group))).mean(1)
-                axis.vlines(place, *np.quantile(means, [0.05, 0.95]), color="0.5")
-                axis.plot(place, group.mean(), "_", color="black", markersize=12)
-        for (point, choices), colour in zip(points().items(), ("crimson", "royalblue"), strict=True):
-            for row in [row for row in done if row["config"] == choices][:1]:
-                label = f"{point}'s choices" if axis is axes[0] else None
-                axis.plot(values.index(choices[name]), accuracy(row), "o", color=colour, label=label)
-        axis.set_xticks(range(len(values)), values)
-        axis.set_xlim(-0.5, len(values) - 0.5)
-        axis.set_title(name.replace("_", " "), fontsize=10)
+                interval = np.quantile(means, [0.05, 0.95])
+                axis.vlines(place, *interval, color="0.6", linewidth=4, label="90% interval of the mean")
+            if len(group):
+                axis.plot(place, group.mean(), "_k", markersize=12, label="mean of (n) trials")
+        for label, marker, row in paper_rows(done):
+            axis.plot(values.index(row["config"][name]), top1(row), marker, **HOLLOW, label=label)
+        axis.set_xticks(range(len(values)), ticks)
+        axis.set(xlim=(-0.5, len(values) - 0.5), title=name.replace("_", " "))
     for axis in axes[::columns]:
         axis.set_ylabel(OBJECTIVES["accuracy"][3])
-    if axes[0].get_legend_handles_labels()[0]:
-        figure.legend(frameon=False, loc="outside lower center", ncols=2)
-    save_figure(figure, path)
+    finish(figure, axes[0], 4, path)
 
 
 def space_text(done: list[dict], highest: int) -> str:
     """Describe the space by random trials: quantiles, rank correlations, the paper's points."""
     drawn = [row for row in done if row["origin"] != "prior"]
-    batch = [row for row in drawn if row["config"].get("norm") == "batch"]
-    lines = ["| random configurations | | p10 | median | p90 |", "|---|---:|---:|---:|---:|"]
-    for name, group in {"all": drawn, "with batch norm": batch}.items():
-        if group:
-            marks = np.quantile([accuracy(row) for row in group], [0.1, 0.5, 0.9])
-            lines.append(f"| {name} | {len(group)} | " + " | ".join(f"{mark:.2f}%" for mark in marks) + " |")
-    lines.append("")
-    accuracies = np.array([accuracy(row) for row in drawn])
-    curves = [row["info"].get("curve", ()) for row in drawn]
+    scores, curves = np.array([top1(row) for row in drawn]), [row["info"].get("curve", ()) for row in drawn]
+    marks = ", ".join(f"{mark:.2f}%" for mark in np.quantile(scores, [0.1, 0.5, 0.9]))
+    lines = [f"- {len(drawn)} random configurations; 10% quantile, median and 90% quantile: {marks}"]
     for epoch in budgets_up_to(highest)[-3:-1]:
-        if all(len(curve) == highest for curve in curves):
-            rank = spearmanr([curve[epoch - 1][1] for curve in curves], accuracies).statistic
+        early = [curve[epoch - 1][1] for curve in curves if len(curve) == highest]
+        if len(early) == len(drawn) and np.ptp(early) and np.ptp(scores):
+            rank = spearmanr(early, scores).statistic
             lines.append(f"- Spearman correlation of accuracy after epochs {epoch} and {highest}: {rank:.2f}")
-    for name, point in points().items():
-        for row in [row for row in done if row["config"] == point][:1]:
-            top1, place = accuracy(row), 100 * (accuracies < accuracy(row)).mean()
-            lines.append(f"- {name}'s choices reach {top1:.2f}%, more than {place:.0f}% of configurations.")
+    for label, _, row in paper_rows(done):
+        share = 100 * (scores < top1(row)).mean()
+        lines.append(f"- {label} reach {top1(row):.2f}%, more than {share:.0f}% of configurations.")
     return "\n".join(lines)
 
 
 def report(folder: Path) -> Path:
-    """Write report.md and its figures: progress, importance, Pareto front, the ten best."""
+    """Write report.md and its figures: comparison, the ten best, Pareto front, progress, importance."""
     settings, rows = settings_of(folder), rows_of(folder)
     budgets, objectives, space = settings["budgets"], settings["objectives"], settings["space"]
-    done = successes(rows, budgets[-1])
+    done, front = successes(rows, budgets[-1]), best_rows(rows, budgets[-1])
     highest = epochs_text(budgets[-1])
     if not done:
         raise UsageError(f"{folder}: no trial has finished at the highest budget, {highest}, yet")
     states = [row["status"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     page = [
-        f"# Search on {settings['data']}\n",
-        f"{len(rows)} trials ({counts}) in {clock(rows[-1]['elapsed'])}; macro-architecture "
-        f"{settings['model']}; sampler {settings['sampler']}; budgets {', '.join(f'{b:g}' for b in budgets)} "
-        f"epochs; objectives: {', '.join(objectives)}.\n",
-        "## The ten best\n",
-        "| top-1 | " + " | ".join(name.replace("_", " ") for name in space) + " | parameters | MACs | |",
-        "|---:|" + "---|" * len(space) + "---:|---:|---|",
+        f"# Search on {settings['data']}\n\n{len(rows)} trials ({counts}) in {clock(rows[-1]['elapsed'])}; "
+        f"macro-architecture {settings['model']}; sampler {settings['sampler']}; budgets: "
+        f"{', '.join(map(epochs_text, budgets))}; objectives: {', '.join(objectives)}."
     ]
-    for row in sorted(done, key=lambda row: row["cost"])[:10]:
-        cells = [f"{accuracy(row):.2f}%", *(row["config"][name] for name in space)]
-        sizes = [row["info"].get(key) for key in ("parameters", "macs")]
-        cells += ["" if size is None else f"{size / 1e6:.3g} M" for size in sizes]
-        cells.append(", ".join(f"{name}'s" for name, point in points().items() if point == row["config"]))
-        page.append(f"| {' | '.join(cells)} |")
-    draw_progress(rows, settings, folder / "progress.png")
-    page.append("\n## Progress\n\n![Accuracy of trials against time](progress.png)")
-    front = best_rows(rows, budgets[-1])
+    if (folder / "final.json").exists():
+        text, _ = comparison(folder, front[0]["config"])
+        page.append(f"## Final comparison\n\n```text\n{text}\n```")
+    listed = sorted(done, key=lambda row: row["cost"])[:10]
+    listed += [row for row in front if row not in listed]
+    sizes = [name for name in ("parameters", "macs") if name not in objectives]
+    heads = ["top-1", *(name.replace("_", " ") for name in space), *objectives[1:], *sizes, ""]
+    table = [heads, ["---"] * len(heads)]
+    for row in listed:
+        cells = [row["config"][name] for name in space]
+        cells += map(value_text, objectives[1:], row["cost"][1:])
+        cells += [f"{row['info'][name] / 1e6:.3g} M" if name in row["info"] else "" for name in sizes]
+        marks = [label for label, *_ in paper_rows([row])]
+        marks += [f"front {front.index(row) + 1}"] if len(objectives) > 1 and row in front else []
+        table.append([f"{top1(row):.2f}%", *cells, ", ".join(marks)])
+    title = "The ten best" + (" and the rest of the Pareto front" if len(listed) > 10 else "")
+    page.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in table))
     if len(objectives) > 1:
         draw_front(done, front, settings, folder / "front.png")
-        page.append("\n## Pareto front\n\n![Pareto front](front.png)")
-    page.append("\n## Which choices matter\n")
+        page.append("![Pareto front, numbered as in the table](front.png)")
+    draw_progress(rows, settings, folder / "progress.png")
+    page.append("## Progress\n\n![Accuracy of trials against time](progress.png)\n\n## Which choices matter")
     try:
         text = importance_text(importance(folder))
         page.append(f"![Importance](importance.png)\n\n```text\n{text}\n```")
@@ -1530,39 +1539,38 @@ def report(folder: Path) -> Path:
         page.append(f"No importance: {error}.")
     if len(done) >= 2 * len(space):
         draw_marginals(done, space, folder / "marginals.png")
-        page.append(f"\n## Mean accuracy of each value after {highest}, with 90% intervals\n")
-        page.append("![Mean accuracy of each value of each choice](marginals.png)")
+        page.append(f"## Mean accuracy of each value after {highest}\n\n![Mean accuracy](marginals.png)")
         if settings["sampler"] == "random":
-            page.append(f"\n## The space\n\n{space_text(done, round(budgets[-1]))}")
+            page.append(f"## The space\n\n{space_text(done, round(budgets[-1]))}")
         else:
-            page.append("\nThe sampler prefers good configurations: these are not means over the space.")
-    if (folder / "final.json").exists():
-        text = comparison(folder, front[0]["config"])
-        page.append(f"\n## Final comparison\n\n```text\n{text}\n```")
-    write_whole(folder / "report.md", "\n".join(page) + "\n")
+            page.append("The sampler prefers good configurations: these are not means over the space.")
+    write_whole(folder / "report.md", "\n\n".join(page) + "\n")
     return folder / "report.md"
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 
+COMMANDS = {
+    "importance": lambda folder: f"{importance_text(importance(folder))}\n{folder / 'importance.png'}",
+    "report": report,
+    "status": status_text,
+}
+
 
 def main(argv: list[str]) -> int:
     """Run a search or a command; return 0, 1 (it failed), 2 (a mistake of the user's) or 128 + a signal."""
-    commands = {
-        "importance": lambda folder: f"{importance_text(importance(folder))}\n{folder / 'importance.png'}",
-        "report": report,
-        "status": status_text,
-    }
+    usage = f"python search.py [OPTIONS], or python search.py {'|'.join(COMMANDS)} RUN"
     try:
-        if argv and argv[0] in commands:
-            if len(argv) != 2 or argv[1].startswith("-"):
-                raise UsageError(f"usage: python search.py {argv[0]} RUN")
-            print(commands[argv[0]](Path(argv[1])))
+        if argv and not argv[0].startswith("-"):
+            if argv[0] not in COMMANDS or len(argv) != 2 or argv[1].startswith("-"):
+                raise UsageError(f"{' '.join(argv)}: write {usage}")
+            print(COMMANDS[argv[0]](Path(argv[1])))
             return 0
         return Search(parse(Options, argv, "search.py", __doc__.partition("\n\n")[2])).run()
     except (UsageError, RunError) as error:
-        print(f"search.py: {error}", file=sys.stderr)
+        usage = f": write {usage}" if "unrecognized" in str(error) else ""
+        print(f"search.py: {error}{usage}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:  # before the search handles signals
         return 130
