@@ -476,7 +476,7 @@ class Job(NamedTuple):
     key: tuple[int, ...] | None  # (seed, epoch, virtual rank, step); None: evaluation
 
 
-# Last elements of random keys: a batch's mixup (train.py) and augmentation, an epoch of `numbers`. NumPy pads
+# Last elements of random keys: a batch's mixup (train.py) and augmentation, an epoch of `clutter`. NumPy pads
 # keys with zeros, so the permutation's key, (seed, epoch), equals (seed, epoch, 0, 0, 0).
 MIXING, AUGMENTATION, COMPOSITION = 1, 2, 4
 
@@ -505,7 +505,7 @@ def train_stream(count: int, repeats: int, seed: int, epoch: int, rank: int, wor
 class SmallDataset:
     """A small set, stored as uint8 tensors on the device and augmented there.
 
-    splits: name -> (images, labels), or (Numbers,), which composes new images in each epoch.
+    splits: name -> (images, labels), or (Clutter,), which composes new images in each epoch.
     """
 
     def __init__(self, splits: dict, transform: EvalTransform, augment: Augmentation, device: torch.device):
@@ -517,7 +517,7 @@ class SmallDataset:
     def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list]:
         """Return images uint8 (B, 3, S, S), labels int64 (B,) and unreadable files (none)."""
         parts = self.splits[job.split]
-        if isinstance(parts[0], Numbers):
+        if isinstance(parts[0], Clutter):
             images, labels = parts[0].compose(job.key[:2], job.indices)
         else:
             indices = on_device(torch.from_numpy(job.indices), self.device)
@@ -560,24 +560,20 @@ def load_digits(size: int, _root: str) -> tuple[dict, tuple[str, ...]]:
     return splits, tuple(str(d) for d in range(10))
 
 
-# Difficulty of `numbers`: at 0, digits vary only in handwriting and colour. At 0.15, after nine epochs (the
-# longest trial of a search) nexception_nano with NEXcepTion's choices reaches 74%, random networks 1 to 85%
-# (10th and 90th percentiles), those with batch norm 47 to 87%; ranks under two seeds correlate by 0.95. At
-# 0.3, NEXcepTion's choices reach 31%.
-DIFFICULTY = 0.15
-NUMBERS_EPOCH = 1600  # training pictures per epoch of `numbers`
-NUMBERS_HELD_OUT = 2000  # pictures in each of val and test
-CLUTTER = 4  # digits in the background
+CLUTTER = 4  # digits in the background of a picture of `clutter`
+CLUTTER_OPACITY = 0.25
+CLUTTER_EPOCH = 640  # training pictures per epoch of `clutter`
+CLUTTER_HELD_OUT = 2000  # pictures in each of val and test
 
 
-class Numbers:
-    """Pictures of two handwritten digits side by side, in 100 classes: "00" to "99".
+class Clutter:
+    """Pictures of a handwritten digit near the middle, in front of `CLUTTER` translucent ones; 10 classes.
 
-    The digits vary slightly in position, size, aspect ratio, slant and angle, and have random colours. Behind
-    them are a gradient of two colours, `CLUTTER` translucent digits at any position and angle, and noise.
+    The digit varies in position and slightly in size, aspect ratio, slant and angle; those behind it are
+    anywhere, at any angle. All have random colours. The background is a gradient of two colours with noise.
 
     digits: (N, 8, 8) in 0..16; labels: (N,); size: side of a picture in pixels; count: pictures per split or
-    epoch. Picture i shows the number i modulo 100.
+    epoch. Picture i shows the digit i modulo 10.
     """
 
     def __init__(self, digits: np.ndarray, labels: np.ndarray, size: int, count: int):
@@ -590,27 +586,25 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
-    def to(self, device: torch.device) -> Numbers:
+    def to(self, device: torch.device) -> Clutter:
         self.digits, self.noise = self.digits.to(device), self.noise.to(device)
         return self
 
     def compose(self, seed_epoch: tuple[int, int], indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return uint8 pictures (B, 3, size, size) and int64 labels (B,), deterministic in the arguments."""
-        rng, size, a = np.random.default_rng((*seed_epoch, 0, 0, COMPOSITION)), self.size, DIFFICULTY / 6
-        each, scene = rng.random((self.count, 2 + CLUTTER, 10)), rng.random((self.count, 11))
-        each, scene, labels = each[indices], scene[indices], indices % 100
-        which, *geometry = np.moveaxis(each[..., :7], -1, 0)  # each (B, digits)
+        rng, size = np.random.default_rng((*seed_epoch, 0, 0, COMPOSITION)), self.size
+        each, scene = rng.random((self.count, 1 + CLUTTER, 10)), rng.random((self.count, 11))
+        each, scene, labels = each[indices], scene[indices], indices % 10
+        which, *geometry = np.moveaxis(each[..., :7], -1, 0)  # each (B, digits); the first is in front
         x, y, scale, stretch, angle, slant = (2 * draws - 1 for draws in geometry)
         which = which * len(self.digits)  # clutter: any digit
-        for place, digit in enumerate((labels // 10, labels % 10)):
-            low, high = self.first[digit], self.first[digit + 1]
-            which[:, place] = low + each[:, place, 0] * (high - low)
-            x[:, place] = (-0.36, 0.36)[place] + a * x[:, place]
-            y[:, place] *= a
-            angle[:, place] *= a / math.pi
+        low, high = self.first[labels], self.first[labels + 1]
+        which[:, 0] = low + each[:, 0, 0] * (high - low)
+        for draws, most in ((x, 0.2), (y, 0.2), (angle, 0.05 / math.pi)):
+            draws[:, 0] *= most
         # Half the height and width of a digit in `affine_grid` units, where 1 is half the picture.
-        height, width = 0.55 * np.exp(a * (scale - stretch / 2)), 0.55 * np.exp(a * (scale + stretch / 2))
-        cos, sin, slant = np.cos(np.pi * angle), np.sin(np.pi * angle), a * slant
+        height, width = 0.65 * np.exp((scale - stretch / 2) / 20), 0.65 * np.exp((scale + stretch / 2) / 20)
+        cos, sin, slant = np.cos(np.pi * angle), np.sin(np.pi * angle), slant / 20
         rows = [(cos - slant * sin) / width, (sin + slant * cos) / width, -sin / height, cos / height]
         inverse = np.stack(rows, -1).reshape(*x.shape, 2, 2)  # from picture to digit coordinates
         affine = np.concatenate([inverse, -inverse @ np.stack([x, y], -1)[..., None]], -1).astype(np.float32)
@@ -628,26 +622,26 @@ class Numbers:
         ramp = torch.linspace(-0.25, 0.25, size, device=device)
         ramp = direction[:, :1, None] * ramp + direction[:, 1:, None] * ramp[:, None] + 0.5
         pictures = 0.5 * (start + (end - start) * ramp[:, None])  # dark; half of them are inverted below
-        for i in (*range(2, 2 + CLUTTER), 0, 1):
-            colour, opacity = (0.8 * colours[:, i], DIFFICULTY) if i > 1 else (0.5 + 0.5 * colours[:, i], 1)
-            pictures = pictures + (colour - pictures) * (opacity * ink[:, i])
+        for i in range(CLUTTER, 0, -1):
+            pictures = pictures + (0.8 * colours[:, i] - pictures) * (CLUTTER_OPACITY * ink[:, i])
+        pictures = pictures + (0.5 + 0.5 * colours[:, 0] - pictures) * ink[:, 0]
         pictures = torch.where(scene[:, 8, None, None, None] < 0.5, pictures, 1 - pictures)
         line = torch.arange(size, device=device)
         rows, columns = ((scene[:, i, None] * size).long() + line for i in (9, 10))
         noise = self.noise[:, rows[:, :, None], columns[:, None]].transpose(0, 1)
-        pictures = (255 * (pictures + a * noise)).clamp_(0, 255).byte()
+        pictures = (255 * (pictures + 0.03 * noise)).clamp_(0, 255).byte()
         return pictures, on_device(torch.from_numpy(labels), device)
 
 
-def load_numbers(size: int, _root: str) -> tuple[dict, tuple[str, ...]]:
-    """Return `Numbers` for training, fixed pictures of other digits for val and test, and classes."""
+def load_clutter(size: int, _root: str) -> tuple[dict, tuple[str, ...]]:
+    """Return `Clutter` for training, fixed pictures of other digits for val and test, and classes."""
     splits = digits_by_split()
-    found: dict = {"train": (Numbers(*splits.pop("train"), size, NUMBERS_EPOCH),)}
+    found: dict = {"train": (Clutter(*splits.pop("train"), size, CLUTTER_EPOCH),)}
     for split, digits in splits.items():
-        numbers = Numbers(*digits, size, NUMBERS_HELD_OUT)
-        parts = [numbers.compose((0, 0), part) for part in np.arange(numbers.count).reshape(-1, 100)]
+        clutter = Clutter(*digits, size, CLUTTER_HELD_OUT)
+        parts = [clutter.compose((0, 0), part) for part in np.arange(clutter.count).reshape(-1, 100)]
         found[split] = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return found, tuple(f"{n:02}" for n in range(100))
+    return found, tuple(str(digit) for digit in range(10))
 
 
 def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
@@ -691,12 +685,13 @@ class SmallSet:
     std: tuple[float, float, float]
     padding: int
     flip: float
+    size: int = 32  # default input size in pixels
 
 
 CIFAR10, CIFAR100 = (functools.partial(load_cifar, name) for name in ("CIFAR10", "CIFAR100"))
 SMALL_SETS = {  # one line per data set
     "digits": SmallSet(load_digits, (0.306,) * 3, (0.324,) * 3, padding=3, flip=0.0),
-    "numbers": SmallSet(load_numbers, (0.5,) * 3, (0.25,) * 3, padding=0, flip=0.0),
+    "clutter": SmallSet(load_clutter, (0.5,) * 3, (0.25,) * 3, padding=0, flip=0.0, size=24),
     "cifar10": SmallSet(CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), padding=4, flip=0.5),
     "cifar100": SmallSet(CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), padding=4, flip=0.5),
 }
@@ -928,7 +923,7 @@ class Data:
         return self.dataset.counts[split]
 
     def tensors(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images uint8 (N, 3, H, W) and labels int64 (N,) of a small set (`numbers`: of epoch 0)."""
+        """Return images uint8 (N, 3, H, W) and labels int64 (N,) of a small set (`clutter`: of epoch 0)."""
         parts = self.dataset.splits[split]
         return parts if len(parts) > 1 else parts[0].compose((self.plan.seed, 0), np.arange(len(parts[0])))
 
@@ -1022,7 +1017,7 @@ def open_data(
         plan: batch sizes, seed, and rank of this process.
         train: whether to open the train split.
         files: result of `list_images` (default: call it).
-        size: image size in pixels (default: the transform's, or 32 for small sets and 224 for folders).
+        size: image size in pixels (default: the transform's, the small set's, or 224 for folders).
         exif: rotate a folder's images as their EXIF orientation says, if no transform is given.
         transform: evaluation transform, such as a checkpoint's (default: the source's).
         augment: augmentation (default: `default_augmentation(source)`).
@@ -1038,7 +1033,7 @@ def open_data(
         raise UsageError(f"there is no policy {augment.policy!r}: choose from {', '.join(POLICIES)}")
     if source in SMALL_SETS:
         small = SMALL_SETS[source]
-        transform = transform or EvalTransform(size or 32, 1.0, "bilinear", small.mean, small.std)
+        transform = transform or EvalTransform(size or small.size, 1.0, "bilinear", small.mean, small.std)
         splits, classes = small.load(transform.size, root)
         splits = {split: tensors for split, tensors in splits.items() if train or split != "train"}
         return Data(source, SmallDataset(splits, transform, augment, device), classes, plan, device)

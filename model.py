@@ -142,6 +142,8 @@ MODELS: dict[str, ModelConfig] = {  # one entry per network
     "nexception_reduced": REDUCED,
     # The same, narrow enough for a laptop's CPU.
     "nexception_nano": replace(REDUCED, stem_width=24, widths=(48,), exit_widths=(96, 128, 192)),
+    # Narrower and shallower still, for a search within minutes.
+    "nexception_pico": replace(REDUCED, stem_width=16, widths=(32,), depths=(2,), exit_widths=(64, 96, 128)),
 }
 # The points of the search space that the paper compares.
 POINTS = {"NEXcepTion": MODELS["nexception_t"], "Xception": MODELS["xception"]}

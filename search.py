@@ -1,10 +1,10 @@
 """Search the NEXcepTion design space with SMAC (section 3 of the paper) and show which choices matter.
 
-    python search.py                                  # numbers: a search of 8 minutes on 2 CPU cores
+    python search.py                                  # clutter: a search of 8 minutes on 2 CPU cores
     python search.py --data cifar100 --walltime 3d    # the paper's search: three days on one GPU
-    python search.py status runs/search-numbers       # progress of a search, from another terminal
-    python search.py importance runs/search-numbers   # importance of each choice: Figure 4 of the paper
-    python search.py report runs/search-numbers       # report.md: progress, importance, the ten best
+    python search.py status runs/search-clutter       # progress of a search, from another terminal
+    python search.py importance runs/search-clutter   # importance of each choice: Figure 4 of the paper
+    python search.py report runs/search-clutter       # report.md: progress, importance, the ten best
 
 A search ends with its best configuration, the test accuracy of that configuration beside NEXcepTion's and
 Xception's, and the command that trains the network in full. A search may be killed at any time: repeat the
@@ -90,7 +90,7 @@ from smac.runhistory.encoder import RunHistoryEncoder
 ETA = 3  # Hyperband promotes the best third of a stage to three times the epochs
 FAILURES_THAT_STOP = 5  # a search stops if its first trials all fail
 SCHEDULER_PATIENCE = 30  # seconds to connect to a Dask scheduler
-RANDOM_START = 16  # random configurations before the first forest is fitted
+RANDOM_START = 8  # random configurations before the first forest is fitted
 TREES, FEW_TREES = 100, 10  # per forest: for the importances; for their intervals and noise levels
 RESAMPLES, SHUFFLES = 100, 10  # bootstrap samples for the intervals; shuffles per choice for the noise levels
 REPEATS = 3  # training runs of each network in the final comparison
@@ -182,10 +182,10 @@ def short(config: dict) -> str:
 # Options
 
 # data -> macro-architecture, lowest and highest budget (epochs), wall time, time limit of a trial, batch. On
-# numbers, ranks after one epoch are unrelated to ranks after nine (README.md).
+# clutter, a network has hardly left chance after three epochs: one budget (README.md).
 PAPER = ("nexception_reduced", 5, 45, "3d", "2h", 64)
 DEFAULTS = {
-    "numbers": ("nexception_nano", 3, 9, "5m", "3m", 32),
+    "clutter": ("nexception_pico", 9, 9, "5m", "2m", 32),
     "digits": ("nexception_nano", 1, 9, "7m", "2m", 64),
     "cifar10": PAPER,
     "cifar100": PAPER,
@@ -205,20 +205,20 @@ SIZES = [name.removeprefix("nexception_") for name in MODELS if name.startswith(
 class Options:
     """Search for the best network of the design space. Repeat the command to continue a search."""
 
-    data: str = option("numbers", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
+    data: str = option("clutter", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
     root: str = option("data", "folder of the CIFAR files")
-    model: str = option("", "macro-architecture (default: nexception_nano; for CIFAR and image folders "
-                        "nexception_reduced)", choices=tuple(MODELS))
+    model: str = option("", "macro-architecture (default: clutter nexception_pico, digits nexception_nano, "
+                        "CIFAR and image folders nexception_reduced)", choices=tuple(MODELS))
     out: str = option("", "run folder (default: runs/search-DATA)")
     trials: int = option(0, "stop after this many trials in total (default: no limit)", 0)
     walltime: str = option("", "stop after this time in total: 90s, 10m (default without --trials: 5m to 3d)")
     sampler: str = option("smac", "Hyperband with a random forest, Hyperband alone, or random search at the "
                           "highest budget", choices=("smac", "hyperband", "random"))
-    min_epochs: int = option(0, "lowest budget in epochs (default: numbers 3, digits 1, CIFAR, folders 5)", 0)
+    min_epochs: int = option(0, "lowest budget in epochs (default: clutter 9, digits 1, CIFAR, folders 5)", 0)
     max_epochs: int = option(0, "highest budget: the lowest times a power of 3 (default: 9 or 45)", 0)
     objectives: str = option("accuracy", "several give a Pareto front: accuracy,throughput,macs,parameters")
     priors: bool = option(True, "start with NEXcepTion's and Xception's choices")
-    batch: int = option(0, "images per training batch (default: 32 for numbers, else 64)", 0)
+    batch: int = option(0, "images per training batch (default: 32 for clutter, else 64)", 0)
     workers: int = option(0, "concurrent trials (default: CPU cores up to 4; GPUs: --workers-per-gpu)", 0)
     workers_per_gpu: int = option(1, "concurrent trials per GPU", 1)
     scheduler: str = option("", "address of a Dask cluster that runs the trials, tcp://host:8786")
@@ -307,7 +307,7 @@ open_once = functools.cache(open_data)  # keeps the data on their device for lat
 
 def trial_settings(changes: dict) -> dict:
     """Return the settings of a trial (see `train_config`): the default search's, updated with `changes`."""
-    s = {"data": "numbers", "root": "data", "model": "nexception_nano", "device": "auto", "compile": False}
+    s = {"data": "clutter", "root": "data", "model": "nexception_pico", "device": "auto", "compile": False}
     s |= {"precision": "auto", "objectives": ["accuracy"], "split": "val", "workers": None} | changes
     return {"batch": defaults(s["data"])[-1], **s}
 
@@ -383,7 +383,8 @@ def fastest_precision(model: str, device: str) -> str:
     """Return the fastest precision of training a model on a device: "bf16", "fp16" or "off"."""
     device = pick_device(device)
     if device.type == "cpu":  # with AMX, bf16 is 1.6 times as fast at the paper's width, no faster at nano's
-        return "bf16" if model != "nexception_nano" and torch.cpu._is_amx_tile_supported() else "off"
+        narrow = model in ("nexception_nano", "nexception_pico")
+        return "bf16" if torch.cpu._is_amx_tile_supported() and not narrow else "off"
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype("auto", device), "off")
 
 

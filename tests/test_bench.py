@@ -485,7 +485,7 @@ def test_samplers_play_on_finished_trials(tmp_path, capsys):
         row = {"config": config, "seed": 1, "budget": 9.0, "status": "success", "cost": [1 - top1 / 100]}
         rows.append(row | {"start": 0.0, "end": 1.0, "elapsed": 1.0, "origin": "random", "info": info})
     run_folder.mkdir()
-    settings = {"space": space, "data": "numbers", "budgets": [9], "objectives": ["accuracy"], "seed": 0}
+    settings = {"space": space, "data": "clutter", "budgets": [9], "objectives": ["accuracy"], "seed": 0}
     (run_folder / "search.json").write_text(json.dumps(settings))
     (run_folder / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     best, worst = (f(row["info"]["top1"] for row in rows) for f in (max, min))

@@ -410,54 +410,51 @@ def test_cifar_validates_on_its_last_training_images(monkeypatch, tmp_path):
     assert_refused(r"cifar100 is not in .*no network.*--root", "cifar100", root=str(tmp_path))
 
 
-def test_numbers_are_balanced_and_splits_share_no_digits():
-    opened = open_data("numbers", Plan(batch=100), size=16)
-    assert opened.classes[7] == "07" and len(opened.classes) == 100
+def test_clutter_is_balanced_and_splits_share_no_digits():
+    opened = open_data("clutter", Plan(batch=64))
+    assert opened.classes == tuple("0123456789")
     for split in ("val", "test"):
         images, labels = opened.tensors(split)
-        assert images.shape == (2000, 3, 16, 16) and images.dtype == torch.uint8
-        assert labels.bincount().tolist() == [20] * 100
+        assert images.shape == (2000, 3, 24, 24) and images.dtype == torch.uint8
+        assert labels.bincount().tolist() == [200] * 10
         assert len({image.numpy().tobytes() for image in images}) == 2000
     labels = torch.cat([labels for _, labels in opened.train_batches(0)])
-    assert labels.bincount().tolist() == [data.NUMBERS_EPOCH // 100] * 100
+    assert labels.bincount().tolist() == [data.CLUTTER_EPOCH // 10] * 10
     digits = {split: {x.tobytes() for x in images} for split, (images, _) in data.digits_by_split().items()}
     assert not digits["train"] & digits["val"] and not (digits["train"] | digits["val"]) & digits["test"]
-    (numbers,) = opened.dataset.splits["train"]
-    assert {(16 * x.double().numpy()).tobytes() for x in numbers.digits[:, 0]} <= digits["train"]
+    (clutter,) = opened.dataset.splits["train"]
+    assert {(16 * x.double().numpy()).tobytes() for x in clutter.digits[:, 0]} <= digits["train"]
 
 
-def test_pictures_of_numbers_depend_only_on_seed_epoch_and_index(monkeypatch):
+def test_pictures_of_clutter_depend_only_on_seed_epoch_and_index(monkeypatch):
     images, labels = data.digits_by_split()["train"]
-    numbers = data.Numbers(images, labels, 16, 200)
-    whole, _ = numbers.compose((0, 1), np.arange(200))
+    clutter = data.Clutter(images, labels, 16, 200)
+    whole, _ = clutter.compose((0, 1), np.arange(200))
     some = np.array([150, 7, 199])
-    pictures, found = numbers.compose((0, 1), some)
-    assert torch.equal(pictures, whole[some]) and found.tolist() == [50, 7, 99]
+    pictures, found = clutter.compose((0, 1), some)
+    assert torch.equal(pictures, whole[some]) and found.tolist() == [0, 7, 9]
     for seed_epoch in ((0, 2), (1, 1)):
-        others, _ = numbers.compose(seed_epoch, np.arange(200))
+        others, _ = clutter.compose(seed_epoch, np.arange(200))
         assert (others != whole).flatten(1).any(1).all()
-    monkeypatch.setattr(data, "NUMBERS_EPOCH", 200)
-    monkeypatch.setattr(data, "NUMBERS_HELD_OUT", 100)
-    halves = [epoch_of("numbers", plan={"batch": 50, "rank": rank, "world": 2}) for rank in (0, 1)]
-    alone = epoch_of("numbers", plan={"batch": 50, "accumulate": 2})
+    monkeypatch.setattr(data, "CLUTTER_EPOCH", 200)
+    monkeypatch.setattr(data, "CLUTTER_HELD_OUT", 100)
+    halves = [epoch_of("clutter", plan={"batch": 50, "rank": rank, "world": 2}) for rank in (0, 1)]
+    alone = epoch_of("clutter", plan={"batch": 50, "accumulate": 2})
     assert batches_equal([batch for pair in zip(*halves, strict=True) for batch in pair], alone)
 
 
-def test_pictures_without_clutter_show_their_two_digits(monkeypatch):
-    """Without clutter and shifts, each half of a picture correlates most with the mean image of its digit."""
-    monkeypatch.setattr(data, "DIFFICULTY", 0.0)
+def test_pictures_without_clutter_show_their_digit(monkeypatch):
+    """Without clutter, the middle of a picture correlates most with the mean image of its digit."""
+    monkeypatch.setattr(data, "CLUTTER_OPACITY", 0.0)
     images, labels = data.digits_by_split()["train"]
-    numbers = data.Numbers(images, labels, 32, 400)
-    pictures, found = numbers.compose((0, 0), np.arange(400))
-    shape = torch.stack([numbers.digits[np.sort(labels) == digit].mean(0) for digit in range(10)])
-    shape = torch.nn.functional.interpolate(shape, (18, 18), mode="bilinear")[:, 0].flatten(1)
-    right = 0
-    for column, digit in ((1, found // 10), (13, found % 10)):
-        part = pictures[:, :, 7:25, column : column + 18].float()
-        ink = (part - part[:, :, :1, :1]).abs().sum(1).flatten(1)
-        score = torch.corrcoef(torch.cat([ink, shape]))[:400, 400:]
-        right += (score.argmax(1) == digit).sum().item()
-    assert right > 400  # of 800; chance is 80
+    clutter = data.Clutter(images, labels, 32, 400)
+    pictures, found = clutter.compose((0, 0), np.arange(400))
+    shape = torch.stack([clutter.digits[np.sort(labels) == digit].mean(0) for digit in range(10)])
+    shape = torch.nn.functional.interpolate(shape, (20, 20), mode="bilinear")[:, 0].flatten(1)
+    part = pictures[:, :, 6:26, 6:26].float()
+    ink = (part - part[:, :, :1, :1]).abs().sum(1).flatten(1)
+    score = torch.corrcoef(torch.cat([ink, shape]))[:400, 400:]
+    assert (score.argmax(1) == found).sum() > 120  # of 400; chance is 40
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def test_budgets_and_times():
 
 def test_defaults_depend_on_the_data(monkeypatch):
     monkeypatch.setitem(SMALL_SETS, "new", SMALL_SETS["digits"])
-    assert search.defaults("new") == search.defaults("digits") != search.defaults("numbers")
+    assert search.defaults("new") == search.defaults("digits") != search.defaults("clutter")
     assert search.defaults("/photos") == search.defaults("cifar100")  # the paper's
 
 
