@@ -1125,27 +1125,38 @@ class Search:
         print(f"{line}  left {clock(left)}", flush=True)
 
     def conclude(self) -> None:
-        """Write the incumbent as a network for `train.py`, compare it with the paper's points, and report."""
-        best, o = best_rows(self.rows, self.settings["budgets"][-1]), self.options
+        """Write the networks found for `train.py`, compare the best with the paper's points, and report."""
+        front = best_rows(self.rows, self.settings["budgets"][-1])
         print(f"\n{len(self.rows)} trials in {clock(self.elapsed)}")
         print(incumbent_text(self.rows, self.settings))
-        network = self.folder / "incumbent.json"
-        if best and set(best[0]["config"]) == set(SPACE):
-            config = network_config(best[0]["config"], f"nexception_{o.grow}" if o.grow else o.model)
-            config.to_json(network)
-        if best and self.default_target:
-            self.compare(best[0]["config"])
+        for path in self.folder.glob("front-*.json"):
+            path.unlink()  # of a smaller search
+        ours, best = bool(front) and set(front[0]["config"]) == set(SPACE), "incumbent"
+        for number, row in enumerate(front if ours else [], start=1):
+            self.write_network(row["config"], best if number == 1 else f"front-{number}")
+        if front and self.default_target:
+            best = self.compare(front[0]["config"])
         if self.signal:
             return
         try:
             print(f"report: {report(self.folder)}")
         except UsageError as error:
             print(error)
-        if network.exists():
-            print(f"train it in full: python train.py --data {o.data} --model {network}")
+        if ours:
+            network = self.write_network(points().get(best, front[0]["config"]), best.lower())
+            print(f"train it in full: python train.py --data {self.options.data} --model {network}")
 
-    def compare(self, incumbent: dict) -> None:
-        """Train the incumbent and the paper's points REPEATS times each; evaluate them on test (else val)."""
+    def write_network(self, config: dict, name: str) -> Path:
+        """Write the network of a configuration, for `train.py --model`."""
+        path, o = self.folder / f"{name}.json", self.options
+        network_config(config, f"nexception_{o.grow}" if o.grow else o.model).to_json(path)
+        return path
+
+    def compare(self, incumbent: dict) -> str:
+        """Train the incumbent and the paper's points REPEATS times each; return the name of the best.
+
+        They are evaluated on the test split, of data that have none on the validation split.
+        """
         path, budget, waiting = self.folder / "final.json", self.settings["budgets"][-1], {}
         scored = read_json(path)
         for repeat in range(1, REPEATS + 1):
@@ -1154,7 +1165,7 @@ class Search:
         waiting = {name: job for name, job in waiting.items() if name not in scored}
         if waiting:
             compared = "training the incumbent and NEXcepTion's and Xception's choices"
-            print(f"{compared}, {REPEATS} times {budget} epochs each", flush=True)
+            print(f"{compared}, {REPEATS} times {epochs_text(budget)} each", flush=True)
         while (waiting or self.running) and not self.signal:
             while waiting and self.devices:
                 name = next(iter(waiting))
@@ -1163,7 +1174,9 @@ class Search:
                 if outcome["status"] == "success" or not self.signal:
                     scored[name] = {"status": outcome["status"], "seed": job["seed"], **outcome["info"]}
                     write_whole(path, json.dumps(scored, indent=1))
-        print(comparison(self.folder, incumbent)[0])
+        text, best = comparison(self.folder, incumbent)
+        print(text)
+        return best
 
 
 def trial_seed(settings: dict, config: dict, *repeat: int) -> int:

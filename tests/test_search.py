@@ -511,14 +511,30 @@ def test_configurations_of_a_bracket_differ_in_three_choices(tmp_path):
 
 def test_two_objectives_end_with_the_pareto_front(tmp_path):
     out = tmp_path / "run"
-    rows = told(start(out, 40, objectives="accuracy,throughput"), 40, targets.two_costs).rows
-    front = search.best_rows(rows, 9)
+    opened = told(start(out, 40, objectives="accuracy,throughput"), 40, targets.two_costs)
+    rows, front = opened.rows, search.best_rows(opened.rows, 9)
     done = [row["cost"] for row in rows if row["budget"] == 9]
     for row in front:
         assert not any(a[0] < row["cost"][0] and a[1] < row["cost"][1] for a in done)
     assert {row["config"]["block"] for row in front} == {"bottleneck"}
     assert len(front) > 1
-    assert "front.png" in search.report(out).read_text() and (out / "front.png").exists()
+    opened.conclude()
+    page = (out / "report.md").read_text()
+    for number, row in enumerate(front, start=1):
+        (line,) = [line for line in page.splitlines() if line.endswith(f"front {number} |")]
+        assert f"{search.top1(row):.2f}%" in line and f"{-row['cost'][1]:,.0f} images/s" in line
+        network = create_model(str(out / ("incumbent.json" if number == 1 else f"front-{number}.json")))
+        assert network.config == search.network_config(row["config"], "nexception_nano")
+    assert "](front.png" in page and (out / "front.png").exists()
+
+
+def test_a_search_that_finds_nothing_better_recommends_the_best_it_compared(tmp_path, monkeypatch, capsys):
+    opened = told(start(tmp_path / "run", 6, sampler="random"), 6)
+    opened.default_target, opened.compare = True, lambda incumbent: "Xception"
+    opened.conclude()
+    assert f"--model {tmp_path / 'run/xception.json'}" in capsys.readouterr().out
+    expected = search.network_config(search.points()["Xception"], "nexception_nano")
+    assert create_model(str(tmp_path / "run/xception.json")).config == expected
 
 
 # Importance and report
