@@ -561,7 +561,7 @@ def load_digits(size: int, _root: str) -> tuple[dict, tuple[str, ...]]:
 
 
 CLUTTER = 4  # digits in the background of a picture of `clutter`
-CLUTTER_OPACITY = 0.25
+CLUTTER_OPACITY = 0.2
 CLUTTER_EPOCH = 640  # training pictures per epoch of `clutter`
 CLUTTER_HELD_OUT = 2000  # pictures in each of val and test
 
@@ -600,7 +600,7 @@ class Clutter:
         which = which * len(self.digits)  # clutter: any digit
         low, high = self.first[labels], self.first[labels + 1]
         which[:, 0] = low + each[:, 0, 0] * (high - low)
-        for draws, most in ((x, 0.2), (y, 0.2), (angle, 0.05 / math.pi)):
+        for draws, most in ((x, 1 / 6), (y, 1 / 6), (angle, 0.05 / math.pi)):
             draws[:, 0] *= most
         # Half the height and width of a digit in `affine_grid` units, where 1 is half the picture.
         height, width = 0.65 * np.exp((scale - stretch / 2) / 20), 0.65 * np.exp((scale + stretch / 2) / 20)
