@@ -4,13 +4,9 @@
     python bench.py accuracy CHECKPOINT imagenet=/data/imagenet/val imagenet-a=/data/imagenet-a
     python bench.py figures      # the paper's figures 2 and 3; with measured speed: results/speed-*.json
     python bench.py export CHECKPOINT
-    python bench.py data FOLDER  # images/s of the input pipeline and of timm's; workers needed to feed a GPU
-    python bench.py lamb         # steps/s of LAMB, timm's LAMB and PyTorch's AdamW
-    python bench.py trial        # seconds per trial of search.py, and of a plain loop with timm's loader
-    python bench.py samplers RUN # SMAC, Hyperband and random search on the trials of a random search
-    python bench.py versions OTHER # whole commands of this checkout and of another one
+    python bench.py data FOLDER  # images/s of the input pipeline; workers needed to feed a GPU
 
-`python bench.py COMMAND --help` lists the options of a command. Results go to `results/`: JSON with every
+`python bench.py COMMAND --help` lists the options of a command. Results go to `runs/bench`: JSON with every
 sample, versions, hardware and the command line, and a Markdown table. On two CPU cores, all of Table 1 takes
 about half an hour in float32, most other commands a few minutes.
 
@@ -30,11 +26,8 @@ import math
 import os
 import random
 import re
-import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -43,8 +36,9 @@ from functools import cache, partial
 from pathlib import Path
 
 from data import (
-    SMALL_SETS,
     Augmentation,
+    Data,
+    EvalTransform,
     Plan,
     RunError,
     UsageError,
@@ -66,6 +60,8 @@ from model import (
     fuse,
     keep_large_buffers,
     load_checkpoint,
+    read_checkpoint,
+    weights_of,
 )
 from train import (
     Lamb,
@@ -85,11 +81,9 @@ from train import (
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TURN_SECONDS = 0.1  # minimum of a turn of `speed`, in which short passes are repeated
 WORKER_SECONDS = 6.0  # of a turn of `data` with worker processes
 
@@ -102,26 +96,12 @@ class Row:
     """Code to be timed and its measurements; the JSON files contain every field that is set."""
 
     label: str
-    work: Callable[[], float] | None = None  # one turn; returns the number of units (images, trials) done
+    work: Callable[[], float] | None = None  # one turn; returns the number of units (images, steps) done
     before: Callable[[], object] | None = None  # called before each turn, not timed
     base: str = ""  # label of the row to compare with
     missing: str = ""  # reason if there are no samples
     samples: list[float] = field(default_factory=list)  # one per repetition
     ratio: dict | None = None  # speed relative to `base`: mean, deviation, median
-    # Set by `speed` only:
-    name: str = ""  # key of Table 1 or MODELS, JSON file, timm's name, or MODULE:CALLABLE
-    size: int = 0  # input pixels per side
-    batch: int = 0
-    passes: int = 0  # per turn
-    parameters: int = 0
-    macs: int = 0  # of convolutions and linear layers, for one image
-    attention_macs: int = 0  # of the matrix products inside attention
-    memory: int = 0  # peak bytes of a pass on a GPU, including weights and optimizer state
-    paper: dict | None = None  # the paper's row of Table 1
-
-    def to_dict(self) -> dict:
-        code = ("work", "before")
-        return {k: v for k, v in vars(self).items() if k not in code and v not in (None, "", [], 0)}
 
 
 def stopwatch(device: torch.device | None) -> Callable:
@@ -144,12 +124,12 @@ def stopwatch(device: torch.device | None) -> Callable:
     return timed
 
 
-def take_turns(rows: list[Row], repetitions: int, timed: Callable, *, rate=True, warm_up=1) -> None:
-    """Time every row once per repetition, in random order; set the samples and ratios.
+def take_turns(rows: list[Row], repetitions: int, timed: Callable, *, warm_up=1) -> None:
+    """Time every row once per repetition, in random order; set the samples (units per second) and ratios.
 
-    timed: a `stopwatch`. rate: samples are units per second, else seconds per unit. warm_up: repetitions at
-    the start that are not recorded. A row that fails is dropped, with the reason in `missing`; only
-    UsageError and RunError stop the run. Ctrl-C keeps the finished repetitions.
+    timed: a `stopwatch`. warm_up: repetitions at the start that are not recorded. A row that fails is
+    dropped, with the reason in `missing`; only UsageError and RunError stop the run. Ctrl-C keeps the
+    finished repetitions.
     """
     order, done = random.Random(0), -warm_up
     tqdm.monitor_interval = 0  # its thread would be forked into data-loading processes
@@ -162,7 +142,7 @@ def take_turns(rows: list[Row], repetitions: int, timed: Callable, *, rate=True,
                     if row.before:
                         row.before()
                     units, seconds = timed(row.work)
-                    measured.append((row, units / seconds if rate else seconds / units))
+                    measured.append((row, units / seconds))
                 except (UsageError, RunError):
                     raise
                 except Exception as error:
@@ -177,16 +157,16 @@ def take_turns(rows: list[Row], repetitions: int, timed: Callable, *, rate=True,
         print(f"stopped: {done} of {repetitions} repetitions are kept")
     if not any(row.samples for row in rows):
         raise RunError("; ".join(f"{row.label}: {row.missing}" for row in rows))
-    compare(rows, rate)
+    set_ratios(rows)
 
 
-def compare(rows: list[Row], rate: bool = True) -> None:
+def set_ratios(rows: list[Row]) -> None:
     """Set each row's speed relative to its `base`, from the pairs of samples in each repetition."""
     samples = {row.label: row.samples for row in rows}
     for row in rows:
         if row.samples and samples.get(row.base):
             pairs = zip(row.samples, samples[row.base], strict=True)
-            ratios = [ours / base if rate else base / ours for ours, base in pairs]
+            ratios = [ours / base for ours, base in pairs]
             mean, deviation = mean_and_deviation(ratios)
             row.ratio = {"mean": mean, "deviation": deviation, "median": statistics.median(ratios)}
 
@@ -229,22 +209,37 @@ def timing_cells(row: Row) -> list[str]:
     return [f"{mean:,.{digits}f} ± {deviation:,.{digits}f}", median, ratio]
 
 
-def write_results(name: str, options, device: torch.device, text: str, rows: list, **more) -> Path:
-    """Write `name`.json (all measurements) and `name`.md (`text`) to `options.out`; return their common stem.
+def entry_of(path: Path, key: str):
+    """Return the value of `key` in a JSON file, None if there is none or the file is damaged."""
+    try:
+        return json.loads(path.read_text())[key]
+    except (ValueError, TypeError, KeyError):
+        return None
 
-    Results of other options are not overwritten: the name then ends in -2, -3, ...
+
+def write_results(name: str, options, device: torch.device, text: str, rows: list, **more) -> None:
+    """Write `name`.json (all measurements) and `name`.md (`text`) to `options.out`, and say so.
+
+    Files with results of other options are not overwritten: the name then ends in -2, -3, ...
     """
     ours = json.loads(json.dumps(asdict(options)))
     for number in itertools.count(1):
-        stem = Path(options.out) / (name if number == 1 else f"{name}-{number}")
-        path = stem.with_name(stem.name + ".json")
-        if not path.exists() or json.loads(path.read_text()).get("options") == ours:
+        stem = name if number == 1 else f"{name}-{number}"
+        path = Path(options.out, f"{stem}.json")
+        if not path.exists() or entry_of(path, "options") == ours:
             break
     record = {"machine": machine(device), "options": ours, **more}
-    record["rows"] = [row.to_dict() if isinstance(row, Row) else row for row in rows]
+    record["rows"] = [row if isinstance(row, dict) else measurements(row) for row in rows]
+    table = path.with_name(f"{stem}.md")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=1) + "\n")
-    write_whole(stem.with_name(stem.name + ".md"), f"`{record['machine']['command']}`\n\n{text}")
-    return stem
+    write_whole(table, f"`{record['machine']['command']}`\n\n{text}")
+    print(f"written: {path}, {table}")
+
+
+def measurements(row: Row) -> dict:
+    """Return the fields of a row that are set, without its functions."""
+    return {k: v for k, v in vars(row).items() if not callable(v) and v not in (None, "", [], 0)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,12 +286,16 @@ TABLE_1 = {
     "efficientnet_b5": Published("EfficientNet-B5", "conv", 456, "30", "9.9", 476, 2, 83.6),
 }
 
-# Table 3, the paper's models: top-1 in % on ImageNet-A, -R and -Sketch; Table 1 has that of ImageNet.
+# Table 3: top-1 in %, with that of Table 1.
+TABLE_3_SETS = ("imagenet", "imagenet-a", "imagenet-r", "imagenet-sketch")
 TABLE_3 = {
-    "nexception_t": {"imagenet-a": 17.65, "imagenet-r": 45.99, "imagenet-sketch": 34.73},
-    "nexception_tp": {"imagenet-a": 22.75, "imagenet-r": 47.37, "imagenet-sketch": 34.70},
-    "nexception_s": {"imagenet-a": 21.36, "imagenet-r": 47.82, "imagenet-sketch": 36.60},
-    "xception": {"imagenet-a": 9.83, "imagenet-r": 40.79, "imagenet-sketch": 29.88},
+    "NEXcepTion-T": (81.5, 17.65, 45.99, 34.73),
+    "NEXcepTion-TP": (81.8, 22.75, 47.37, 34.70),
+    "NEXcepTion-S": (82.0, 21.36, 47.82, 36.60),
+    "Xception": (79.0, 9.83, 40.79, 29.88),
+    "Swin-T": (81.3, 21.60, 41.30, 29.10),
+    "ConvNeXt-T": (82.1, 24.20, 47.20, 33.80),
+    "RVT-S": (None, 25.70, 47.70, 34.70),
 }
 
 
@@ -368,11 +367,12 @@ HAND_BUILT = {  # key of Table 1 -> function of the input size
 }
 
 
-def find_model(spec: str) -> tuple[str, int, Callable[[], nn.Module]]:
+def find_model(spec: str, pretrained: bool = False) -> tuple[str, int, Callable[[], nn.Module]]:
     """Look up `NAME` or `NAME@SIZE`; return the name, the input size and a function that builds the model.
 
     NAME is a key of Table 1 or MODELS, a JSON config, a model of torchvision or timm, or the user's own
-    MODULE:CALLABLE, also from the current folder. Raises UsageError if there is no such model.
+    MODULE:CALLABLE, also from the current folder. pretrained: with the weights of torchvision or timm.
+    Raises UsageError if there is no such model, or there are no such weights.
     """
     import torchvision.models  # takes a second to import
 
@@ -380,6 +380,8 @@ def find_model(spec: str) -> tuple[str, int, Callable[[], nn.Module]]:
     if size and not (size.isdecimal() and int(size) >= 32):
         raise UsageError(f"{spec!r}: the input size after @ must be a whole number of pixels, at least 32")
     default = TABLE_1[name].size if name in TABLE_1 else 224
+    if pretrained and (name in HAND_BUILT or name in MODELS or name.endswith(".json")):
+        raise UsageError(f"{name}: no package has its weights: give a checkpoint file")
     if name in HAND_BUILT:
         make = partial(HAND_BUILT[name], int(size or default))
     elif name in MODELS or name.endswith(".json"):
@@ -393,10 +395,10 @@ def find_model(spec: str) -> tuple[str, int, Callable[[], nn.Module]]:
         except (ImportError, AttributeError, ValueError) as error:
             raise UsageError(f"{name}: {error}") from error
     elif name in torchvision.models.list_models(torchvision.models):
-        make = partial(torchvision.models.get_model, name, weights=None)
+        make = partial(torchvision.models.get_model, name, weights="DEFAULT" if pretrained else None)
     elif importlib.util.find_spec("timm") and (timm := importlib.import_module("timm")).is_model(name):
         default = timm.get_pretrained_cfg(name).input_size[-1]
-        make = partial(timm.create_model, name)
+        make = partial(timm.create_model, name, pretrained=pretrained)
     else:
         known = ", ".join({**TABLE_1, **MODELS})
         raise UsageError(f"unknown model {name!r}: choose from torchvision, timm (if installed) or {known}")
@@ -405,6 +407,14 @@ def find_model(spec: str) -> tuple[str, int, Callable[[], nn.Module]]:
 
 # --------------------------------------------------------------------------------------------------
 # speed: Table 1's throughput
+
+
+AMP = ("auto", "bf16", "fp16", "off")
+
+
+def precision_of(amp: str, device: torch.device) -> str:
+    """Return the name of the dtype that most of a pass computes in."""
+    return str(amp_dtype(amp, device) or torch.float32).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -420,13 +430,28 @@ class SpeedOptions:
         "MODULE:CALLABLE (default: all of Table 1)",
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = option("", "autocast type (default: float32, on a GPU a 16-bit type)", choices=DTYPES)
-    batch: int = option(0, "images per batch, halved when out of memory (default: 256, on a CPU 16)", least=0)
+    amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs", choices=AMP)
+    batch: int | None = option(None, "images per batch, halved when out of memory (default: 256, CPU: 16)", 1)
     repetitions: int = option(30, "timed turns per model", least=1)
     train: bool = option(False, "time forward, backward and a LAMB step instead of evaluation")
     compile: bool = option(False, "compile every model (evaluation: with inductor's freezing, and --fuse)")
     fuse: bool = option(False, "fold NEXcepTion's batch norms into its convolutions")
-    out: str = option("results", "folder of the results")
+    out: str = option("runs/bench", "folder of the results")
+
+
+@dataclass
+class ModelRow(Row):
+    """A model to be timed: what it is, and what a pass costs."""
+
+    name: str = ""  # key of Table 1 or MODELS, JSON file, timm's name, or MODULE:CALLABLE
+    size: int = 0  # input pixels per side
+    batch: int = 0
+    passes: int = 0  # per turn
+    parameters: int = 0
+    macs: int = 0  # of convolutions and linear layers, for one image
+    attention_macs: int = 0  # of the matrix products inside attention
+    memory: int = 0  # peak bytes of a pass on a GPU, including weights and optimizer state
+    paper: dict | None = None  # the paper's row of Table 1
 
 
 @cache
@@ -437,12 +462,13 @@ def random_images(count: int, size: int, device: torch.device) -> torch.Tensor:
     return pixels.to(device, memory_format=torch.channels_last)
 
 
-def prepare(row: Row, make: Callable[[], nn.Module], options: SpeedOptions) -> None:
+def prepare(row: ModelRow, make: Callable[[], nn.Module], options: SpeedOptions) -> None:
     """Build the row's model, count its operations, warm it up, and set the row's `before` and `work`.
 
     The batch is halved until it fits into memory. The weights are random, with a fixed seed.
     """
-    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    device = torch.device(options.device)
+    amp = amp_dtype(options.amp, device)
     torch.manual_seed(0)
     model = make()
     row.parameters = count_parameters(model)
@@ -458,8 +484,8 @@ def prepare(row: Row, make: Callable[[], nn.Module], options: SpeedOptions) -> N
 
     def step() -> None:
         """Run one forward pass, or forward, backward and optimizer step."""
-        amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        with torch.set_grad_enabled(options.train), amp:
+        autocast = torch.autocast(device.type, amp, enabled=amp is not None)
+        with torch.set_grad_enabled(options.train), autocast:
             logits = network(images)
         if options.train:
             bce_loss(logits, torch.zeros_like(logits), 0.2).backward()
@@ -509,7 +535,6 @@ def speed(options: SpeedOptions) -> None:
     options = replace(
         options,
         device=str(device),
-        dtype=options.dtype or str(amp_dtype("auto", device) or torch.float32).removeprefix("torch."),
         batch=options.batch or (16 if device.type == "cpu" else 256),
         models=tuple(dict.fromkeys(options.models or TABLE_1)),
         fuse=options.fuse or (options.compile and not options.train),
@@ -519,7 +544,7 @@ def speed(options: SpeedOptions) -> None:
     rows, makers = [], []
     for spec in options.models:  # look all up before building any
         name, size, make = find_model(spec)
-        rows.append(Row(spec, name=name, size=size))
+        rows.append(ModelRow(spec, name=name, size=size))
         makers.append(make)
         if name in TABLE_1 and size == TABLE_1[name].size:
             rows[-1].label, rows[-1].paper = TABLE_1[name].label, asdict(TABLE_1[name])
@@ -545,14 +570,14 @@ def speed(options: SpeedOptions) -> None:
     base = next((row for row in timed if row.name == "convnext_tiny"), timed[0])
     for row in timed:
         row.base = base.label
-    compare(rows)
+    set_ratios(rows)
 
-    here = machine(device)
-    precision = " (products in TF32)" if device.type == "cuda" else ""
-    precision = precision if options.dtype == "float32" else " (autocast)"
+    here, precision = machine(device), precision_of(options.amp, device)
+    products = " (products in TF32)" if device.type == "cuda" else ""
+    products = products if precision == "float32" else " (autocast)"
     method = (
         f"{here.get('gpu', here['processor'])}, {here['threads']} CPU threads, torch {here['torch']}, "
-        f"{options.dtype}{precision}, batch {options.batch}, channels last, "
+        f"{precision}{products}, batch {options.batch}, channels last, "
         f"{'training step (LAMB)' if options.train else 'evaluation'}"
         f"{', compiled' if options.compile else ''}{', batch norms folded' if options.fuse else ''}; "
         f"mean ± standard deviation of {len(base.samples)} repetitions in turns.\n"
@@ -560,13 +585,12 @@ def speed(options: SpeedOptions) -> None:
     text = f"{speed_table(rows, base, options.batch)}\n{method}"
     where = re.sub(r"\W+", "-", here["gpu"].lower()) if "gpu" in here else device.type
     flags = [flag for flag in ("train", "compile", "fuse") if getattr(options, flag)]
-    name = "-".join(["speed", where, options.dtype, *flags])
+    name = "-".join(["speed", where, precision, *flags])
     print(f"\n{text}")
-    stem = write_results(name, options, device, text, rows, method=method, baseline=base.label)
-    print(f"written: {stem}.json, {stem}.md")
+    write_results(name, options, device, text, rows, precision=precision, baseline=base.label)
 
 
-def speed_table(rows: list[Row], base: Row, batch: int) -> str:
+def speed_table(rows: list[ModelRow], base: ModelRow, batch: int) -> str:
     """Return the Markdown table; a row's batch is shown if it is below `batch`, the requested one.
 
     MACs are those of convolutions and linear layers, + those of the matrix products inside attention.
@@ -588,31 +612,96 @@ def speed_table(rows: list[Row], base: Row, batch: int) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# accuracy: top-1 and top-5 of a checkpoint, also on Table 3's robustness sets
+# accuracy: top-1 and top-5, also on Table 3's robustness sets
 
 
 @dataclass(frozen=True)
 class AccuracyOptions:
-    """Measure the top-1 and top-5 accuracy of a checkpoint on image folders.
+    """Measure the top-1 and top-5 accuracy of a model on image folders, beside the paper's Table 3.
 
-    For folders with a subset of the model's classes (ImageNet-A, -R), predictions are restricted to it.
+    For folders with a subset of the model's classes (ImageNet-A, -R), predictions are restricted to it. A
+    model of torchvision or timm has its pretrained weights and their transform; MODULE:CALLABLE returns one
+    with weights and, as attribute `transform`, an EvalTransform (default: ImageNet's).
     """
 
-    checkpoint: str = option(MISSING, "train.py's, the authors' or timm's xception", positional=True)
+    model: str = option(
+        MISSING,
+        "checkpoint (train.py's, the authors' or timm's xception), model of torchvision or timm, or your own "
+        "MODULE:CALLABLE",
+        positional=True,
+    )
     folders: tuple[str, ...] = option(
         MISSING,
         "folders of class folders, PATH or NAME=PATH; the names imagenet, imagenet-a, imagenet-r and "
         "imagenet-sketch add the paper's figures",
         positional=True,
     )
-    classes: str = option("", "class names in output order: a folder of class folders or a text file")
-    size: int = option(0, "input pixels per side (default: the checkpoint's)", least=0)
-    crop_pct: float = option(0.0, "crop / resized shorter side (default: the checkpoint's)", least=0, most=1)
+    weights: str | None = option(None, "state dict to load into a model that is not a checkpoint")
+    classes: str | None = option(
+        None, "class names in output order: a folder of class folders or a text file"
+    )
+    size: int | None = option(None, "input pixels per side (default: the model's)", 8, 4096)
+    crop_pct: float | None = option(
+        None, "crop / resized shorter side (default: the model's)", above=0, most=1
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = option("float32", "autocast type", choices=DTYPES)
+    amp: str = option("off", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs", choices=AMP)
     batch: int = option(64, "images per batch", least=1)
     workers: int | None = option(None, "data-loading processes (default: one per core)", least=0)
-    out: str = option("results", "folder of the results")
+    out: str = option("runs/bench", "folder of the results")
+
+
+def load_checkpoint_or_model(spec: str, weights: str | None) -> tuple[nn.Module, str]:
+    """Return a model with `transform` and `classes`, and its label in the paper's tables or ""."""
+    if Path(spec).is_file():
+        if weights:
+            raise UsageError(f"--weights: {spec} has weights of its own")
+        model = load_checkpoint(spec, fuse=True)
+        check_channels(model.config, spec)
+        plain = {"num_classes": 1000, "drop_path": 0.0}  # ignored in recognizing the paper's networks
+        ours = replace(model.config, **plain)
+        name = next((name for name, config in MODELS.items() if replace(config, **plain) == ours), "")
+    else:
+        name, size, make = find_model(spec, pretrained=weights is None)
+        try:
+            model = make()
+        except OSError as error:  # offline, or no such weights
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"{name}: no pretrained weights ({reason}): give --weights") from error
+        if weights:
+            try:
+                model.load_state_dict(weights_of(read_checkpoint(weights)))
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UsageError(f"{weights} does not fit {name}: {reason}") from None
+        model.classes = getattr(model, "classes", None)
+        model.transform = transform_of(name, model)
+        if "@" in spec:
+            model.transform = replace(model.transform, size=size)
+    return model.eval(), TABLE_1[name].label if name in TABLE_1 else ""
+
+
+def transform_of(name: str, model: nn.Module) -> EvalTransform:
+    """Return a model's own transform, timm's or torchvision's for its weights, or the default."""
+    import torchvision.models
+
+    if isinstance(getattr(model, "transform", None), EvalTransform):
+        return model.transform
+    if hasattr(model, "pretrained_cfg"):
+        from timm.data import resolve_model_data_config
+
+        found = resolve_model_data_config(model)
+        if found["crop_mode"] != "center":
+            raise UsageError(f"{name}: its weights need crop mode {found['crop_mode']}; only center is known")
+        size = found["input_size"][-1]
+        return EvalTransform(size, *(found[key] for key in ("crop_pct", "interpolation", "mean", "std")))
+    if name not in torchvision.models.list_models(torchvision.models):
+        return EvalTransform()
+    preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    (size,), (resized,) = preset.crop_size, preset.resize_size
+    return EvalTransform(
+        size, size / resized, preset.interpolation.value, tuple(preset.mean), tuple(preset.std)
+    )
 
 
 def read_classes(source: str) -> list[str]:
@@ -650,19 +739,28 @@ def class_columns(classes, outputs: int, folder: str, names: tuple[str, ...]) ->
     return torch.tensor([classes.index(name) for name in names])
 
 
+def checkpoint_name(path: str) -> str:
+    """Return a name for the results of a checkpoint: that of its run, if it is one of a run's files."""
+    file = Path(path).absolute()
+    if file.stem not in ("best", "last", "previous") or not (file.parent / "config.json").exists():
+        return file.stem
+    return file.parent.name if file.stem == "best" else f"{file.parent.name}-{file.stem}"
+
+
 def accuracy(options: AccuracyOptions) -> None:
     """Evaluate on every folder; print and write the table."""
     device = pick_device(options.device)
     if device.type == "cpu":
         keep_large_buffers()
-    model = load_checkpoint(options.checkpoint, fuse=True).to(device, memory_format=torch.channels_last)
-    check_channels(model.config, options.checkpoint)
-    plain = {"num_classes": 1000, "drop_path": 0.0}  # ignored in recognizing the paper's networks
-    ours = replace(model.config, **plain)
-    key = next((key for key, config in MODELS.items() if replace(config, **plain) == ours), "")
+    model, label = load_checkpoint_or_model(options.model, options.weights)
     asked = {"size": options.size, "crop_pct": options.crop_pct}
     transform = replace(model.transform, **{name: value for name, value in asked.items() if value})
     classes = read_classes(options.classes) if options.classes else model.classes
+    if model.classes and list(classes) != list(model.classes):
+        raise UsageError(f"--classes {options.classes}: {options.model} has other class names; leave it out")
+    with torch.inference_mode():
+        outputs = model(torch.zeros(1, 3, transform.size, transform.size)).shape[1]
+    model.to(device, memory_format=torch.channels_last)
     settings = {"train": False, "transform": transform, "device": device, "workers": options.workers}
     sets = []
     for text in options.folders:  # open all and match their classes before evaluating any
@@ -670,29 +768,36 @@ def accuracy(options: AccuracyOptions) -> None:
         if not path or "/" in name:
             name, path = Path(text).name, text
         folder = open_data(path, Plan(batch=options.batch), **settings)
-        columns = class_columns(classes, model.num_classes, path, folder.classes)
+        columns = class_columns(classes, outputs, path, folder.classes)
         sets.append((name, path, folder, columns.to(device)))
 
-    published = {"imagenet": TABLE_1[key].top1, **TABLE_3[key]} if key in TABLE_3 else {}
-    file = Path(options.checkpoint).absolute()
-    in_run = file.stem in ("best", "last", "previous") and (file.parent / "config.json").exists()
-    result_name = f"accuracy-{file.parent.name if in_run else file.stem}"  # the run's name rather than `best`
-    shown = f"{options.checkpoint}: {transform.size} pixels, {transform.crop_pct:.3g} of the resized shorter "
-    shown += f"side, {transform.interpolation}, {options.dtype}"
-    amp = None if options.dtype == "float32" else DTYPES[options.dtype]
+    file_name = checkpoint_name(options.model) if Path(options.model).is_file() else options.model
+    file_name = re.sub(r"[^\w.]+", "-", f"accuracy-{file_name}")
+    shown = f"{options.model}: {transform.size} pixels, {transform.crop_pct:.3g} of the resized shorter "
+    shown += f"side, {transform.interpolation}, {precision_of(options.amp, device)}"
+    published = dict(zip(TABLE_3_SETS, TABLE_3.get(label, ()), strict=False))
     rows, cells = [], []
     for name, path, folder, columns in sets:
-        found = evaluate(model, folder, "val", amp, columns=columns)
+        found = evaluate(model, folder, "val", amp_dtype(options.amp, device), columns=columns)
         folder.close()
         paper = published.get(name.lower())
         rows.append({"set": name, "folder": path, "classes": len(columns), **found, "paper_top1": paper})
         top1, top5 = f"{found['top1']:.2f}", f"{found['top5']:.2f}"
         cells.append([name, f"{found['count']:,}", str(len(columns)), top1, str(paper or ""), top5])
-        table = markdown_table(["set", "images", "classes", "top-1, %", "paper's", "top-5, %"], cells)
-        text = f"{shown}\n\n{table}"
+        text = markdown_table(["set", "images", "classes", "top-1, %", "paper's", "top-5, %"], cells)
+        text = f"{shown}\n\n{text}{table_3([row['set'].lower() for row in rows])}"
         # Written after each set, so that results are kept if a later set fails.
-        write_results(result_name, options, device, text, rows, transform=asdict(transform))
-    print(text)
+        write_results(file_name, options, device, text, rows, transform=asdict(transform))
+    print(f"\n{text}")
+
+
+def table_3(names: list[str]) -> str:
+    """Return the paper's rows for the sets called `names`, "" if it has none of them."""
+    columns = [i for i, name in enumerate(TABLE_3_SETS) if name in names]
+    lines = [[label, *(f"{row[i] or 'not given'}" for i in columns)] for label, row in TABLE_3.items()]
+    table = markdown_table(["", *(TABLE_3_SETS[i] for i in columns)], lines)
+    note = "RVT-S is in no package: give its own code as MODULE:CALLABLE."
+    return f"\nThe paper's top-1, %:\n\n{table}\n{note}\n" if columns else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -707,10 +812,10 @@ class FiguresOptions:
     """
 
     results: tuple[str, ...] = option((), "JSON files written by `bench.py speed`", positional=True)
-    out: str = option("results", "folder of the figures, SVG and PNG")
+    out: str = option("runs/bench", "folder of the figures, SVG and PNG")
 
 
-COLOURS = {"NEXcepTion": "#c0392b", "conv": "#5b93bd", "transformer": "#d9a441"}
+COLOURS = {"NEXcepTion": "#a01c1c", "conv": "#4d94c7", "transformer": "#f3c650"}  # distinct in grey, too
 AREA_PER_MILLION = 11.0  # points²: 50M parameters make a bubble 26 points wide
 
 
@@ -734,55 +839,102 @@ def measured(path: str) -> tuple[dict[str, float], str]:
             row["name"]: statistics.fmean(row["samples"])
             for row in record["rows"]
             if row.get("samples") and row["name"] in TABLE_1
-            if not row.get("variant")  # in older files: other settings of the same model
             if row["size"] == TABLE_1[row["name"]].size  # the paper's accuracy holds at this size only
         }
-        how = [f"batch {options['batch']}", options["dtype"]]
+        how = [f"batch {options['batch']}", record["precision"]]
         how += [word for word in ("compile", "fuse") if options.get(word)]
         title = f"{'trained ' if options['train'] else ''}images/s (measured: "
         title += f"{here.get('gpu') or str(here['threads']) + ' CPU threads'}, {', '.join(how)})"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a results file of `bench.py speed`: {error!r}") from error
+        if missing := [row["label"] for row in record["rows"] if row.get("missing")]:
+            title += f"\nnot measured: {', '.join(missing)}"
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{path} is not a JSON file written by `bench.py speed`") from None
     if not speeds:
         raise UsageError(f"{path} has no measured model of the paper's Table 1")
     return speeds, title
 
 
-def draw(values: dict[str, float], title: str, stem: Path) -> list:
-    """Write `stem`.svg and .png with a labelled bubble for each key of `values`; return the labels."""
-    from adjustText import adjust_text
+def draw(values: dict[str, float], title: str, stem: Path) -> tuple[list, np.ndarray]:
+    """Write `stem`.svg and .png with a labelled disc for each key of `values`.
 
+    Returns the labels and the discs, (N, 3): centre and radius in pixels.
+    """
     figure, (axes,) = subplots(1, 8.3, 5.6)
     figure.set_dpi(200)
     kinds = {k: "NEXcepTion" if k.startswith("nexception") else row.kind for k, row in TABLE_1.items()}
     keys = sorted(values, key=lambda key: -float(TABLE_1[key].parameters))
-    areas = [AREA_PER_MILLION * float(TABLE_1[key].parameters) for key in keys]
-    xs, ys = [values[key] for key in keys], [TABLE_1[key].top1 for key in keys]
+    areas = np.array([AREA_PER_MILLION * float(TABLE_1[key].parameters) for key in keys])
+    points = np.array([(values[key], TABLE_1[key].top1) for key in keys])
     colours = [COLOURS[kinds[key]] for key in keys]
-    bubbles = axes.scatter(xs, ys, areas, colours, alpha=0.65, linewidths=0.8, edgecolors="white")
+    axes.scatter(*points.T, areas, colours, alpha=0.8, linewidths=0.8, edgecolors="white")
     axes.set_xlabel(title, fontsize=10)
     axes.set_ylabel("ImageNet-1K top-1, % (published)", fontsize=10)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.margins(0.09, 0.11)
-    handles = [axes.scatter([], [], 70, colour, label=kind, alpha=0.65) for kind, colour in COLOURS.items()]
+    handles = [axes.scatter([], [], 70, colour, label=kind, alpha=0.8) for kind, colour in COLOURS.items()]
     for millions in (10, 25, 50):
         label = f"{millions}M" + " parameters" * (millions == 50)
         handles.append(axes.scatter([], [], millions * AREA_PER_MILLION, "0.75", label=label))
     legend = {"loc": "outside upper center", "ncols": 6, "frameon": False, "fontsize": 9, "borderpad": 1.0}
     figure.legend(handles=handles, **legend)
-    texts = []
-    for key, x, y in zip(keys, xs, ys, strict=True):
-        weight = "bold" if kinds[key] == "NEXcepTion" else "normal"
-        texts.append(axes.text(x, y, TABLE_1[key].label, fontsize=9, weight=weight, ha="center", va="center"))
-    figure.draw_without_rendering()  # the layout must be final before labels are placed
-    lines = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6}
-    # Limited by iterations, as a limit in seconds would not be reproducible.
-    adjust_text(texts, xs, ys, objects=bubbles, ax=axes, arrowprops=lines, expand=(1.05, 1.15), iter_lim=150)
+    style = {"fontsize": 9, "ha": "center", "va": "center"}
+    texts = [axes.text(*point, TABLE_1[key].label, **style) for key, point in zip(keys, points, strict=True)]
+    for key, text in zip(keys, texts, strict=True):
+        text.set_weight("bold" if kinds[key] == "NEXcepTion" else "normal")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # nothing may move after labels are placed
+    axes.autoscale(False)
+    radii = np.sqrt(areas / math.pi) * figure.dpi / 72  # pixels
+    discs = np.column_stack([axes.transData.transform(points), radii])
+    place_labels(texts, discs)
+    stem.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".svg", ".png"):
-        save_figure(figure, stem.with_name(stem.name + suffix))
+        save_figure(figure, Path(f"{stem}{suffix}"))
     print(f"written: {stem}.svg, {stem}.png")
-    return texts
+    return texts, discs
+
+
+def place_labels(texts: list, discs: np.ndarray) -> None:
+    """Move each label to the nearest place around its disc where it touches no label, disc or axis.
+
+    In turns, each label takes its best place given the others', until none moves. One that is not next to its
+    disc gets a line to it. discs: (N, 3), centre and radius in pixels.
+    """
+    axes, gap = texts[0].axes, 6.0  # pixels
+    centres, radii = discs[:, :2], discs[:, 2]
+    boxes = [text.get_window_extent() for text in texts]
+    halves = np.array([[box.width, box.height] for box in boxes]) / 2 + gap
+    frame = np.array(axes.get_window_extent().get_points())  # ((left, bottom), (right, top))
+    angles = np.arange(32) * math.tau / 32
+    directions = np.tile(np.stack([np.cos(angles), np.sin(angles)], 1), (12, 1))  # (12 * 32, 2)
+    away = np.repeat(np.arange(12) * 8.0, 32)
+    places = centres.copy()
+    for _ in range(20):
+        before = places.copy()
+        for i in range(len(texts)):
+            choices = centres[i] + directions * (radii[i] + away[:, None] + halves[i])
+            others = np.arange(len(texts)) != i
+            apart = np.abs(choices[:, None] - places[others]) - halves[i] - halves[others] + gap
+            clash = np.sqrt(np.maximum(-apart, 0).prod(2)).sum(1)
+            outside = np.maximum(np.abs(choices[:, None] - centres) - halves[i], 0)  # of the label's box
+            clash += np.maximum(radii - np.hypot(*outside.transpose(2, 0, 1)), 0).sum(1)
+            clash += np.maximum([frame[0] - choices + halves[i], choices + halves[i] - frame[1]], 0).sum(
+                (0, 2)
+            )
+            places[i] = choices[(away + 100 * clash).argmin()]
+        if (places == before).all():
+            break
+    to_data = axes.transData.inverted().transform
+    for text, place, half, centre, radius in zip(texts, places, halves - gap, centres, radii, strict=True):
+        text.set_position(to_data(place))
+        near = np.clip(centre, place - half, place + half)  # the point of the label's box next to the disc
+        distance = np.hypot(*(near - centre))
+        if distance > radius + 2 * gap:
+            ends = to_data([centre + (near - centre) * radius / distance, near])
+            axes.plot(*ends.T, color="0.5", linewidth=0.6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -794,17 +946,23 @@ class ExportOptions:
     """Export a checkpoint with torch.export and to ONNX, and check both against the eager outputs."""
 
     checkpoint: str = option(MISSING, "train.py's, the authors' or timm's xception", positional=True)
-    size: int = option(0, "input pixels per side (default: the checkpoint's)", least=0)
-    out: str = option("", "folder of the files (default: the checkpoint's)")
+    size: int | None = option(None, "input pixels per side (default: the checkpoint's)", 8, 4096)
+    out: str | None = option(None, "folder of the files (default: the checkpoint's)")
 
 
 def export(options: ExportOptions) -> None:
     """Write NAME.pt2, NAME.onnx (both with a dynamic batch size) and NAME.export.json (classes, transform).
 
-    Batch norms are folded first. Files whose outputs differ from the checkpoint's are not written.
+    NAME is that of the run or file. Batch norms are folded first. Files whose outputs differ from the
+    checkpoint's are not written.
     """
     model = load_checkpoint(options.checkpoint, fuse=True).requires_grad_(False)
     size = options.size or model.transform.size
+    checkpoint = Path(options.checkpoint).resolve()
+    stem = Path(options.out or checkpoint.parent) / checkpoint_name(options.checkpoint)
+    facts_file = Path(f"{stem}.export.json")
+    if facts_file.exists() and entry_of(facts_file, "checkpoint") != str(checkpoint):
+        raise UsageError(f"{facts_file} is of another checkpoint: give another --out")
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, model.config.in_channels, size, size, generator=generator)
     batch = torch.export.Dim("batch", min=1, max=4096)
@@ -826,19 +984,20 @@ def export(options: ExportOptions) -> None:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         exported[".onnx"] = content, lambda x: session.run(None, {"images": x.numpy()})[0]
 
-    stem = Path(options.out or Path(options.checkpoint).parent) / Path(options.checkpoint).stem
     with torch.no_grad():
         wanted = model(images).numpy()
     for suffix, (content, run) in exported.items():
-        path = stem.with_name(stem.name + suffix)
+        path = Path(f"{stem}{suffix}")
         difference = max(np.abs(run(images[:count]) - wanted[:count]).max() for count in (len(images), 1))
         relative = difference / np.abs(wanted).max()
         if not relative <= 1e-4:
             raise RunError(f"{path} not written: its logits differ from the checkpoint's by {relative:.1e}")
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
         print(f"{path}: logits within {relative:.1e} of the checkpoint's, relative to the largest")
-    facts = {"classes": model.classes, "transform": asdict(replace(model.transform, size=size))}
-    write_whole(stem.with_name(stem.name + ".export.json"), json.dumps(facts, indent=1) + "\n")
+    facts = {"checkpoint": str(checkpoint), "classes": model.classes}
+    facts["transform"] = asdict(replace(model.transform, size=size))
+    write_whole(facts_file, json.dumps(facts, indent=1) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -847,16 +1006,28 @@ def export(options: ExportOptions) -> None:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Measure images/s of the input pipeline and of timm's, on one core and by number of workers."""
+    """Measure images/s of the input pipeline on one core and by number of workers."""
 
     path: str = option(MISSING, "image folder, with or without train/", positional=True)
     repetitions: int = option(20, "timed turns on one core; five with workers", least=1)
     workers: tuple[int, ...] = option((), "worker counts to time (default: 1, 2, 4, ..., all cores)", least=1)
     rate: float = option(1000.0, "GPU training speed in images/s, to estimate the workers it needs", least=0)
-    out: str = option("results", "folder of the results")
+    out: str = option("runs/bench", "folder of the results")
 
 
 DATA_BATCH = 64  # images
+
+
+def open_pipeline(path: str, workers: int = 0, **augment) -> Data:
+    """Open the images of a folder (those of train/, if there is one), each for training and for evaluation.
+
+    As train.py does, but without repeated augmentation.
+    """
+    folder = Path(path, "train")
+    files = list_images(folder if folder.is_dir() else path, train=False)["val"]
+    plan, augmentation = Plan(batch=min(DATA_BATCH, len(files))), Augmentation(repeats=1, **augment)
+    settings = {"files": {"train": files, "val": files}, "workers": workers, "max_bad_files": 0}
+    return open_data(path, plan, augment=augmentation, **settings)
 
 
 def take_from(epochs: Callable[[int], Iterator]) -> Callable[[], int]:
@@ -865,407 +1036,62 @@ def take_from(epochs: Callable[[int], Iterator]) -> Callable[[], int]:
     return lambda: len(next(batches)[0])
 
 
+def time_on_one_core(rows: list[Row], repetitions: int) -> None:
+    """Time rows in turns by the CPU time of one thread, which other programs do not affect."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    take_turns(rows, repetitions, stopwatch(None))
+    torch.set_num_threads(threads)
+
+
 def input_speed(options: DataOptions) -> None:
     """Time the input pipeline; print and write the table and the advice."""
-    cores, cpu = cpu_count(), torch.device("cpu")
+    cores, rows, speeds = cpu_count(), [], {}
     counts = options.workers or sorted({2**n for n in range(8) if 2**n < cores} | {cores})
     keep_large_buffers()  # as training on a CPU does
-    with contextlib.ExitStack() as stack:
-        folder = Path(options.path)
-        folder = folder / "train" if (folder / "train").is_dir() else folder
-        files = list_images(folder, train=False)["val"]
+    for n in counts:  # workers first, as they must be forked before this process starts threads
+        with contextlib.closing(open_pipeline(options.path, n)) as data:
+            most, take = 10 * data.count("train"), take_from(data.train_batches)
+            print(f"{n} worker{'s' * (n > 1)}, {most // 10:,} images", flush=True)
 
-        def ours(workers: int = 0, **augment):
-            settings = {"files": {"train": files, "val": files}, "workers": workers, "max_bad_files": 0}
-            augmentation = Augmentation(repeats=1, **augment)
-            opened = open_data(folder, Plan(batch=DATA_BATCH), augment=augmentation, **settings)
-            stack.callback(opened.close)
-            return opened
-
-        timm_sets = {}
-        with contextlib.suppress(ModuleNotFoundError):
-            from timm.data import create_dataset, create_transform
-            from timm.data.loader import fast_collate
-
-            recipe = {"auto_augment": "rand-m7-mstd0.5-inc1", "interpolation": "random", "is_training": True}
-            recipes = {"training": recipe, "evaluation": {"interpolation": "bicubic", "crop_pct": 0.95}}
-            for use, settings in recipes.items():
-                transform = create_transform((3, 224, 224), use_prefetcher=True, **settings)
-                timm_sets[use] = create_dataset("", root=str(folder), transform=transform)
-
-        rows, speeds = [], {}
-        for n in counts:  # workers first, as they must be forked before this process starts threads
-            label = f"training, {n} worker{'s' * (n > 1)}"
-            takes = {label: take_from(ours(n).train_batches)}
-            if timm_sets:
-                loader = torch.utils.data.DataLoader(
-                    timm_sets["training"], batch_size=DATA_BATCH, shuffle=True, num_workers=n,
-                    collate_fn=fast_collate, drop_last=True, persistent_workers=True,
-                )  # fmt: skip
-                takes[f"{label}, timm"] = take_from(lambda _, loader=loader: iter(loader))
-
-            def settle(take, n=n):
-                # Wait until the other row's workers have filled their queue and are idle, then discard the
-                # batches that this row's workers prepared during the other turn.
-                time.sleep(WORKER_SECONDS / 4)
-                for _ in range(3 * n):
-                    take()
-
-            def turn(take) -> int:
-                begun, images = time.perf_counter(), 0
-                while not images or time.perf_counter() - begun < WORKER_SECONDS:
+            def turn(most=most, take=take) -> int:
+                """Take batches for some seconds, or from a small folder for ten epochs."""
+                end, images = time.perf_counter() + WORKER_SECONDS, take()
+                while images < most and time.perf_counter() < end:
                     images += take()
                 return images
 
-            pair = []
-            for name, take in takes.items():
-                pair.append(Row(name, partial(turn, take), partial(settle, take)))
-            pair[0].base = f"{label}, timm"
-            take_turns(pair, 5, stopwatch(cpu))
-            rows += pair
-            if pair[0].samples:
-                speeds[n] = statistics.fmean(pair[0].samples)
+            rows.append(Row(f"training, {n} worker{'s' * (n > 1)}", turn))
+            take_turns(rows[-1:], 5, stopwatch(torch.device("cpu")))
+        speeds[n] = statistics.fmean(rows[-1].samples)
 
-        rng = np.random.default_rng(0)
+    print("one core", flush=True)
+    data, scored = open_pipeline(options.path), open_pipeline(options.path)
+    plain = open_pipeline(options.path, policy="none")
+    files, rng = data.dataset.files["train"], np.random.default_rng(0)
 
-        def drawn() -> list[int]:
-            return rng.permutation(len(files))[:DATA_BATCH].tolist()
+    def decode_batch() -> int:
+        drawn = rng.permutation(len(files))[:DATA_BATCH].tolist()
+        return len([decode(bytearray(Path(files.path(n)).read_bytes())) for n in drawn])
 
-        def collate(images) -> int:
-            return len(fast_collate([images[n] for n in drawn()])[0])
-
-        scored = ours()
-        works = {
-            "training": take_from(ours().train_batches),
-            "evaluation": take_from(lambda _: scored.eval_batches()),
-            "training without RandAugment": take_from(ours(policy="none").train_batches),
-            "decoding alone": lambda: len(
-                [decode(bytearray(Path(files.path(n)).read_bytes())) for n in drawn()]
-            ),
-        }
-        single = []
-        for label, work in works.items():
-            single.append(Row(label, work, base=f"{label}, timm"))
-            if label in timm_sets:
-                single.append(Row(f"{label}, timm", partial(collate, timm_sets[label])))
-        # CPU time of one process with one thread, which other programs do not affect.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        take_turns(single, options.repetitions, stopwatch(None))
-        torch.set_num_threads(threads)
-        sizes = [os.path.getsize(files.path(n)) for n in range(min(2000, len(files)))]
-    rows = [*single, *rows]
-    table = [[row.label, *timing_cells(row)] for row in rows]
-    text = markdown_table(["", "images/s", "median", "× timm"], table)
-    if speeds:
-        most, best = max(speeds.items(), key=lambda item: item[1])
-        enough = [n for n, speed in sorted(speeds.items()) if speed >= options.rate]
-        needed = enough[0] if enough else math.ceil(options.rate * most / best)
-        text += f"\nA GPU that trains at {options.rate:,.0f} images/s needs --workers {needed}, "
-        text += "as measured.\n" if enough else f"extrapolated from {most}.\n"
-    print(text)
-    mean = statistics.fmean(sizes)
-    write_results(f"data-{cores}-core", options, cpu, text, rows, mean_file_bytes=mean)
-
-
-# --------------------------------------------------------------------------------------------------
-# lamb: a step of the optimizer
-
-
-@dataclass(frozen=True)
-class LambOptions:
-    """Time a step of LAMB beside timm's and PyTorch's fused AdamW, in turns."""
-
-    model: str = option("nexception_t", "one of MODELS or a JSON config, whose parameters are updated")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1")
-    repetitions: int = option(20, "timed turns of each", least=1)
-    out: str = option("results", "folder of the results")
-
-
-def lamb(options: LambOptions) -> None:
-    """Time the optimizers on parameters of their own with random gradients; print and write the table."""
-    device, label = pick_device(options.device), "LAMB"
-    optimizers = {label: Lamb, "AdamW, PyTorch's fused": partial(torch.optim.AdamW, fused=True)}
-    with contextlib.suppress(ModuleNotFoundError):
-        from timm.optim import Lamb as TimmLamb
-
-        optimizers["LAMB, timm's"] = TimmLamb
-    rows = []
-    for name, make in optimizers.items():
-        torch.manual_seed(0)
-        model = create_model(options.model).to(device, memory_format=torch.channels_last)
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        step = make(parameter_groups(model, 0.02), lr=2e-3).step
-        rows.append(Row(name, lambda step=step: step() or 1, before=step, base=label))
-    take_turns(rows, options.repetitions, stopwatch(device))
-    header = ["", "steps/s", "median", "× as fast as ours"]
-    text = markdown_table(header, [[row.label, *timing_cells(row)] for row in rows])
-    print(text)
-    name = f"lamb-{Path(options.model).stem}-{device.type}"
-    write_results(name, options, device, text, rows, unit="steps/s")
-
-
-# --------------------------------------------------------------------------------------------------
-# trial: one trial of the search
-
-
-@dataclass(frozen=True)
-class TrialOptions:
-    """Measure the seconds per trial of `search.py` and of the same training in a plain loop."""
-
-    data: str = option("digits", "data set", choices=SMALL_SETS)
-    model: str = option("nexception_reduced", "network that sets the macro-architecture")
-    epochs: int = option(1, "epochs per trial", least=1)
-    repetitions: int = option(3, "trials of each kind", least=1)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1")
-    out: str = option("results", "folder of the results")
-
-
-class SmallImages(torch.utils.data.Dataset):
-    """A split of a small set as (PIL image, label) pairs, as timm's loader expects."""
-
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
-        self.images, self.labels = images.permute(0, 2, 3, 1).cpu().numpy(), labels.tolist()
-        self.transform = None  # set by timm's loader
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
-
-
-def plain_trial(config: dict, seed: int, budget: float, settings: dict):
-    """Train NEXcepTion with timm's loader, mixup, loss and LAMB in a plain loop.
-
-    The interface is that of `search.train_config`, so that the same processes run both; `config` is ignored.
-    """
-    from search import trial_options
-
-    import timm.data
-    from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
-    from timm.optim import Lamb as TimmLamb
-
-    device = torch.device(settings["device"])
-    recipe = trial_options(settings, round(budget), seed, device)
-    opened = open_data(settings["data"], size=recipe.size, device=device, root=settings["root"])
-    begun = time.perf_counter()
-    torch.manual_seed(seed)
-    classes = len(opened.classes)
-    network = create_model(settings["model"], num_classes=classes, input_size=recipe.size).to(device)
-    shape = {"input_size": (3, recipe.size, recipe.size), "batch_size": recipe.batch, "device": device}
-    shape |= {"mean": opened.transform.mean, "std": opened.transform.std, "num_workers": 2}
-    loader = timm.data.create_loader(
-        SmallImages(*opened.tensors("train")), is_training=True, hflip=0.0, scale=(0.8, 1.0), **shape
-    )
-    scored = timm.data.create_loader(SmallImages(*opened.tensors("val")), is_training=False, **shape)
-    mixes = float(recipe.mixup + recipe.cutmix > 0)
-    mixup = timm.data.Mixup(recipe.mixup, recipe.cutmix, prob=mixes, label_smoothing=0.0, num_classes=classes)
-    loss_of = SoftTargetCrossEntropy()
-    if recipe.loss == "bce":
-        loss_of = BinaryCrossEntropy(target_threshold=recipe.loss_threshold, smoothing=0.0)
-    optimizer = TimmLamb(parameter_groups(network, recipe.weight_decay), lr=recipe.lr)
-    for _ in range(recipe.epochs):
-        network.train()
-        for images, labels in loader:
-            images, targets = mixup(images.to(device), labels.to(device))
-            loss = loss_of(network(images), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    network.eval()
-    hits = 0
-    with torch.no_grad():
-        for images, labels in scored:
-            hits += (network(images.to(device)).argmax(1) == labels.to(device)).sum().item()
-    top1 = 100 * hits / opened.count("val")
-    return 1 - top1 / 100, {"top1": top1, "seconds": time.perf_counter() - begun}
-
-
-def trial(options: TrialOptions) -> None:
-    """Time trials of both kinds in turns, each in its own warm process; print and write the table."""
-    device, threads = pick_device(options.device), torch.get_num_threads()
-    from search import points, run_trial, trial_settings  # takes seconds, with SMAC
-
-    settings = trial_settings({"data": options.data, "model": options.model, "device": str(device)})
-    job = {"config": points()["NEXcepTion"], "seed": 1, "budget": options.epochs, "settings": settings}
-    job |= {"device": str(device), "threads": threads, "time_limit": 1e6, "memory_limit": math.inf}
-    runs = []
-
-    def run(target: str) -> float:
-        outcome = run_trial({**job, "target": target})
-        if outcome["status"] != "success":
-            raise RunError(f"{target}: {outcome['info']['error']}")
-        runs.append({"target": target, **{key: outcome["info"][key] for key in ("seconds", "top1")}})
-        print(runs[-1], flush=True)
-        return outcome["info"]["seconds"]
-
-    plain = "timm's loader, plain loop"
-    rows = [Row("search.py", partial(run, "search:train_config"), base=plain)]
-    rows.append(Row(plain, partial(run, "bench:plain_trial"), base=plain))
-    # The seconds reported by the trials exclude starting their processes.
-    take_turns(rows, options.repetitions, lambda work: (1, work()), rate=False, warm_up=0)
-    header = ["", "seconds per trial", "median", "× as fast as the plain loop"]
-    text = markdown_table(header, [[row.label, *timing_cells(row)] for row in rows])
-    print(text)
-    write_results(f"search-trial-{device.type}", options, device, text, rows, unit="s", runs=runs)
-
-
-# --------------------------------------------------------------------------------------------------
-# samplers: SMAC, Hyperband and random search on finished trials
-
-
-@dataclass(frozen=True)
-class SamplersOptions:
-    """Compare the samplers of search.py on finished trials, which are looked up instead of trained."""
-
-    run: str = option(MISSING, "folder of a `search.py --sampler random` run", positional=True)
-    seeds: int = option(10, "searches per sampler", least=2)
-    epochs: int = option(450, "epochs per search, including trials at low budgets", least=1)
-    out: str = option("results", "folder of the results")
-
-
-SAMPLERS = {  # name -> --sampler, number of budgets
-    "SMAC, three budgets": ("smac", 3),
-    "SMAC, two budgets": ("smac", 2),
-    "SMAC, the highest budget": ("smac", 1),
-    "Hyperband, three budgets": ("hyperband", 3),
-    "Hyperband, two budgets": ("hyperband", 2),
-    "random search": ("random", 1),
-}
-
-
-def simulate(rows: list[dict], settings: dict, epochs: int) -> np.ndarray:
-    """Search among finished trials; return the regret after each epoch spent, (epochs,), in points of top-1.
-
-    The regret is the best accuracy of all trials minus the best found so far at the highest budget (at the
-    start: minus the worst of all). At a lower budget, a trial returns its accuracy after that many epochs.
-    """
-    from search import Sampler, short
-
-    known = {short(row["config"]): row for row in rows}
-    final = [row["info"]["top1"] for row in rows]
-    highest, spent, best, regrets = settings["budgets"][-1], 0, min(final), np.zeros(epochs)
-    with tempfile.TemporaryDirectory() as folder:
-        sampler = Sampler(Path(folder), settings, [1.0], pool=[row["config"] for row in rows])
-        sampler.replay([], {})
-        while spent < epochs and (trial := sampler.ask()) is not None:
-            row, budget = known[short(dict(trial.config))], round(trial.budget)
-            top1 = row["info"]["curve"][budget - 1][1]
-            sampler.tell(trial, {**row, "cost": [1 - top1 / 100]})
-            regrets[spent : spent + budget] = max(final) - best
-            spent += budget
-            best = max(best, top1) if budget == highest else best
-        regrets[spent:] = max(final) - best
-    return regrets
-
-
-def samplers(options: SamplersOptions) -> None:
-    """Run all searches; write their regrets, a figure, and a paired test of each sampler against random."""
-    from search import budgets_up_to, rows_of, settings_of, successes
-
-    from scipy.stats import wilcoxon
-
-    folder = Path(options.run)
-    settings = settings_of(folder)
-    highest = settings["budgets"][-1]
-    rows = successes(rows_of(folder), highest)
-    budgets = budgets_up_to(highest)
-    if len(rows) < 20:
-        raise UsageError(f"{folder} has {len(rows)} successful trials of {highest} epochs; 20 are needed")
-    regrets = {}
-    for name, (sampler, count) in SAMPLERS.items():
-        own = settings | {"sampler": sampler, "budgets": budgets[-count:], "priors": []}
-        simulated = [simulate(rows, own | {"seed": seed}, options.epochs) for seed in range(options.seeds)]
-        regrets[name] = np.stack(simulated)
-        print(f"{name}: {np.median(regrets[name][:, -1]):.2f} points from the best", flush=True)
-    figure, (axis,) = subplots(1, 6.5, 4)
-    epochs, third, table = range(1, options.epochs + 1), options.epochs // 3 - 1, []
-    base = regrets["random search"][:, third:].mean(1)
-    for name, curves in regrets.items():
-        late = curves[:, third:].mean(1)  # without the start, whose large regrets would dominate the mean
-        low, median, high = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
-        (line,) = axis.step(epochs, median, where="post", label=name)
-        axis.fill_between(epochs, low, high, step="post", color=line.get_color(), alpha=0.15, linewidth=0)
-        cells = [f"{median[i]:.2f} ({low[i]:.2f} to {high[i]:.2f})" for i in (third, -1)]
-        p = "" if name == "random search" else f"{wilcoxon(late, base).pvalue:.2g}"
-        table.append([name, *cells, f"{late.mean():.2f}", p])
-    axis.set(xlabel="epochs spent", ylabel="regret, points of top-1", yscale="symlog")
-    axis.legend(frameon=False)
-    header = ["sampler", *(f"regret after {i} epochs" for i in (third + 1, options.epochs))]
-    text = markdown_table([*header, "mean in between", "p against random search"], table)
-    print(text)
-    values = [
-        {"label": name, "mean": c[:, third:].mean(1).tolist(), "last": c[:, -1].tolist()}
-        for name, c in regrets.items()
+    single = [
+        Row("training", take_from(data.train_batches)),
+        Row("evaluation", take_from(lambda _: scored.eval_batches())),
+        Row("training without RandAugment", take_from(plain.train_batches)),
+        Row("decoding alone", decode_batch),
     ]
-    stem = write_results("samplers", options, torch.device("cpu"), text, values)
-    save_figure(figure, stem.with_name(stem.name + ".png"))
-
-
-# --------------------------------------------------------------------------------------------------
-# versions: whole commands of this checkout and of another one
-
-
-@dataclass(frozen=True)
-class VersionsOptions:
-    """Time whole commands of this checkout and of another one, which take turns."""
-
-    other: str = option(MISSING, "another checkout: git worktree add FOLDER COMMIT", positional=True)
-    commands: tuple[str, ...] = option((), "which to time: help, first-epoch, ... (default: all)")
-    repetitions: int = option(5, "timed turns of each command", least=1)
-    out: str = option("results", "folder of the results")
-
-
-# name -> command line, start of the line of output that stops the clock ("": the end of the command)
-COMMAND_LINES = {
-    "import-torch": ("-c 'import torch'", ""),
-    "help": ("train.py --help", ""),
-    "first-epoch": ("train.py --out {out}", "epoch 1/"),
-    "four-epochs": ("train.py --out {out} --epochs 4", ""),
-    "first-trial": ("search.py --out {out} --data digits", "1 "),
-    "ten-trials": ("search.py --out {out} --data digits", "10 "),
-}
-
-
-def time_command(checkout: Path, line: str, ending: str) -> tuple[int, float]:
-    """Run a command of a checkout in a new run folder; return 1 and the seconds that it took."""
-    begun, said, seconds = time.perf_counter(), [], 0.0
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-u", *shlex.split(line.format(out=out))]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(command, cwd=checkout, **pipes) as process:
-            for text in process.stdout:
-                said.append(text)
-                if ending and not seconds and text.lstrip().startswith(ending):
-                    seconds = time.perf_counter() - begun
-                    process.terminate()
-        if not seconds and (ending or process.returncode):
-            raise RunError(f"{checkout}: python {line}: {' '.join(''.join(said[-5:]).split())}")
-    return 1, seconds or time.perf_counter() - begun
-
-
-def versions(options: VersionsOptions) -> None:
-    """Time each command of both checkouts in turn; print and write the table."""
-    checkouts = {"other": Path(options.other).resolve(), "this": Path(__file__).resolve().parent}
-    if not (checkouts["other"] / "train.py").is_file():
-        raise UsageError(f"{options.other}: not a checkout of this repository (no train.py)")
-    if unknown := ", ".join(set(options.commands) - set(COMMAND_LINES)):
-        raise UsageError(f"--commands {unknown}: takes {', '.join(COMMAND_LINES)}")
-    rows = []
-    for name in options.commands or COMMAND_LINES:
-        for which, folder in checkouts.items():
-            work = partial(time_command, folder, *COMMAND_LINES[name])
-            rows.append(Row(f"{name}, {which}", work, base=f"{name}, other"))
-    take_turns(rows, options.repetitions, lambda work: work(), rate=False)
-    text = markdown_table(
-        ["", "seconds", "median", "× as fast"], [[row.label, *timing_cells(row)] for row in rows]
-    )
-    print(text)
-    command = ["git", "-C", str(checkouts["other"]), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    write_results("versions", options, torch.device("cpu"), text, rows, unit="s", other_commit=commit)
+    time_on_one_core(single, options.repetitions)
+    rows = [*single, *rows]
+    text = markdown_table(["", "images/s", "median"], [[row.label, *timing_cells(row)[:2]] for row in rows])
+    most, best = max(speeds.items(), key=lambda item: item[1])
+    enough = [n for n, speed in sorted(speeds.items()) if speed >= options.rate]
+    needed = enough[0] if enough else math.ceil(options.rate * most / best)
+    text += f"\nA GPU that trains at {options.rate:,.0f} images/s needs --workers {needed}, "
+    text += "as measured.\n" if enough else f"extrapolated from {most}.\n"
+    print(f"\n{text}")
+    sizes = [os.path.getsize(files.path(n)) for n in range(min(2000, len(files)))]
+    more = {"mean_file_bytes": statistics.fmean(sizes)}
+    write_results(f"data-{cores}-core", options, torch.device("cpu"), text, rows, **more)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1276,40 +1102,33 @@ COMMANDS: dict[str, tuple[Callable, type]] = {  # name -> function of its option
     "figures": (figures, FiguresOptions),
     "export": (export, ExportOptions),
     "data": (input_speed, DataOptions),
-    "lamb": (lamb, LambOptions),
-    "trial": (trial, TrialOptions),
-    "samplers": (samplers, SamplersOptions),
-    "versions": (versions, VersionsOptions),
 }
 
 
-def main(argv: list[str]) -> int:
+def run_command(command: Callable, options_class: type, prog: str, argv: list[str]) -> int:
     """Run one command; return 0, 1 (failure), 2 (usage error) or 130 (Ctrl-C)."""
+    try:
+        options = parse(options_class, argv, prog)
+        if options.out:  # to fail before measuring rather than after; made when there is something to write
+            out = Path(options.out).absolute()
+            nearest = next(path for path in (out, *out.parents) if path.exists())
+            if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+                raise UsageError(f"--out {options.out}: {nearest} is no folder that can be written to")
+        command(options)
+    except (UsageError, RunError, KeyboardInterrupt) as error:
+        print(f"{prog}: {str(error) or 'stopped'}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1 if isinstance(error, RunError) else 130
+    return 0
+
+
+def main(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
     if not argv or argv[0] not in COMMANDS:
         print(f"bench.py: give a command, one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    command, options_class = COMMANDS[argv[0]]
-    made = ""
-    try:
-        options = parse(options_class, argv[1:], prog=f"bench.py {argv[0]}")
-        if options.out:  # created first, to fail before measuring rather than after
-            made = "" if os.path.isdir(options.out) else options.out
-            try:
-                os.makedirs(options.out, exist_ok=True)
-            except OSError as error:
-                raise UsageError(f"--out {options.out}: {error.strerror}") from None
-        command(options)
-    except (UsageError, RunError, KeyboardInterrupt) as error:
-        status = 2 if isinstance(error, UsageError) else 1 if isinstance(error, RunError) else 130
-        if made:
-            with contextlib.suppress(OSError):  # it holds results
-                os.rmdir(made)
-        print(f"bench.py {argv[0]}: {str(error) or 'stopped'}", file=sys.stderr)
-        return status
-    return 0
+    return run_command(*COMMANDS[argv[0]], f"bench.py {argv[0]}", argv[1:])
 
 
 if __name__ == "__main__":

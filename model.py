@@ -409,7 +409,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return content
 
 
-def _weights_of(content: dict) -> dict[str, Tensor]:
+def weights_of(content: dict) -> dict[str, Tensor]:
     """The state dict in a checkpoint's content, preferably of averaged weights (EMA), without prefixes."""
     for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):  # ours, timm's, DeiT's
         if isinstance(content.get(key), dict):
@@ -435,7 +435,7 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
     source, content = "state dict", path_or_state_dict
     if not isinstance(content, dict):
         source, content = os.fspath(content), read_checkpoint(content)
-    weights, own, classifier = _weights_of(content), model.state_dict(), ("head.fc.weight", "head.fc.bias")
+    weights, own, classifier = weights_of(content), model.state_dict(), ("head.fc.weight", "head.fc.bias")
     schemes = {"our": {key: key for key in (*own, *classifier)}}
     if not own.keys() <= weights.keys():
         schemes |= foreign_keys(model)
@@ -495,7 +495,7 @@ def load_checkpoint(path: str | os.PathLike, fuse: bool = False) -> NEXcepTion:
     from data import EvalTransform
 
     content = read_checkpoint(path)
-    weights = _weights_of(content)
+    weights = weights_of(content)
     try:
         config = ModelConfig(**content["config"]) if "config" in content else _recognize(path, weights)
         transform = EvalTransform(**content["transform"]) if "transform" in content else None

@@ -210,7 +210,7 @@ def machine(device: torch.device) -> dict:
         "threads": torch.get_num_threads(), "load_average": os.getloadavg(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(), "torch": torch.__version__,
-        "command": shlex.join(["python", *sys.argv]), "commit": "",
+        "command": shlex.join(["python", *sys.orig_argv[1:]]), "commit": "",
     }  # fmt: skip
     for package in ("torchvision", "timm", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

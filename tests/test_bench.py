@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
+import re
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -181,11 +181,9 @@ def test_ctrl_c_keeps_whole_repetitions(capsys):
 
 def test_ratios_by_hand():
     rows = [bench.Row("A", samples=[10.0, 20.0], base="B"), bench.Row("B", samples=[20.0, 20.0])]
-    bench.compare(rows)
+    bench.set_ratios(rows)
     assert rows[0].ratio == {"mean": 0.75, "deviation": pytest.approx(0.125**0.5), "median": 0.75}
     assert rows[1].ratio is None
-    bench.compare(rows, rate=False)  # of seconds: A takes half the time, then the same
-    assert rows[0].ratio["mean"] == 1.5
 
 
 def test_a_gpu_is_timed_from_idle_to_idle(monkeypatch):
@@ -216,9 +214,9 @@ def test_speed_writes_every_sample(tmp_path, capsys):
 
 
 def test_speed_in_training_updates_the_weights():
-    row, network = bench.Row("nano", size=32), models.create_model("nexception_nano")
+    row, network = bench.ModelRow("nano", size=32), models.create_model("nexception_nano")
     before = {name: value.clone() for name, value in network.named_parameters()}
-    options = bench.SpeedOptions(device="cpu", dtype="float32", batch=2, train=True)
+    options = bench.SpeedOptions(device="cpu", amp="off", batch=2, train=True)
     bench.prepare(row, lambda: network, options)
     assert row.work() == 2
     assert all(not torch.equal(before[name], value) for name, value in network.named_parameters())
@@ -261,12 +259,17 @@ def test_a_model_that_fails_costs_only_its_row(tmp_path, monkeypatch, capsys):
     assert line.split("|")[5].strip() == "2"  # the batch, after input, parameters and MACs
 
 
-def test_results_of_other_options_are_not_overwritten(tmp_path):
+def test_results_of_other_options_and_damaged_files_are_not_overwritten(tmp_path):
+    names = ["speed", "speed-2", "speed-3", "speed-4", "speed-5"]
+    damaged = dict(zip(names[1:4], ("", "<<<<<<< HEAD", "[]"), strict=True))
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.json").write_text(content)
     for batch in (1, 2, 2):
         options = bench.SpeedOptions(batch=batch, out=str(tmp_path))
         bench.write_results("speed", options, torch.device("cpu"), "", [])
-    batches = {path.name: read_json(path)["options"]["batch"] for path in tmp_path.glob("*.json")}
-    assert batches == {"speed.json": 1, "speed-2.json": 2}
+    contents = {name: (tmp_path / f"{name}.json").read_text() for name in names}
+    assert [json.loads(contents.pop(name))["options"]["batch"] for name in ("speed", "speed-5")] == [1, 2]
+    assert contents == damaged
 
 
 @pytest.mark.gpu
@@ -296,12 +299,14 @@ def test_ctrl_c_is_one_sentence_and_errors_of_pytorch_are_not(monkeypatch, capsy
         (["speed", "--repetitions", "0"], "--repetitions"),
         (["speed", "--train", "--fuse"], "--fuse is for evaluation"),
         (["speed", "--device", "abacus"], "--device abacus"),
-        (["speed", "--dtype", "int8"], "int8"),
+        (["speed", "--amp", "int8"], "int8"),
         (["accuracy", "absent.pt", "absent"], "absent.pt"),
         (["data", "--workers", "1,0"], "--workers"),
+        (["accuracy", "nexception_t", "absent"], "give a checkpoint file"),
         (["data", "nowhere"], "there is no folder"),
-        (["figures", "absent.json"], "absent.json"),
-        (["export", "absent.pt"], "absent.pt"),
+        (["figures", "absent.json"], "absent.json: No such file"),
+        (["figures", __file__], "is not a JSON file written by"),
+        (["export", "absent.pt", "--out", "a/b/c"], "absent.pt"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
@@ -333,8 +338,12 @@ def test_accuracy_masks_classes_without_a_folder(checkpoint, folder, tmp_path, c
     for row in (first, second):
         assert (row["count"], row["classes"], row["top5"]) == (7, 2, 100)
         assert row["top1"] == pytest.approx(100 * hits.mean())
-    assert f"{first['top1']:.2f}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{first['top1']:.2f}" in out and "results/accuracy-run-7.json" in out and "Swin-T" not in out
 
+    (tmp_path / "names.txt").write_text("bee\nant\ncat\ndog")
+    assert run(*arguments, "--classes", tmp_path / "names.txt") == 2
+    assert "has other class names" in capsys.readouterr().err
     (tmp_path / "copy" / "bee").rename(tmp_path / "copy" / "emu")
     assert run(*arguments, "--out", tmp_path / "none") == 2  # before the first is evaluated
     assert "no class of the model is called emu" in capsys.readouterr().err
@@ -356,7 +365,53 @@ def test_the_papers_figures_stand_beside_ours(folder, tmp_path, monkeypatch, cap
     assert run(*arguments, "--classes", tmp_path / "names.txt") == 0
     rows = read_json(tmp_path / "accuracy-tp.json")["rows"]
     assert [row["paper_top1"] for row in rows] == [81.8, 22.75, None]
-    assert "22.75" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"ConvNeXt-T +\| +82.1 \| +24.2 ", out) and re.search(
+        r"RVT-S +\| not given \| +25.7 ", out
+    )
+
+
+def test_accuracy_of_models_that_are_no_checkpoints(folder, tmp_path, monkeypatch, capsys):
+    """Torchvision's and timm's networks get their transforms, one's own has it as an attribute."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(
+        "import torch, data\n"
+        "def bright():\n"
+        "    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n"
+        "    network.append(torch.nn.Linear(3, 2))\n"
+        "    network.transform = data.EvalTransform(24, 1.0, 'bilinear')\n"
+        "    return network\n"
+    )
+    assert run("accuracy", "own:bright", folder, *ACCURACY) == 0
+    record = read_json(Path("runs/bench/accuracy-own-bright.json"))
+    assert record["transform"]["size"] == 24
+    assert record["rows"][0]["count"] == 7
+    network = torchvision.models.squeezenet1_1(num_classes=1000)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, "squeeze.pt")
+    Path("names.txt").write_text("\n".join(["bee", "dog", *map(str, range(998))]))
+    names = ["--classes", "names.txt", *ACCURACY]
+    assert run("accuracy", "squeezenet1_1@64", folder, "--weights", "squeeze.pt", *names) == 0
+    assert read_json(Path("runs/bench/accuracy-squeezenet1_1-64.json"))["transform"]["size"] == 64
+    assert run("accuracy", "resnet18", folder, "--weights", "squeeze.pt", *names) == 2
+    assert "squeeze.pt does not fit resnet18" in capsys.readouterr().err
+    offline = Mock(side_effect=OSError("no route to host"))
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    assert run("accuracy", "swin_t", folder, *names) == 2
+    assert "(no route to host): give --weights" in capsys.readouterr().err
+    offline.assert_called_with("swin_t", weights="DEFAULT")
+
+
+def test_transforms_of_packages_are_theirs():
+    import timm
+
+    for name in torchvision.models.list_models(torchvision.models):
+        preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        found = bench.transform_of(name, nn.Identity())
+        assert (found.size, found.resized(400, 500)[0]) == (preset.crop_size[0], preset.resize_size[0])
+        assert (found.mean, found.interpolation) == (tuple(preset.mean), preset.interpolation.value)
+    found = bench.transform_of("resnet10t", timm.create_model("resnet10t"))
+    assert found == EvalTransform(176, 0.875, "bicubic")
+    assert bench.transform_of("nothing", nn.Identity()) == EvalTransform()
 
 
 def test_export_computes_what_the_checkpoint_does(checkpoint, tmp_path, capsys):
@@ -364,17 +419,21 @@ def test_export_computes_what_the_checkpoint_does(checkpoint, tmp_path, capsys):
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         wanted = models.load_checkpoint(checkpoint)(images).numpy()
-    found = {"best.pt2": torch.export.load(tmp_path / "best.pt2").module()(images).numpy()}
+    found = {"run-7.pt2": torch.export.load(tmp_path / "run-7.pt2").module()(images).numpy()}
     if "pip install" not in capsys.readouterr().out:
         onnxruntime = pytest.importorskip("onnxruntime")
-        session = onnxruntime.InferenceSession(tmp_path / "best.onnx", providers=["CPUExecutionProvider"])
-        found["best.onnx"] = session.run(None, {"images": images.numpy()})[0]
+        session = onnxruntime.InferenceSession(tmp_path / "run-7.onnx", providers=["CPUExecutionProvider"])
+        found["run-7.onnx"] = session.run(None, {"images": images.numpy()})[0]
     for logits in found.values():
         np.testing.assert_allclose(logits, wanted, rtol=1e-3, atol=1e-4)
-    assert {path.name for path in tmp_path.iterdir()} == {*found, "best.export.json"}
-    side = read_json(tmp_path / "best.export.json")
+    assert {path.name for path in tmp_path.iterdir()} == {*found, "run-7.export.json"}
+    side = read_json(tmp_path / "run-7.export.json")
     assert side["classes"] == ["ant", "bee", "cat", "dog"]
     assert EvalTransform(**side["transform"]) == EvalTransform(32, 0.875, "bilinear")
+    other = tmp_path / "run-7.pt"
+    shutil.copy(checkpoint, other)
+    assert run("export", other, "--out", tmp_path) == 2
+    assert "run-7.export.json is of another checkpoint" in capsys.readouterr().err
 
 
 def test_export_refuses_what_differs(checkpoint, tmp_path, monkeypatch, capsys):
@@ -382,20 +441,21 @@ def test_export_refuses_what_differs(checkpoint, tmp_path, monkeypatch, capsys):
     wrong = type("Wrong", (), {"module": lambda self: lambda x: torch.zeros(len(x), 4)})
     monkeypatch.setattr(torch.export, "load", lambda file: load(file) and wrong())
     assert run("export", checkpoint, "--out", tmp_path) == 1
-    assert "best.pt2 not written" in capsys.readouterr().err
+    assert "run-7.pt2 not written" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
 def test_figures_of_the_paper_and_of_results(tmp_path, monkeypatch):
-    draw, labels = bench.draw, []
-    monkeypatch.setattr(bench, "draw", lambda *arguments: labels.append(draw(*arguments)))
+    draw, drawn = bench.draw, []
+    monkeypatch.setattr(bench, "draw", lambda *arguments: drawn.append((arguments[1], *draw(*arguments))))
     rows = [
         {"name": key, "size": row.size, "samples": [float(i + 1), float(i + 3)]}
         for i, (key, row) in enumerate(bench.TABLE_1.items())
     ]
     rows.append(rows[0] | {"size": 32})  # ignored, as the paper has no accuracy at this size
-    options = {"train": False, "batch": 16, "dtype": "float32"}
-    record = {"rows": rows, "machine": {"threads": 2}, "options": options}
+    rows.append({"name": "mine:huge", "label": "mine:huge", "missing": "out of memory at batch 1"})
+    options = {"train": False, "batch": 16, "amp": "off"}
+    record = {"rows": rows, "machine": {"threads": 2}, "options": options, "precision": "float32"}
     file = tmp_path / "speed-cpu-float32.json"
     file.write_text(json.dumps(record))
     assert run("figures", file, "--out", tmp_path) == 0
@@ -403,16 +463,21 @@ def test_figures_of_the_paper_and_of_results(tmp_path, monkeypatch):
         svg = (tmp_path / f"{name}.svg").read_text()
         assert all(f"<!-- {row.label} -->" in svg for row in bench.TABLE_1.values())
         assert Image.open(tmp_path / f"{name}.png").width == 1660
-    for texts in labels:  # inside the frame, without overlap
-        boxes = [text.get_window_extent() for text in texts]
-        frame = texts[0].axes.get_window_extent().padded(0.5)  # pixels: labels may touch it
-        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-        assert all(frame.contains(*box.p0) and frame.contains(*box.p1) for box in boxes)
+    assert "not measured: mine:huge" in drawn[0][0]
+    for _, texts, discs in drawn:  # labels are apart from each other, from all discs and from the axes
+        boxes = np.array([text.get_window_extent().get_points() for text in texts])  # (N, 2, 2)
+        frame = texts[0].axes.get_window_extent().get_points()
+        assert (boxes[:, 0] > frame[0] + 4).all() and (boxes[:, 1] < frame[1] - 4).all()
+        for i, (low, high) in enumerate(boxes):
+            others = np.delete(boxes, i, axis=0)
+            assert np.maximum(others[:, 0] - high, low - others[:, 1]).max(1).min() > 4  # pixels
+            nearest = np.clip(discs[:, :2], low, high)
+            assert (np.hypot(*(nearest - discs[:, :2]).T) > discs[:, 2] + 2).all()
     speeds, _ = bench.measured(str(file))
     assert list(speeds.values()) == [i + 2.0 for i in range(len(bench.TABLE_1))]
-    for content in ([], record | {"options": {}}, record | {"rows": [rows[0] | {"variant": "plain"}]}):
+    for content in ([], record | {"options": {}}, record | {"rows": rows[-1:]}):
         file.write_text(json.dumps(content))
-        with pytest.raises(bench.UsageError, match=r"32\.json (is not a results file|has no measured)"):
+        with pytest.raises(bench.UsageError, match=r"32\.json (is not a JSON file written|has no measured)"):
             bench.measured(str(file))
 
 
@@ -421,100 +486,38 @@ def test_committed_results_can_be_drawn(path):
     assert bench.measured(str(path))[0]
 
 
-@pytest.mark.parametrize("timm", [True, False])
-def test_data_times_the_input_pipeline(tmp_path, capsys, monkeypatch, timm):
-    for name in [] if timm else ["timm", *(name for name in sys.modules if name.startswith("timm."))]:
-        monkeypatch.setitem(sys.modules, name, None)  # as if not installed
+def test_data_times_the_input_pipeline(tmp_path, capsys):
     make_images(tmp_path / "set" / "train", {"ant": 4, "bee": 4}, "jpg")
-    arguments = ["--repetitions", 1, "--workers", "1,2" if timm else "1", "--rate", 1e6 if timm else 1]
-    assert run("data", tmp_path / "set", *arguments, "--out", tmp_path) == 0
-    (path,) = tmp_path.glob("data-*.json")
-    rows = {row["label"]: row for row in read_json(path)["rows"]}
-    assert all(row["samples"] and min(row["samples"]) > 0 for row in rows.values())
-    wanted = {"training", "evaluation", "training, 1 worker"} | ({"training, 2 workers"} if timm else set())
-    for label in wanted if timm else ():
-        ratios = np.divide(rows[label]["samples"], rows.pop(f"{label}, timm")["samples"])
-        assert rows[label]["ratio"]["mean"] == pytest.approx(ratios.mean())
-    assert rows.keys() == wanted | {"training without RandAugment", "decoding alone"}
-    table = path.with_suffix(".md").read_text()
-    advice = "trains at 1,000,000 images/s needs --workers" if timm else "needs --workers 1, as measured."
-    assert advice in table
-    assert table.partition("\n\n")[2] in capsys.readouterr().out
+    arguments = ["data", tmp_path / "set", "--repetitions", 1, "--workers", "1,2", "--out", tmp_path]
+    for rate, advice in (
+        (1e6, r"1,000,000 images/s needs --workers \d{3}"),
+        (1, "needs --workers 1, as measured"),
+    ):
+        assert run(*arguments, "--rate", rate) == 0
+        assert re.search(advice, capsys.readouterr().out)
+    (path, _) = sorted(tmp_path.glob("data-*.json"))
+    rows = {row["label"]: row["samples"] for row in read_json(path)["rows"]}
+    one_core = ["training", "evaluation", "training without RandAugment", "decoding alone"]
+    assert list(rows) == [*one_core, "training, 1 worker", "training, 2 workers"]
+    assert all(min(samples) > 0 for samples in rows.values())
 
 
-def test_optimizers_take_turns(tmp_path, capsys):
-    arguments = ["--model", "nexception_nano", "--device", "cpu", "--repetitions", 2, "--out", tmp_path]
-    assert run("lamb", *arguments) == 0
-    ours, adam, timms = read_json(tmp_path / "lamb-nexception_nano-cpu.json")["rows"]
-    for row in (adam, timms):
-        ratios = np.divide(row["samples"], ours["samples"])
-        assert row["ratio"]["mean"] == pytest.approx(ratios.mean())
-    assert "LAMB, timm's" in capsys.readouterr().out
+def run_evidence(name: str, *arguments) -> int:
+    """Run a script of results/ in this process."""
+    script = importlib.import_module(f"results.{name}")
+    return bench.run_command(script.compare, script.Options, name, [str(argument) for argument in arguments])
 
 
-def test_trials_of_both_kinds_take_turns(tmp_path, monkeypatch, capsys):
-    seconds, jobs = {"search:train_config": 2.0, "bench:plain_trial": 5.0}, []
-    search = type(sys)("search")
-    search.points, search.trial_settings = lambda: {"NEXcepTion": {"se": "yes"}}, dict
-
-    def run_trial(job):
-        jobs.append(job)
-        info = {"seconds": seconds[job["target"]], "top1": 90.0, "error": "out of beans"}
-        return {"status": "success" if job["budget"] == 1 else "crashed", "info": info}
-
-    search.run_trial = run_trial
-    monkeypatch.setitem(sys.modules, "search", search)
-    assert run("trial", "--repetitions", 3, "--device", "cpu", "--out", tmp_path) == 0
-    assert sorted(job["target"] for job in jobs) == 3 * ["bench:plain_trial"] + 3 * ["search:train_config"]
-    ours, plain = read_json(tmp_path / "search-trial-cpu.json")["rows"]
-    assert (ours["samples"], plain["samples"], ours["ratio"]["mean"]) == ([2.0] * 3, [5.0] * 3, 2.5)
-    assert run("trial", "--epochs", 2, "--device", "cpu", "--out", tmp_path) == 1
-    assert "out of beans" in capsys.readouterr().err
-
-
-def test_samplers_play_on_finished_trials(tmp_path, capsys):
-    """Regrets never increase, and each sampler reaches the best trial after trying all of them."""
-    import search
-
-    run_folder, drawn = tmp_path / "run", search.configspace(seed=3).sample_configuration(24)
-    space, rows = search.current_space(), []
-    for number, config in enumerate(map(dict, drawn)):
-        top1 = 40 + 20 * (config["norm"] == "batch") + number / 2
-        curve = [[1.0, top1 / 2 if epoch in (1, 3) else None] for epoch in range(1, 9)]
-        info = {"top1": top1, "curve": [*curve, [1.0, top1]]}
-        row = {"config": config, "seed": 1, "budget": 9.0, "status": "success", "cost": [1 - top1 / 100]}
-        rows.append(row | {"start": 0.0, "end": 1.0, "elapsed": 1.0, "origin": "random", "info": info})
-    run_folder.mkdir()
-    settings = {"space": space, "data": "clutter", "budgets": [9], "objectives": ["accuracy"], "seed": 0}
-    (run_folder / "search.json").write_text(json.dumps(settings))
-    (run_folder / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    best, worst = (f(row["info"]["top1"] for row in rows) for f in (max, min))
-    for sampler, budgets in (("smac", [9]), ("random", [9]), ("hyperband", [3, 9])):
-        own = settings | {"sampler": sampler, "budgets": budgets, "priors": []}
-        regrets = bench.simulate(rows, own, epochs=24 * (9 + 3))
-        assert (regrets[0], regrets[-1]) == (best - worst, 0)
-        assert (np.diff(regrets) <= 0).all() and len(regrets) == 24 * 12
-    assert run("samplers", run_folder, "--seeds", 2, "--epochs", 45, "--out", tmp_path) == 0
-    assert "random search" in (tmp_path / "samplers.md").read_text()
-    assert (tmp_path / "samplers.png").exists()
-    (run_folder / "trials.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    assert run("samplers", run_folder, "--out", tmp_path) == 2
-    assert "20 are needed" in capsys.readouterr().err
-
-
-def test_versions_stop_the_clock_at_a_line_or_at_the_end(tmp_path, monkeypatch, capsys):
-    endless = "-c 'import time; print(\"  epoch 1/20\"); time.sleep(1000)'"
-    commands = {"whole": ("-c 'print(1)'", ""), "line": (endless, "epoch 1/")}
-    monkeypatch.setattr(bench, "COMMAND_LINES", commands)
-    (tmp_path / "train.py").touch()
-    arguments = "versions", tmp_path, "--repetitions", 2, "--out", tmp_path
-    assert run(*arguments) == 0
-    rows = read_json(tmp_path / "versions.json")["rows"]
-    assert [row["label"] for row in rows] == ["whole, other", "whole, this", "line, other", "line, this"]
-    assert all(len(row["samples"]) == 2 and 0 < max(row["samples"]) < 1000 for row in rows)
-    for line, ending in (("-c 'print(1)'", "epoch 1/"), ("-c 'import nowhere'", "")):
-        commands["broken"] = line, ending
-        assert run(*arguments, "--commands", "broken") == 1
-    assert "No module named 'nowhere'" in capsys.readouterr().err
-    assert run(*arguments, "--commands", "nothing") == 2
-    assert run("versions", tmp_path / "nowhere", "--out", tmp_path) == 2
+def test_lamb_and_input_pipeline_beside_timms(tmp_path):
+    folder = make_images(tmp_path / "set", {"ant": 4, "bee": 4}, "jpg")
+    small = ["--repetitions", 2, "--out", tmp_path]
+    assert run_evidence("lamb", "--model", "nexception_nano", "--device", "cpu", *small) == 0
+    assert run_evidence("input_pipeline", folder, *small) == 0
+    record = read_json(tmp_path / "lamb-nexception_nano-cpu.json")
+    assert record["difference_from_timm"] < 1e-4
+    (path,) = tmp_path.glob("input-pipeline-*.json")
+    for rows in (record["rows"], read_json(path)["rows"]):
+        samples = {row["label"]: row["samples"] for row in rows}
+        for row in rows:
+            ratios = np.divide(row["samples"], samples[row["base"]]) if "base" in row else [1]
+            assert row.get("ratio", {"mean": 1})["mean"] == pytest.approx(np.mean(ratios))

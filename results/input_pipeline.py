@@ -1,0 +1,74 @@
+"""Time the input pipeline beside timm's on the files of an image folder, in turns, by CPU time of one core.
+
+python -m results.input_pipeline FOLDER --out results    # two minutes
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import MISSING, dataclass
+from functools import partial
+
+import bench
+from data import cpu_count
+from model import keep_large_buffers
+from train import option, run_script
+
+import numpy as np
+import torch
+from timm.data import create_dataset, create_transform
+from timm.data.loader import fast_collate
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time the input pipeline beside timm's on the files of an image folder."""
+
+    path: str = option(MISSING, "image folder, with or without train/", positional=True)
+    repetitions: int = option(20, "timed turns of each", least=1)
+    out: str = option("runs/bench", "folder of the results")
+
+
+# timm's arguments for the paper's training recipe and for evaluation, as our defaults.
+TIMM = {
+    "training": {
+        "is_training": True,
+        "auto_augment": "rand-m7-mstd0.5-inc1",
+        "interpolation": "random",
+    },
+    "evaluation": {"interpolation": "bicubic", "crop_pct": 0.95},
+}
+
+
+def compare(options: Options) -> None:
+    """Let both pipelines make batches of the same files with the same recipe."""
+    keep_large_buffers()  # as training on a CPU does
+    data, scored = bench.open_pipeline(options.path), bench.open_pipeline(options.path)
+    batches = {"training": data.train_batches, "evaluation": lambda _: scored.eval_batches()}
+    files, rng = data.dataset.files["train"], np.random.default_rng(0)
+    rows = []
+    for use, arguments in TIMM.items():
+        transform = create_transform((3, 224, 224), use_prefetcher=True, **arguments)
+        theirs = create_dataset("", root=os.fsdecode(files.folder), transform=transform)
+        if len(theirs) != len(files):
+            raise bench.UsageError(f"{options.path}: timm finds {len(theirs)} images, we {len(files)}")
+
+        def collate(theirs=theirs) -> int:
+            drawn = rng.permutation(len(theirs))[: data.plan.batch].tolist()
+            return len(fast_collate([theirs[n] for n in drawn])[0])
+
+        rows.append(bench.Row(use, bench.take_from(batches[use]), base=f"{use}, timm"))
+        rows.append(bench.Row(f"{use}, timm", collate))
+    bench.time_on_one_core(rows, options.repetitions)
+    header = ["", "images per CPU second", "median", "× timm"]
+    text = bench.markdown_table(header, [[row.label, *bench.timing_cells(row)] for row in rows])
+    size = statistics.fmean(os.path.getsize(files.path(n)) for n in range(min(2000, len(files))))
+    text += f"\n{len(files):,} files of {size / 1024:.0f} KB on average.\n"
+    print(text)
+    name = f"input-pipeline-{cpu_count()}-core"
+    bench.write_results(name, options, torch.device("cpu"), text, rows, mean_file_bytes=size)
+
+
+if __name__ == "__main__":
+    run_script(partial(bench.run_command, compare, Options, "results.input_pipeline"))
