@@ -349,7 +349,7 @@ def train_config(config: dict, seed: int, budget: float, settings: dict | None =
     network = network_config(config, s["model"])
     network = create_model(network, num_classes=len(data.classes), input_size=data.transform.size)
     training = Training(network, options, Process(device=device))
-    scored = budgets_up_to(epochs)
+    scored = budgets_up_to(epochs)[-2:]
     curve = fit(training, data, score_after=scored)
     split = s["split"] if s["split"] in data.splits else "val"
     scores = {"top1": curve[-1]["val_top1"], "loss": curve[-1]["val_loss"]}
