@@ -1201,7 +1201,7 @@ def comparison(folder: Path, incumbent: dict) -> tuple[str, str]:
         found = [scored.get(repeat_name(config, repeat), {}) for repeat in range(1, REPEATS + 1)]
         done = [result for result in found if "top1" in result]
         top1s = scores[name] = [result["top1"] for result in done]
-        splits |= {result["split"] for result in done}
+        splits |= {result.get("split") for result in done}
         text = f"{np.mean(top1s):.2f}%" if top1s else "no result"
         text += f" ± {np.std(top1s, ddof=1):.2f}" if len(top1s) > 1 else ""
         failed = "".join(f"  {first_line(result)}" for result in found if result not in done)
@@ -1234,7 +1234,7 @@ def running_text(folder: Path) -> str:
     path, locks = folder / "trials.jsonl", Path("/proc/locks")
     if not (path.exists() and locks.exists()):  # Linux alone lists the locks
         return ""
-    found = re.search(rf"FLOCK +ADVISORY +WRITE (\d+) \S+:{path.stat().st_ino} ", locks.read_text())
+    found = re.search(rf"ADVISORY +WRITE (\d+) \S+:{path.stat().st_ino} ", locks.read_text())
     return f", running (process {found[1]})" if found else ", not running on this machine"
 
 
@@ -1331,7 +1331,7 @@ def importances(codes: np.ndarray, costs: np.ndarray, sizes: list[int]) -> dict[
 
 
 def importance(folder: Path) -> dict:
-    """Return the importances at each budget of a run folder; write importance.json and importance.png.
+    """Return the importances for accuracy at each budget; write importance.json and importance.png.
 
     {budget: {"trials": N, kind: {choice: [estimate, low, high, noise]}}}, see `importances`. Budgets with
     fewer successful trials than twice the number of choices are left out; raises UsageError if none is left.
@@ -1443,27 +1443,27 @@ def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
 
 def draw_front(done: list[dict], front: list[dict], settings: dict, path: Path) -> None:
     """Draw top-1 against each other objective: all trials at the highest budget, and the numbered front."""
-    names = settings["objectives"][1:]
+    names, papers = settings["objectives"][1:], paper_rows(done)
     figure, axes = subplots(len(names), 5 * len(names), 4)
-    for i, (axis, name) in enumerate(zip(axes, names, strict=True), start=1):
-        _, value, _, label = OBJECTIVES[name]
 
-        def draw(rows, style, i=i, axis=axis, value=value, **kwargs):
-            axis.plot([value(row["cost"][i]) for row in rows], [top1(row) for row in rows], style, **kwargs)
+    def draw(axis, i, rows, **style):
+        value = OBJECTIVES[names[i - 1]][1]
+        axis.plot([value(row["cost"][i]) for row in rows], [top1(row) for row in rows], **style)
 
-        draw(done, ".", color="0.7", label="other trials near it")
-        draw(front, "o", color="crimson", label="Pareto front")
-        # The front of these two objectives; other points of the front are better in a third.
+    for i, axis in enumerate(axes, start=1):
+        others = [row for row in done if row not in front]
+        draw(axis, i, others, color="0.7", marker=".", linestyle="", label="other trials near it")
+        # The line joins the front of these two objectives; other numbers are better in a third.
         pair = [row for k, row in enumerate(front) if all(row["cost"][i] < r["cost"][i] for r in front[:k])]
-        draw(pair, "-", color="crimson", linewidth=0.8, drawstyle="steps-pre")
-        for title, marker, row in paper_rows(done):
-            draw([row], marker, **HOLLOW, label=title)
+        draw(axis, i, pair, color="crimson", linewidth=0.7, drawstyle="steps-pre", label="Pareto front")
         for number, row in enumerate(front, start=1):
-            place = value(row["cost"][i]), top1(row)
-            axis.annotate(number, place, (4, 4), textcoords="offset points", color="crimson")
-        axis.set(xlabel=label, ylabel=OBJECTIVES["accuracy"][3])
-        shown = [top1(row) for row in [*front, *(row for *_, row in paper_rows(done))]]
-        axis.set_ylim(bottom=max(min(shown) - 5, axis.get_ylim()[0]))
+            size = 5 + 4 * len(str(number))
+            draw(axis, i, [row], color="crimson", marker=f"${number}$", markersize=size, markeredgewidth=0)
+        for label, marker, row in papers:
+            draw(axis, i, [row], marker=marker, markersize=14, linestyle="", label=label, **HOLLOW)
+        axis.set(xlabel=OBJECTIVES[names[i - 1]][3], ylabel=OBJECTIVES["accuracy"][3])
+        lowest = min(top1(row) for row in [*front, *(row for *_, row in papers)])
+        axis.set_ylim(bottom=max(lowest - 5, axis.get_ylim()[0]))
     finish(figure, axes[0], 4, path)
 
 
@@ -1555,7 +1555,7 @@ def report(folder: Path) -> Path:
         draw_marginals(done, space, folder / "marginals.png")
         page.append(f"## Mean accuracy of each value after {highest}\n\n![Mean accuracy](marginals.png)")
         if settings["sampler"] == "random":
-            page.append(f"## The space\n\n{space_text(done, round(budgets[-1]))}")
+            page.append(f"## The space\n\n{space_text(done, budgets[-1])}")
         else:
             page.append("The sampler prefers good configurations: these are not means over the space.")
     write_whole(folder / "report.md", "\n\n".join(page) + "\n")
