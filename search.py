@@ -11,7 +11,7 @@ Xception's, and the command that trains the network in full. A search may be kil
 command to resume it, with larger `--trials` or `--walltime` if needed.
 
 A run folder holds `search.json` (the settings), `trials.jsonl` (the finished trials, one per line),
-`trials.csv` (the same as a table), `state.json` (Hyperband's brackets), `smac/` (a SMAC3 run folder, for
+`trials.csv` (the same as a table), `state.json` (the sampler's), `smac/` (a SMAC3 run folder, for
 DeepCAVE), `incumbent.json` (the network found, for `train.py --model`), `final.json` (the comparison) and
 `report.md` with its figures.
 """
@@ -19,7 +19,6 @@ DeepCAVE), `incumbent.json` (the network found, for `train.py --model`), `final.
 from __future__ import annotations
 
 import contextlib
-import copy
 import csv
 import functools
 import io
@@ -32,6 +31,7 @@ import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import pkgutil
+import random
 import re
 import signal
 import sys
@@ -75,17 +75,6 @@ from distributed import Client, KilledWorker
 from pebble import ProcessExpired, ProcessPool
 from scipy.stats import spearmanr, ttest_ind
 from sklearn.ensemble import RandomForestRegressor
-from smac import HyperbandFacade, MultiFidelityFacade, Scenario
-from smac.acquisition.function import EI
-from smac.acquisition.maximizer.abstract_acquisition_maximizer import AbstractAcquisitionMaximizer
-from smac.initial_design import RandomInitialDesign
-from smac.intensifier.hyperband import Hyperband
-from smac.main.config_selector import ConfigSelector
-from smac.model.random_forest.random_forest import RandomForest
-from smac.multi_objective.parego import ParEGO
-from smac.random_design import ProbabilityRandomDesign
-from smac.runhistory import StatusType, TrialInfo, TrialValue
-from smac.runhistory.encoder import RunHistoryEncoder
 
 ETA = 3  # Hyperband promotes the best third of a stage to three times the epochs
 FAILURES_THAT_STOP = 5  # a search stops if its first trials all fail
@@ -147,24 +136,11 @@ def network_config(config: dict, base: str) -> ModelConfig:
     return replace(MODELS[base], **decode(config))
 
 
-class Pool(ConfigurationSpace):
-    """A space restricted to the configurations in its list `pool`."""
-
-    def sample_configuration(self, size=None):
-        drawn = [self.pool[i] for i in self.random.randint(len(self.pool), size=size or 1)]
-        return drawn[0] if size is None else drawn
-
-    def estimate_size(self):
-        return len(self.pool)
-
-
-def configspace(space: dict | None = None, seed: int = 0, pool: list | None = None) -> ConfigurationSpace:
-    """Return a space (default: `SPACE`, 61,440 configurations), restricted to `pool` if given."""
-    result = (Pool if pool else ConfigurationSpace)(name="nexception", seed=seed)
+def configspace(space: dict | None = None, seed: int = 0) -> ConfigurationSpace:
+    """Return a space for SMAC (default: `SPACE`, 61,440 configurations)."""
     values = (space or current_space()).items()
+    result = ConfigurationSpace(name="nexception", seed=seed)
     result.add([CategoricalHyperparameter(name, list(names)) for name, names in values])
-    if pool:
-        result.pool = list(dict.fromkeys(Configuration(result, config) for config in pool))
     return result
 
 
@@ -217,7 +193,7 @@ class Options:
     min_epochs: int = option(0, "lowest budget in epochs (default: clutter 9, digits 1, CIFAR, folders 5)", 0)
     max_epochs: int = option(0, "highest budget: the lowest times a power of 3 (default: 9 or 45)", 0)
     objectives: str = option("accuracy", "several give a Pareto front: accuracy,throughput,macs,parameters")
-    priors: bool = option(True, "start with NEXcepTion's and Xception's choices")
+    points: bool = option(True, "begin with NEXcepTion's and Xception's choices, at the highest budget")
     batch: int = option(0, "images per training batch (default: 32 for clutter, else 64)", 0)
     workers: int = option(0, "concurrent trials (default: CPU cores up to 4; GPUs: --workers-per-gpu)", 0)
     workers_per_gpu: int = option(1, "concurrent trials per GPU", 1)
@@ -578,12 +554,12 @@ def read_json(path: Path) -> dict:
 
 
 class Journal:
-    """The finished trials, one JSON object per line, written to disk before SMAC is told.
+    """The finished trials, one JSON object per line, written to disk before the sampler is told.
 
-    A row: config, seed (of the training), smac_seed (the same for all), budget (epochs), status ("success",
-    "crashed", "timeout", "memoryout"), cost (a list, one value per objective, smaller is better; finite for
-    failures too), start and end (seconds since 1970), elapsed (seconds of search so far), origin (who
-    proposed it), info (the trial's results). Raises UsageError if another search holds the folder.
+    A row: config, seed (of the training), budget (epochs), status ("success", "crashed", "timeout",
+    "memoryout"), cost (a list, one value per objective, smaller is better; finite for failures too), start
+    and end (seconds since 1970), elapsed (seconds of search so far), origin (see `Trial`), info (the trial's
+    results). Raises UsageError if another search holds the folder.
     """
 
     def __init__(self, path: Path):
@@ -609,13 +585,11 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def settings_of(folder: Path) -> dict:
-    """Return the settings of a run folder; missing ones get the default of the version that began it."""
+    """Return the settings of a run folder. Raises UsageError if it has none."""
     found = read_json(folder / "search.json")
     if not found:
         raise UsageError(f"{folder} is not the folder of a search: it has no readable search.json")
-    if found.get("target") == "search:train":  # its name in earlier versions
-        found["target"] = "search:train_config"
-    return {"sampler": "smac", "trial_seeds": "one for all", "precision": None, **found}
+    return found
 
 
 def best_rows(rows: list[dict], budget: float) -> list[dict]:
@@ -671,234 +645,190 @@ def write_csv(folder: Path, rows: list[dict], settings: dict) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# SMAC
+# Samplers
 
 
-class OneHotForest(RandomForest):
-    """SMAC's random forest on indicator columns instead of arbitrary integer codes of the choices.
+@dataclass(frozen=True)
+class Trial:
+    """A network to train: a value for each choice of the space, the epochs, and who proposed it."""
 
-    SMAC has no option for the encoding, so this overrides private methods of its models. The number of leaves
-    is unlimited, as scikit-learn allocates memory for SMAC's limit of 2**20: a second per forest.
+    config: dict[str, str]
+    budget: int
+    origin: str  # "random", "model", or the name of one of the paper's points
+
+
+class RandomSearch:
+    """Uniformly random configurations at the highest budget, none twice.
+
+    A sampler is a class with these five methods and an entry in SAMPLERS. Of the `settings` in `search.json`,
+    space, objectives, budgets and seed describe the problem. A row is a finished trial (see `Journal`).
     """
 
-    def __init__(self, space: ConfigurationSpace, seed: int):
-        super().__init__(space, min_samples_leaf=1, n_trees=50, n_jobs=1, max_leaf_nodes=None, seed=seed)
-        self._sizes = [len(space[name].choices) for name in space]
-        self._rf_opts["max_features"] = 5 / 6  # of the indicator columns; `ratio_features` counts the choices
-        self.trained = 0
+    def __init__(self, folder: Path, settings: dict):
+        """Prepare for a search; the sampler may write files of its own to the folder."""
+        self.space, self.budget = settings["space"], settings["budgets"][-1]
+        self.rng, self.drawn = random.Random(settings["seed"]), set()
 
-    def _train(self, X, y):
-        self.trained += 1
-        return super()._train(one_hot(X, self._sizes), y)
+    def replay(self, rows: list[dict], state: dict | None) -> None:
+        """Learn of the trials of earlier starts, and of what `state` returned last (None: not known)."""
+        self.drawn |= {tuple(row["config"][name] for name in self.space) for row in rows}
 
-    def _predict(self, X, covariance_type="diagonal"):
-        mean, variance = self._rf.predict(one_hot(X, self._sizes))
-        return mean.reshape(-1, 1), variance.reshape(-1, 1)
+    def ask(self) -> Trial | None:
+        """Return the next trial; None if a running trial must finish first, or if nothing is left."""
+        while len(self.drawn) < math.prod(map(len, self.space.values())):
+            config = {name: self.rng.choice(values) for name, values in self.space.items()}
+            if tuple(config.values()) not in self.drawn:
+                self.drawn.add(tuple(config.values()))
+                return Trial(config, self.budget, "random")
+        return None
 
-    def _impute_inactive(self, X):
-        return X  # no choice depends on another
+    def tell(self, trial: Trial, row: dict) -> None:
+        """Learn of a finished trial, which need not be one that was asked for."""
+
+    def state(self) -> dict:
+        """Return what `replay` needs beside the rows, for `state.json`."""
+        return {}
 
 
-class BestOfAll(AbstractAcquisitionMaximizer):
-    """Maximize the acquisition function over all configurations: exact, and faster than SMAC's local search.
+class Smac:
+    """SMAC: random configurations, then those of a random forest; Hyperband allots several budgets.
 
-    `proposed()` returns the configurations proposed so far, latest last.
+    Writes `smac/SEED`, a SMAC3 run folder. A space with fewer configurations than Hyperband's first bracket
+    asks for runs each of them at the highest budget.
     """
 
-    CANDIDATES = 8  # returned per call; SMAC takes one of them or a random configuration, then calls again
-    DISTANCE = 3  # minimum number of choices in which configurations of a bracket differ, where possible
+    def __init__(self, folder: Path, settings: dict):
+        from smac import Scenario
+        from smac.initial_design import RandomInitialDesign
+        from smac.main.config_selector import ConfigSelector
+        from smac.multi_objective.parego import ParEGO
 
-    def __init__(self, space: ConfigurationSpace, seed: int, proposed):
-        super().__init__(space, seed=seed)
-        self._points = every_point([len(space[name].choices) for name in space]).astype(float)
-        if isinstance(space, Pool):
-            self._points = np.array([config.get_array() for config in space.pool])
-        self._trained, self._proposed = 0, proposed
-
-    def _maximize(self, previous_configs, n_points):
-        proposed, function = self._proposed(), self.acquisition_function
-        if function.model.trained != self._trained:
-            # The public method takes Configuration objects; creating 61,440 of them takes seconds.
-            self._trained, self._values = function.model.trained, function._compute(self._points).ravel()
-        elif proposed:  # same bracket, same forest: exclude configurations that hardly differ from the last
-            last = proposed[-1].get_array()
-            self._values[(self._points != last).sum(axis=1) < self.DISTANCE] = -1.0
-        known, best = {tuple(config.get_array()) for config in proposed}, []
-        order = np.lexsort((self._rng.rand(len(self._values)), -self._values))  # ties in random order
-        unknown = (i for i in order if tuple(self._points[i]) not in known)
-        for i in itertools.islice(unknown, self.CANDIDATES):
-            config = Configuration(self._configspace, vector=self._points[i], origin="expected improvement")
-            best.append((self._values[i], config))
-        return best or [(0.0, previous_configs[0])]  # SMAC requires a list and skips known configurations
-
-
-class ExactHyperband(Hyperband):
-    """Hyperband with exactly the brackets of its paper, also in spaces smaller than a bracket.
-
-    SMAC computes brackets with floating-point logarithms and powers: from 1 to 243 epochs a bracket is
-    missing, and from 1 to 729 the last stage of the first is empty. When it runs out of configurations within
-    a bracket, it stops and discards those already drawn. Here such a bracket is smaller, and later brackets
-    run known configurations at budgets that they have not had, until all have run at the highest. SMAC has no
-    public interface for this; its Hyperband overrides the same methods of successive halving.
-    """
-
-    @staticmethod
-    def _get_max_iterations(eta, max_budget, min_budget):
-        return round(math.log(max_budget / min_budget, eta))
-
-    @staticmethod
-    def _compute_configs_and_budgets_for_stages(eta, max_budget, max_iter, s_max=None):
-        brackets = (max_iter if s_max is None else s_max) + 1
-        first = -(-brackets * eta**max_iter // (max_iter + 1))
-        budgets = [max_budget / eta ** (max_iter - stage) for stage in range(max_iter + 1)]
-        return budgets, [first // eta**stage for stage in range(max_iter + 1)]
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._planned = copy.deepcopy(self._n_configs_in_stage)
-        self._known, self._drawn = [], iter(())
-
-    def set_state(self, state):
-        super().set_state(state)
-        self._tracker[0, 0]  # creates a bracket: SMAC fills a tracker without any from the run history
-
-    def known(self) -> list[Configuration]:
-        """Return all configurations proposed so far."""
-        return list(dict.fromkeys([*self.runhistory.get_configs(), *self._waiting(), *self._known]))
-
-    def _waiting(self) -> list[Configuration]:
-        return [c for groups in self._tracker.values() for _, configs in groups for c in configs]
-
-    @property
-    def config_generator(self):
-        return self._drawn
-
-    def _get_next_bracket(self):
-        for _ in range(self._s_max + 1):
-            bracket = super()._get_next_bracket()
-            drawn = self._draw(bracket)
-            if drawn:
-                break
-        self._drawn = iter(drawn)
-        self._n_configs_in_stage[bracket][0] = len(drawn) or 1
-        return bracket
-
-    def _draw(self, bracket: int) -> list[Configuration]:
-        """Return new configurations for a bracket, then known ones that have not run at its first budget."""
-        wanted, drawn, known = self._planned[bracket][0], [], set(self.known())
-        while len(drawn) < wanted and len(known) < self._scenario.configspace.estimate_size():
-            config = next(self._config_generator)
-            if config not in known:  # SMAC repeats configurations as long as it has no results
-                known.add(config)
-                drawn.append(config)
-                self._known = drawn
-        if len(drawn) < wanted:
-            budget, history = self._budgets_in_stage[bracket][0], self.runhistory
-            failed = (StatusType.CRASHED, StatusType.TIMEOUT, StatusType.MEMORYOUT)
-            out = {k.config_id for k, v in history.items() if k.budget >= budget or v.status in failed}
-            busy = {*drawn, *self._waiting()}
-            again = [c for c in history.get_configs() if not (c in busy or history.get_config_id(c) in out)]
-            drawn += sorted(again, key=history.get_cost)[: wanted - len(drawn)]
-        self._known = drawn
-        return drawn
-
-    def _get_best_configs(self, configs, bracket, stage, from_keys):
-        if stage + 1 < len(self._planned[bracket]):  # a smaller bracket promotes at most what it has
-            planned = self._planned[bracket][stage + 1]
-            self._n_configs_in_stage[bracket][stage + 1] = min(planned, len(configs))
-        return super()._get_best_configs(configs, bracket, stage, from_keys)
-
-
-class Sampler:
-    """Ask-and-tell interface to a SMAC facade: runs no trials and reads no files; SMAC writes to `folder`.
-
-    The first configurations are NEXcepTion's and Xception's (`priors`), then random ones, then the forest's.
-    With a single budget, Hyperband is plain Bayesian optimization. Of the settings in `search.json` it reads
-    space, seed, objectives, priors, sampler and budgets. `crash_cost` has one cost per objective.
-
-    With a `pool` it proposes only configurations of this list, until all have run at the highest budget:
-    `simulate` in bench.py searches among finished trials.
-    """
-
-    def __init__(self, folder: Path, settings: dict, crash_cost: list[float], pool: list[dict] | None = None):
-        space, seed, names = settings["space"], settings["seed"], settings["objectives"]
-        self.space, self._stages = configspace(space, seed, pool), len(settings["budgets"])
-        priors = [point for point in settings["priors"] if not pool or point in pool]
-        drawn = configspace(space, seed, pool).sample_configuration(RANDOM_START)
-        start = [Configuration(self.space, point, origin="prior") for point in priors]
-        start += [Configuration(self.space, dict(config), origin="random") for config in drawn]
+        self.space, names = configspace(settings["space"], settings["seed"]), settings["objectives"]
+        self.stages = len(settings["budgets"])
+        if self.space.estimate_size() < ETA ** (self.stages - 1):
+            self.stages = 1
+        self.seed = 0  # of the trials in SMAC's run history: SMAC adopts that of the trials it is told first
+        self.asked = {}  # SMAC's own objects: equal configurations of other string types hash differently
         logging.getLogger("smac").setLevel(logging.ERROR)
         scenario = Scenario(
-            self.space, name="smac", output_directory=folder, deterministic=True, seed=seed,
+            self.space, name="smac", output_directory=folder, deterministic=True, seed=settings["seed"],
             objectives=names if len(names) > 1 else names[0],
-            crash_cost=crash_cost if len(names) > 1 else crash_cost[0],
-            min_budget=settings["budgets"][0], max_budget=settings["budgets"][-1],
+            min_budget=settings["budgets"][-self.stages], max_budget=settings["budgets"][-1],
             n_trials=10**9,  # the search itself counts them
         )  # fmt: skip
-        self.intensifier = ExactHyperband(scenario, eta=ETA, incumbent_selection="highest_budget")
-        facade, parts = HyperbandFacade, {}
-        if settings["sampler"] == "smac":
-            facade, parts = MultiFidelityFacade, {"model": OneHotForest(self.space, seed)}
-            parts |= {"acquisition_maximizer": BestOfAll(self.space, seed, self.intensifier.known)}
-            parts |= {"acquisition_function": EI(), "runhistory_encoder": RunHistoryEncoder(scenario)}
-            parts |= {"random_design": ProbabilityRandomDesign(0.2, seed=seed)}
-        # The forest uses the trials of a budget once there are as many as choices.
-        select = ConfigSelector(scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(space))
+        # Drawn by another generator than SMAC's own, which would draw the same configurations once more.
+        first = RandomSearch(folder, settings)
+        drawn = filter(None, (first.ask() for _ in range(RANDOM_START)))
+        start = [Configuration(self.space, trial.config, origin=trial.origin) for trial in drawn]
+        facade, parts = self.parts(scenario)
         self.smac = facade(
-            scenario, intensifier=self.intensifier, config_selector=select,
+            scenario, intensifier=exact_hyperband(scenario),
             initial_design=RandomInitialDesign(scenario, n_configs=0, additional_configs=start),
+            config_selector=ConfigSelector(
+                scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(start)
+            ),  # the forest is fitted to the highest budget with that many trials
             multi_objective_algorithm=ParEGO(scenario) if len(names) > 1 else None,
             logging_level=False, overwrite=True, **parts,
         )  # fmt: skip
 
-    def replay(self, rows: list[dict], state: dict, elapsed: float = 0.0) -> None:
-        """Tell SMAC all finished trials and restore Hyperband's brackets.
+    def parts(self, scenario) -> tuple:
+        """Return the facade and those of its parts that differ from its own."""
+        from smac import MultiFidelityFacade
+        from smac.model.random_forest import RandomForest
 
-        No trial counts as running afterwards: SMAC asks again for a trial of a bracket that has no result.
-        Without valid brackets (`state.json` missing or broken) new ones begin.
-        """
+        # The facade's forest, but without threads and without room for 2**20 leaves: seven times as fast.
+        forest = RandomForest(
+            self.space, log_y=True, n_trees=10, ratio_features=1.0, min_samples_split=2, min_samples_leaf=1,
+            n_jobs=1, max_leaf_nodes=None, seed=scenario.seed,
+        )  # fmt: skip
+        return MultiFidelityFacade, {"model": forest}
+
+    def replay(self, rows: list[dict], state: dict | None) -> None:
         for row in rows:
-            config = Configuration(self.space, row["config"], origin=row["origin"])
-            self.smac.optimizer._start_time = time.time() - row["elapsed"]  # for SMAC's trajectory
-            seed = row.get("smac_seed", row["seed"])
-            info = TrialInfo(config, seed=seed, budget=float(round(row["budget"])))
-            self.smac.runhistory.add_trial(info, trial_value(row))
-            self.intensifier.update_incumbents(config)
-        self.smac.optimizer._start_time = time.time() - elapsed
-        try:
-            self.intensifier.set_state(state["intensifier"])
-        except (KeyError, TypeError, ValueError):
-            self.intensifier.set_state({"tracker": {}, "next_bracket": 0})
-        self._trials = iter(self.intensifier)
+            self.tell(Trial(row["config"], row["budget"], row["origin"]), row)
+        # A group without configurations in the last stage: SMAC fills an empty tracker with what it was told.
+        begin = {"tracker": {f"0,{self.stages - 1}": [[0, []]]}, "next_bracket": 0}
+        self.smac.intensifier.set_state(state or begin)
+        self.trials = iter(self.smac.intensifier)
 
-    def ask(self) -> TrialInfo | None:
-        """Return the next trial, or None if a running one must finish first or none is left."""
-        for _ in range(self._stages + 1):
-            trial = next(self._trials, None)
-            if trial is not None:
-                self.smac.runhistory.add_running_trial(trial)
-                return trial
-            self._trials = iter(self.intensifier)  # the previous iterator may have ended with a promotion
+    def ask(self) -> Trial | None:
+        from smac.main.exceptions import ConfigurationSpaceExhaustedException
+
+        if self.stages == 1 and len(self.smac.runhistory.get_configs()) == self.space.estimate_size():
+            return None
+        for _ in range(2):  # an iterator that finds no new configuration ends, with promotions still due
+            with contextlib.suppress(ConfigurationSpaceExhaustedException):
+                info = next(self.trials, None)
+                if info is not None:
+                    self.smac.runhistory.add_running_trial(info)
+                    self.seed = info.seed
+                    origin = "model" if "Maximizer" in (info.config.origin or "") else "random"
+                    config = {name: str(info.config[name]) for name in self.space}
+                    trial = Trial(config, round(info.budget), origin)
+                    self.asked[str(trial)] = info
+                    return trial
+            self.trials = iter(self.smac.intensifier)
         return None
 
-    def tell(self, trial: TrialInfo, row: dict) -> None:
-        self.smac.tell(trial, trial_value(row), save=False)
+    def tell(self, trial: Trial, row: dict) -> None:
+        from smac.runhistory import StatusType, TrialInfo, TrialValue
+
+        info = self.asked.pop(str(trial), None)
+        if info is None:
+            config = Configuration(self.space, trial.config, origin=trial.origin)
+            info = TrialInfo(config, seed=self.seed, budget=float(trial.budget))
+        value = TrialValue(
+            cost=row["cost"] if len(row["cost"]) > 1 else row["cost"][0], time=row["end"] - row["start"],
+            status=StatusType[row["status"].upper()], starttime=row["start"], endtime=row["end"],
+            additional_info=row["info"],
+        )  # fmt: skip
+        self.smac.tell(info, value, save=False)
+
+    def state(self) -> dict:
+        self.smac.optimizer.save()
+        return self.smac.intensifier.get_state()
 
 
-def trial_value(row: dict) -> TrialValue:
-    """Convert a row of the journal to the type that SMAC is told."""
-    return TrialValue(
-        cost=row["cost"] if len(row["cost"]) > 1 else row["cost"][0], time=row["end"] - row["start"],
-        status=StatusType[row["status"].upper()], starttime=row["start"], endtime=row["end"],
-        additional_info=row["info"],
-    )  # fmt: skip
+class PlainHyperband(Smac):
+    """Hyperband with random configurations only."""
+
+    def parts(self, scenario) -> tuple:
+        from smac import HyperbandFacade
+
+        return HyperbandFacade, {}
+
+
+def exact_hyperband(scenario):
+    """Return SMAC's Hyperband with exactly the brackets of its paper.
+
+    SMAC computes them with floating-point logarithms and powers: from 1 to 243 epochs a bracket is missing,
+    and from 1 to 729 the last stage of the first is empty.
+    """
+    from smac.intensifier.hyperband import Hyperband
+
+    class ExactHyperband(Hyperband):
+        @staticmethod
+        def _get_max_iterations(eta, max_budget, min_budget):
+            return round(math.log(max_budget / min_budget, eta))
+
+        @staticmethod
+        def _compute_configs_and_budgets_for_stages(eta, max_budget, max_iter, s_max=None):
+            brackets = (max_iter if s_max is None else s_max) + 1
+            first = -(-brackets * eta**max_iter // (max_iter + 1))
+            budgets = [max_budget / eta ** (max_iter - stage) for stage in range(max_iter + 1)]
+            return budgets, [first // eta**stage for stage in range(max_iter + 1)]
+
+    return ExactHyperband(scenario, eta=ETA, incumbent_selection="highest_budget")
+
+
+SAMPLERS = {"smac": Smac, "hyperband": PlainHyperband, "random": RandomSearch}
 
 # --------------------------------------------------------------------------------------------------
 # The search
 
 
 class Search:
-    """A search: SMAC proposes trials, trial processes run them, the journal records them.
+    """A search: a sampler proposes trials, trial processes run them, the journal records them.
 
     `choices` is the space (default: `SPACE`). `target` is a function of an importable module, `target(config,
     seed, budget)` -> cost, list of costs, or either with a dictionary of plain values; `train_config` also
@@ -911,12 +841,12 @@ class Search:
         budgets = check_budgets(o.min_epochs, o.max_epochs)
         space = current_space() if choices is None else choices
         self.settings = {
-            "space": {name: list(values) for name, values in space.items()},
+            "space": {name: [str(value) for value in values] for name, values in space.items()},
             "target": f"{target.__module__}:{target.__qualname__}", "data": o.data, "model": o.model,
             "batch": o.batch, "budgets": budgets[-1:] if o.sampler == "random" else budgets,
             "objectives": o.objectives.split(","), "sampler": o.sampler,
-            "priors": list(points().values()) if o.priors and choices is None else [],
-            "seed": o.seed, "trial_seeds": "from the configuration", "precision": None,
+            "points": points() if o.points and choices is None else {},
+            "seed": o.seed, "precision": None,
         }  # fmt: skip
         self.devices = trial_devices(o)
         self.loaders = None if o.scheduler else max(1, cpu_count() // len(self.devices))  # per trial
@@ -951,11 +881,11 @@ class Search:
         self.running: dict = {}  # future -> (trial, job), see `submit`
         self.rows = self.journal.rows
         self.kept = len(self.rows)  # trials of earlier starts
-        self.saved_at, self.signal = 0.0, 0
+        self.signal, self.asked = 0, None
         state = read_json(self.folder / "state.json")
         self.earlier = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in self.rows)])
         self.begun = time.monotonic()
-        self.restore(state)
+        self.restore(state.get("sampler"))
         if self.rows:
             print(f"continuing {self.folder}: {len(self.rows)} trials finished in {clock(self.earlier)}")
 
@@ -969,28 +899,29 @@ class Search:
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
         before, now = settings_of(self.folder), self.settings
-        now |= {name: before[name] for name in ("trial_seeds", "precision")}
+        now["precision"] = before["precision"]
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if changed:
             lines = "; ".join(f"{name} was {before.get(name)}, is now {now.get(name)}" for name in changed)
             raise UsageError(f"{self.folder} holds another search ({lines}): give another --out")
 
-    def restore(self, state: dict) -> None:
-        """Create a sampler in the state given by the journal and the brackets."""
-        self.sampler = Sampler(self.folder, self.settings, self.failed)
-        self.sampler.replay(self.rows, state, self.elapsed)
-        self.save(force=True)
+    def restore(self, state: dict | None) -> None:
+        """Create a sampler in the state given by the journal and its own last state."""
+        self.sampler = SAMPLERS[self.settings["sampler"]](self.folder, self.settings)
+        self.sampler.replay(self.rows, state)
+        had = [row["config"] for row in self.rows if row["budget"] == self.settings["budgets"][-1]]
+        self.points = [
+            Trial(config, self.settings["budgets"][-1], name)
+            for name, config in self.settings["points"].items() if config not in had
+        ]  # fmt: skip
+        self.save()
 
-    def save(self, force: bool = False) -> None:
-        """Write state.json, and SMAC's folder and trials.csv as often as takes 5% of the time at most."""
-        begun, o = time.monotonic(), self.options
-        state = {"elapsed": self.elapsed, "intensifier": self.sampler.intensifier.get_state()}
-        state |= {"trials": o.trials, "walltime": o.walltime, "running": len(self.running)}
+    def save(self) -> None:
+        """Write state.json and trials.csv."""
+        o, state = self.options, {"elapsed": self.elapsed, "sampler": self.sampler.state()}
+        state |= {"trials": o.trials, "walltime": o.walltime}
         write_whole(self.folder / "state.json", json.dumps(state))
-        if force or begun > self.saved_at:
-            self.sampler.smac.optimizer.save()
-            write_csv(self.folder, self.rows, self.settings)
-            self.saved_at = begun + 20 * (time.monotonic() - begun)
+        write_csv(self.folder, self.rows, self.settings)
 
     def run(self) -> int:
         """Search until the trials or the time are used up, compare, report; return the exit status."""
@@ -999,12 +930,12 @@ class Search:
         with self.signals():
             try:
                 while not self.signal:
-                    self.fill()
+                    asked = self.fill()
                     if not self.running:
                         break
-                    self.collect()
-                self.running.clear()  # SMAC counts interrupted trials as running: restart it without them
-                self.restore({"intensifier": self.sampler.intensifier.get_state()})
+                    if self.collect() or asked:
+                        self.save()
+                self.running.clear()
                 if not self.signal:
                     self.conclude()
             finally:
@@ -1037,22 +968,38 @@ class Search:
                     stack.callback(signal.signal, number, signal.signal(number, receive))
             yield
 
-    def fill(self) -> None:
-        """Submit a trial for each free worker while trials and time are left."""
+    def fill(self) -> bool:
+        """Submit a trial for each free worker while trials and time are left; return whether any was."""
+        before = len(self.running)
         while self.devices and self.elapsed < self.seconds:
             if len(self.rows) + len(self.running) >= self.trials:
-                return
-            trial = self.sampler.ask()
+                break
+            trial = self.next_trial()
             if trial is None:
                 if not self.running:
-                    print(f"every configuration has run at the highest budget: {len(self.rows)} trials")
-                return
-            config, seed = {name: str(value) for name, value in trial.config.items()}, trial.seed
-            if self.settings["trial_seeds"] == "from the configuration":
-                seed = trial_seed(self.settings, config)
+                    print(f"nothing is left to try: {len(self.rows)} trials")
+                break
             limit = min(self.time_limit, self.seconds - self.elapsed)
-            self.submit(trial, config, seed, trial.budget, limit)
-            self.save()
+            self.submit(trial, trial.config, trial_seed(self.settings, trial.config), trial.budget, limit)
+        return len(self.running) > before
+
+    def next_trial(self) -> Trial | None:
+        """Return the next trial: a point of the paper, or the first of the sampler's that has not run yet."""
+        if self.points:
+            return self.points.pop(0)
+        for _ in range(1000):  # a sampler that proposes what it has been told so often has nothing else
+            trial, self.asked = self.asked or self.sampler.ask(), None
+            if trial is None:
+                return None
+            what = trial.config, trial.budget
+            if any((other.config, other.budget) == what for other, _ in self.running.values()):
+                self.asked = trial  # until the same trial has finished
+                return None
+            row = next((row for row in self.rows if (row["config"], row["budget"]) == what), None)
+            if row is None:
+                return trial
+            self.sampler.tell(trial, row)
+        return None
 
     def submit(self, trial, config: dict, seed: int, budget: float, limit: float, split: str = "val") -> None:
         """Submit a trial to a free worker; `finished` yields `trial` with its job and outcome."""
@@ -1090,17 +1037,17 @@ class Search:
             outcome.setdefault("cost", self.failed)
             yield trial, job, outcome
 
-    def collect(self) -> None:
-        """Record finished trials in the journal, then tell SMAC."""
+    def collect(self) -> bool:
+        """Record finished trials in the journal, then tell the sampler; return whether there was one."""
+        before = len(self.rows)
         for trial, job, outcome in self.finished():
             cut = job["time_limit"] < self.time_limit  # by the end of --walltime
             if outcome["status"] != "success" and (self.signal or (cut and outcome["status"] == "timeout")):
                 if not self.signal:
                     print("stopped a trial at the end of --walltime; it runs again if the search continues")
                 continue  # not a failure of the network
-            row = {"config": job["config"], "seed": int(job["seed"]), "smac_seed": int(trial.seed)}
-            row |= {"budget": float(trial.budget), "elapsed": self.elapsed, "origin": trial.config.origin}
-            row |= outcome
+            row = {"config": trial.config, "seed": job["seed"], "budget": trial.budget}
+            row |= {"elapsed": self.elapsed, "origin": trial.origin, **outcome}
             self.journal.append(row)
             self.sampler.tell(trial, row)
             self.say(row)
@@ -1110,6 +1057,7 @@ class Search:
                     (self.folder / "trials.jsonl").replace(self.folder / "failed.jsonl")
                 error, trace = first[0]["info"]["error"], first[0]["info"].get("traceback", "")
                 raise RunError(f"the first {len(first)} trials all failed; the first one: {error}\n{trace}")
+        return len(self.rows) > before
 
     def say(self, row: dict) -> None:
         """Print one line about a finished trial, with an estimate of the time left."""
@@ -1494,7 +1442,7 @@ def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
 
 def space_text(done: list[dict], highest: int) -> str:
     """Describe the space by random trials: quantiles, rank correlations, the paper's points."""
-    drawn = [row for row in done if row["origin"] != "prior"]
+    drawn = [row for row in done if row["origin"] not in points()]
     scores, curves = np.array([top1(row) for row in drawn]), [row["info"].get("curve", ()) for row in drawn]
     marks = ", ".join(f"{mark:.2f}%" for mark in np.quantile(scores, [0.1, 0.5, 0.9]))
     lines = [f"- {len(drawn)} random configurations; 10% quantile, median and 90% quantile: {marks}"]

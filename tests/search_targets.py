@@ -70,7 +70,7 @@ def broken(config, seed, budget):
     raise RuntimeError("the data set is not where it should be")
 
 
-def play(out, sampler="smac", space=None, trials=math.inf, workers=1, target=formula, pool=None, priors=()):
+def play(out, sampler="smac", space=None, trials=math.inf, workers=1, target=formula):
     """Let a sampler propose and a target answer, without a Search; a cost of 1 is a failure.
 
     Returns the sampler and its trials, in the order in which they finished.
@@ -78,9 +78,9 @@ def play(out, sampler="smac", space=None, trials=math.inf, workers=1, target=for
     import search
 
     settings = {"space": space or search.current_space(), "seed": 3, "objectives": ["accuracy"]}
-    settings |= {"sampler": sampler, "budgets": [9] if sampler == "random" else [1, 3, 9], "priors": priors}
-    proposes, running, played = search.Sampler(Path(out), settings, [1.0], pool=pool), [], []
-    proposes.replay([], {})
+    proposes = search.SAMPLERS[sampler](Path(out), settings | {"budgets": [1, 3, 9]})
+    proposes.replay([], None)
+    running, played = [], []
     while len(played) < trials:
         while len(running) < workers and (trial := proposes.ask()) is not None:
             running.append(trial)
