@@ -1446,9 +1446,9 @@ def space_text(done: list[dict], highest: int) -> str:
     scores, curves = np.array([top1(row) for row in drawn]), [row["info"].get("curve", ()) for row in drawn]
     marks = ", ".join(f"{mark:.2f}%" for mark in np.quantile(scores, [0.1, 0.5, 0.9]))
     lines = [f"- {len(drawn)} random configurations; 10% quantile, median and 90% quantile: {marks}"]
-    for epoch in budgets_up_to(highest)[-3:-1]:
+    for epoch in range(1, highest):
         early = [curve[epoch - 1][1] for curve in curves if len(curve) == highest]
-        if len(early) == len(drawn) and np.ptp(early) and np.ptp(scores):
+        if len(early) == len(drawn) and None not in early and np.ptp(early) and np.ptp(scores):
             rank = spearmanr(early, scores).statistic
             lines.append(f"- Spearman correlation of accuracy after epochs {epoch} and {highest}: {rank:.2f}")
     for label, _, row in paper_rows(done):

@@ -628,7 +628,8 @@ def test_the_report_of_a_random_search_maps_the_space(tmp_path):
     for config in (*search.points().values(), *drawn):
         config = {name: str(value) for name, value in config.items()}
         top1 = 50 + 10 * settings["space"]["kernel"].index(config["kernel"]) + rng.uniform()
-        curve = [[1.0, -top1], [1.0, 0.0], [1.0, top1 / 2], *[[1.0, top1]] * 6]
+        tops = [-top1, None, top1 / 2, *[None] * 5, top1]
+        curve = [[1.0, top] for top in tops]
         row = {"config": config, "budget": 9.0, "status": "success", "cost": [1 - top1 / 100], "seed": 1}
         row |= {"origin": "random" if len(rows) > 1 else "prior", "start": 0, "end": 1, "elapsed": len(rows)}
         rows.append(row | {"info": {"curve": curve}})
