@@ -1026,8 +1026,8 @@ def open_pipeline(path: str, workers: int = 0, **augment) -> Data:
     folder = Path(path, "train")
     files = list_images(folder if folder.is_dir() else path, train=False)["val"]
     plan, augmentation = Plan(batch=min(DATA_BATCH, len(files))), Augmentation(repeats=1, **augment)
-    settings = {"files": {"train": files, "val": files}, "workers": workers, "max_bad_files": 0}
-    return open_data(path, plan, augment=augmentation, **settings)
+    settings = {"augment": augmentation, "workers": workers, "max_bad_files": 0}
+    return open_data({"train": files, "val": files}, plan, **settings)
 
 
 def take_from(epochs: Callable[[int], Iterator]) -> Callable[[], int]:
@@ -1068,11 +1068,11 @@ def input_speed(options: DataOptions) -> None:
     print("one core", flush=True)
     data, scored = open_pipeline(options.path), open_pipeline(options.path)
     plain = open_pipeline(options.path, policy="none")
-    files, rng = data.dataset.files["train"], np.random.default_rng(0)
+    files, rng = data.dataset.splits["train"], np.random.default_rng(0)
 
     def decode_batch() -> int:
         drawn = rng.permutation(len(files))[:DATA_BATCH].tolist()
-        return len([decode(bytearray(Path(files.path(n)).read_bytes())) for n in drawn])
+        return len([decode(files[n]) for n in drawn])
 
     single = [
         Row("training", take_from(data.train_batches)),

@@ -1,23 +1,25 @@
-"""Data loading for training and evaluation: small sets (`SMALL_SETS`) and ImageNet-style image folders.
+"""Data loading for training and evaluation: small sets (`SMALL_SETS`), image folders, sources of one's own.
 
     data = open_data("digits", Plan(batch=64))              # or open_data("/data/imagenet", Plan(...))
     for images, labels in data.train_batches(epoch=0): ...  # uint8 (B, 3, H, W), int64 (B,)
     for images, labels in data.eval_batches("val"): ...
     images = data.transform.normalize(images)               # float32 (B, 3, H, W)
 
-Small sets are uint8 tensors on the training device and are augmented there. DataLoader workers decode, crop
-and augment image folders. Each micro-batch of each process has a "virtual rank" and samples the data as a
-process of that rank would. A training batch depends only on (seed, epoch, virtual rank, step), not on the
-number of workers or processes or the step from which an epoch was resumed. `python bench.py data` measures
-the throughput: 400 to 600 ImageNet-sized training crops per second and core.
+Small sets are uint8 tensors on the training device and are augmented there. All other images are decoded,
+cropped and augmented in DataLoader workers. Each micro-batch of each process has a "virtual rank" and samples
+the data as a process of that rank would. A training batch depends only on (seed, epoch, virtual rank, step),
+not on the number of workers or processes or the step from which an epoch was resumed. Sources are therefore
+read by index: streams, such as WebDataset's, cannot be used. `python bench.py data` measures the throughput:
+400 to 600 ImageNet-sized training crops per second and core.
 
-This file also holds `lock_file` and `cpu_count`, which other scripts share.
+This file also holds `lock_file`, `cpu_count` and `import_function`, which other scripts share.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import logging
 import math
@@ -72,6 +74,24 @@ def lock_file(file, wait: bool = False) -> bool:
 def cpu_count() -> int:
     """Return the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def import_function(spec: str) -> Callable:
+    """Return the function called `MODULE:FUNCTION`, also of a module in the current folder.
+
+    Raises UsageError if there is no such module or function; errors inside the module pass through.
+    """
+    module, _, name = spec.partition(":")
+    sys.path += [os.getcwd()] if os.getcwd() not in sys.path else []
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise UsageError(f"{spec}: there is no module {error.name!r}, here or installed") from None
+    if not hasattr(found, name):
+        raise UsageError(f"{spec}: module {module} has no {name!r}")
+    return getattr(found, name)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -697,16 +717,16 @@ SMALL_SETS = {  # one line per data set
 }
 
 
-def default_augmentation(source: str) -> Augmentation:
-    """Return the default augmentation: crops and flips for small sets, the paper's recipe for folders."""
-    if source not in SMALL_SETS:
+def default_augmentation(source: str | Path | dict) -> Augmentation:
+    """Return the default augmentation: crops and flips for small sets, the paper's recipe for all others."""
+    if not (isinstance(source, str) and source in SMALL_SETS):
         return Augmentation()
     small = SMALL_SETS[source]
     return Augmentation(padding=small.padding, flip=small.flip, policy="none", repeats=1)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Image folders
+# Image folders and other sources
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -758,6 +778,10 @@ class FileList:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, index: int) -> bytes:
+        """Return the content of file `index`."""
+        return Path(self.path(index)).read_bytes()
+
     def path(self, index: int) -> str:
         """Return the path of image `index`."""
         start = self.ends[index - 1] if index else 0
@@ -767,23 +791,22 @@ class FileList:
 def list_images(path: str | Path, train: bool = True) -> dict[str, FileList]:
     """Return the images of a folder by split: "train", "val" and, if there is test/ beside val/, "test".
 
-    "val" is the first of val/, validation/ and test/ that exists. With train=False, only "val" is listed, and
-    `path` may be a folder of class folders. Raises UsageError.
+    "val" is the first of val/, validation/ and test/ that exists. With train=False, "train" is left out, and
+    `path` may be a folder of class folders, which is then "val". Raises UsageError.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"there is no folder {str(folder)!r}; the built-in sets are {', '.join(SMALL_SETS)}")
     held_out = [folder / name for name in ("val", "validation", "test") if (folder / name).is_dir()]
-    places = {"val": held_out[0] if held_out else folder}
-    if train:
-        places = {"train": folder / "train", **places}
-        if len(held_out) > 1 and held_out[-1].name == "test":
-            places["test"] = held_out[-1]
-        if not held_out or not places["train"].is_dir():
-            raise UsageError(
-                f"{str(folder)!r} needs train/ and one of val/, validation/ and test/, each with a "
-                "sub-folder for each class"
-            )
+    places = {"train": folder / "train"} if train else {}
+    places["val"] = held_out[0] if held_out else folder
+    if len(held_out) > 1 and held_out[-1].name == "test":  # ImageNet's has no classes
+        places |= {"test": held_out[-1]} if any(map(os.DirEntry.is_dir, os.scandir(held_out[-1]))) else {}
+    if train and not (held_out and places["train"].is_dir()):
+        raise UsageError(
+            f"{str(folder)!r} needs train/ and one of val/, validation/ and test/, each with a "
+            "sub-folder for each class"
+        )
     files = {}
     for split, place in places.items():
         files[split] = FileList(place)
@@ -793,20 +816,64 @@ def list_images(path: str | Path, train: bool = True) -> dict[str, FileList]:
     return files
 
 
-def decode(data: bytearray, exif: bool = False) -> torch.Tensor:
-    """Decode an image file to uint8 (3, H, W), identical to Pillow; raises Pillow's exceptions.
+def find_images(source: str | Path | dict, train: bool = True, share=lambda find: find()) -> dict:
+    """Return the images of a source (see `open_data`; no small set) by split: "train", "val", perhaps "test".
 
-    With `exif`, rotate it as its EXIF orientation says. JPEG files are decoded by torchvision, in two thirds
-    of Pillow's time; other formats and truncated files by Pillow.
+    share: called with a function, returns its result; `Process.from_first` lets the first process alone list
+    a folder. Raises UsageError.
     """
-    if data[:3] == b"\xff\xd8\xff":
+    if isinstance(source, dict):
+        splits = source
+    elif re.fullmatch(r"[\w.]+:\w+", str(source)):
+        splits = import_function(str(source))()
+    else:
+        splits = share(lambda: list_images(source, train))
+    wanted = ["train", "val"] if train else ["val"]
+    if not set(wanted) <= set(splits) <= {"train", "val", "test"}:
+        raise UsageError(f"a source has the splits train, val and perhaps test, not {', '.join(splits)}")
+    splits = {split: splits[split] for split in (*wanted, "test") if split in splits}
+    classes = tuple(splits["val"].classes)
+    for split, images in splits.items():
+        labels = np.asarray(images.labels)
+        if tuple(images.classes) != classes:
+            raise UsageError(f"{split} has other classes than val, or in another order")
+        if not labels.shape == (len(images),) != (0,) or not np.isin(labels, np.arange(len(classes))).all():
+            last = len(classes) - 1
+            raise UsageError(f"the {len(images)} images of {split} need a label each, from 0 to {last}")
+        first = b"" if isinstance(images, FileList) else images[0]
+        found = type(first).__name__
+        if isinstance(first, torch.Tensor) and (first.dtype != torch.uint8 or first.shape[:-2] != (3,)):
+            found = f"{first.dtype} {tuple(first.shape)}"
+        elif isinstance(first, (torch.Tensor, Image.Image, bytes)):
+            continue
+        raise UsageError(
+            f"images of {split} must be PIL images, uint8 tensors (3, height, width) or the bytes of image "
+            f"files, not {found}"
+        )
+    return splits
+
+
+def decode(image: bytes | Image.Image | torch.Tensor, exif: bool = False) -> torch.Tensor:
+    """Return an image as uint8 (3, H, W), identical to Pillow. Raises OSError if it cannot be read.
+
+    image: the content of a file, a PIL image, or a tensor, which is returned as it is. With `exif`, rotate it
+    as its EXIF orientation says. JPEG files are decoded by torchvision, in two thirds of Pillow's time; other
+    formats and truncated files by Pillow.
+    """
+    if isinstance(image, torch.Tensor):
+        return image
+    if isinstance(image, bytes) and image[:3] == b"\xff\xd8\xff":
         from torchvision.io import ImageReadMode  # imported here because it takes a second
 
         with contextlib.suppress(RuntimeError):
             # Not torchvision's wrapper, which warns on every call since 0.29.
-            operator = torch.ops.image.decode_jpeg
-            return operator(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, exif)
-    return torch.from_numpy(np.array(to_rgb(Image.open(io.BytesIO(data)), exif))).permute(2, 0, 1)
+            content = torch.frombuffer(bytearray(image), dtype=torch.uint8)
+            return torch.ops.image.decode_jpeg(content, ImageReadMode.RGB.value, exif)
+    try:
+        opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+        return torch.from_numpy(np.array(to_rgb(opened, exif))).permute(2, 0, 1)
+    except Exception as error:  # Pillow's decoders raise almost any type for broken files
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
@@ -816,38 +883,39 @@ def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> to
     return F.interpolate(image, size, mode=interpolation, antialias=True)[0]
 
 
-class FolderDataset(Dataset):
-    """Batches of an image folder, made in DataLoader workers.
+class ImageDataset(Dataset):
+    """Batches of an image folder, or another source, made in DataLoader workers.
 
     RandAugment runs here too: it is a fifth of the work per batch (`python bench.py data`), and on the device
     it would be some 300 small kernels per batch that delay the model's and do not scale with the workers.
     """
 
-    def __init__(self, files: dict, transform: EvalTransform, augment: Augmentation):
-        self.files = files
-        self.counts = {split: len(listed) for split, listed in files.items()}
+    def __init__(self, splits: dict, transform: EvalTransform, augment: Augmentation):
+        self.splits, self.counts = splits, {split: len(images) for split, images in splits.items()}
+        self.labels = {split: np.asarray(images.labels, np.int64) for split, images in splits.items()}
         self.transform, self.augment = transform, augment
         self.fill = fill_colour(transform.mean)
 
     def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, str]]]:
-        """Return images uint8 (B, 3, S, S), labels int64 (B,) and the (path, reason) of unreadable files.
+        """Return images uint8 (B, 3, S, S), labels int64 (B,) and the (path, reason) of unreadable images.
 
-        Evaluation skips unreadable files; training replaces them by the next readable of the 20 that follow.
+        Evaluation skips unreadable images; training replaces them by the next readable of the 20 that follow.
         """
-        files, size, training = self.files[job.split], self.transform.size, job.key is not None
+        source, size, training = self.splits[job.split], self.transform.size, job.key is not None
         taken, bad = [], []
         images = torch.empty(len(job.indices), 3, size, size, dtype=torch.uint8)
         if training:
             rng = np.random.default_rng((*job.key, AUGMENTATION))
             draws = rng.random((len(images), CROP_DRAWS)).tolist()
         with torch.inference_mode():  # 2% faster
-            for n, first in enumerate(job.indices):
-                for index in (first + np.arange(21 if training else 1)) % len(files):  # until one is readable
-                    path = files.path(index)
+            for n, first in enumerate(job.indices.tolist()):
+                for index in range(first, first + (21 if training else 1)):  # until one is readable
+                    index %= len(source)
                     try:
-                        image = decode(bytearray(Path(path).read_bytes()), self.transform.exif)
-                    except Exception as error:  # Pillow's decoders raise almost any type for broken files
-                        bad.append((path, f"{type(error).__name__}: {error}"))
+                        image = decode(source[index], self.transform.exif)
+                    except OSError as error:
+                        listed = isinstance(source, FileList)
+                        bad.append((source.path(index) if listed else f"{job.split}[{index}]", str(error)))
                         continue
                     crop = self.random_crop(image, draws[n]) if training else self.centre_crop(image)
                     images[len(taken)] = crop
@@ -855,7 +923,8 @@ class FolderDataset(Dataset):
                     break
             if training:
                 images = POLICIES[self.augment.policy](images, self.augment, rng, self.fill)
-        return images[: len(taken)], torch.from_numpy(files.labels[np.array(taken, dtype=np.int64)]), bad
+        labels = self.labels[job.split][np.array(taken, dtype=np.int64)]
+        return images[: len(taken)], torch.from_numpy(labels), bad
 
     def random_crop(self, image: torch.Tensor, draws: list[float]) -> torch.Tensor:
         """Return the randomly resized, cropped and flipped image (3, H, W) as uint8 (3, S, S)."""
@@ -898,23 +967,23 @@ class Plan:
 class Data:
     """An open data source, returned by `open_data`.
 
-    Attributes: name; classes (tuple of str); splits (such as ("train", "val", "test")); transform
+    Attributes: classes (tuple of str); splits (such as ("train", "val", "test")); transform
     (EvalTransform); plan (Plan); steps (optimizer steps per epoch; 0 without a train split); wait_seconds
     (total time spent waiting for batches); bad_files (path -> reason, for the unreadable files seen so far).
     """
 
-    def __init__(self, name: str, dataset, classes: tuple[str, ...], plan: Plan, device, max_bad_files=0):
-        self.name, self.dataset, self.classes, self.plan = name, dataset, tuple(classes), plan
+    def __init__(self, dataset, classes: tuple[str, ...], plan: Plan, device, max_bad_files=0):
+        self.dataset, self.classes, self.plan = dataset, tuple(classes), plan
         self.transform, self.device, self.splits = dataset.transform, device, tuple(dataset.counts)
         self.max_bad_files, self.bad_files = max_bad_files, {}
         self.wait_seconds, self.iteration = 0.0, 0
         self.jobs: list[Job] = []  # iterated over by the loader; refilled without restarting the workers
-        self.loader: DataLoader | None = None  # of image folders
+        self.loader: DataLoader | None = None  # unless the set is small
         training = "train" in self.splits
         self.steps = len(self._stream(0, plan.rank)) // plan.batch if training else 0
         if training and not self.steps:
             raise UsageError(
-                f"{name} has {self.count('train')} training images, too few for one step of {plan.world} x "
+                f"{self.count('train')} training images are too few for one step of {plan.world} x "
                 f"{plan.batch} x {plan.accumulate} (processes x batch x accumulation): lower the batch"
             )
 
@@ -996,11 +1065,10 @@ class Data:
 
 
 def open_data(
-    source: str | Path,
+    source: str | Path | dict,
     plan: Plan = Plan(),
     *,
     train: bool = True,
-    files: dict[str, FileList] | None = None,
     size: int | None = None,
     exif: bool = False,
     transform: EvalTransform | None = None,
@@ -1010,35 +1078,38 @@ def open_data(
     root: str = "data",
     max_bad_files: int = 50,
 ) -> Data:
-    """Open a small set (see SMALL_SETS) or an image folder for training and evaluation.
+    """Open a small set, an image folder or a source of one's own for training and evaluation.
 
     Args:
-        source: name of a small set, or path of an image folder (see `list_images`).
+        source: name of a small set (see SMALL_SETS); path of an image folder (see `list_images`);
+            "MODULE:FUNCTION", a function that returns the splits of a source; or those splits, a dictionary
+            from "train", "val" and, if there is one, "test" to map-style objects: `len(images)`,
+            `images.classes` (names), `images.labels` (integers, one per image), and `images[i]`, a PIL
+            image, a uint8 tensor (3, H, W) or the bytes of an image file. An OSError means that image i
+            cannot be read. `FileList` is one such class.
         plan: batch sizes, seed, and rank of this process.
         train: whether to open the train split.
-        files: result of `list_images` (default: call it).
-        size: image size in pixels (default: the transform's, the small set's, or 224 for folders).
-        exif: rotate a folder's images as their EXIF orientation says, if no transform is given.
+        size: image size in pixels (default: the transform's, the small set's, or 224 for others).
+        exif: rotate images as their EXIF orientation says, if no transform is given.
         transform: evaluation transform, such as a checkpoint's (default: the source's).
         augment: augmentation (default: `default_augmentation(source)`).
-        workers: data-loading processes of a folder (default: one per core, split between processes; 0: none).
+        workers: data-loading processes (default: one per core, split between processes; 0: none).
         root: folder of the CIFAR files.
         max_bad_files: number of unreadable files to tolerate.
 
     Raises UsageError.
     """
-    source, device = str(source), torch.device(device)
-    augment = augment or default_augmentation(source)
+    device, augment = torch.device(device), augment or default_augmentation(source)
     if augment.policy not in POLICIES:
         raise UsageError(f"there is no policy {augment.policy!r}: choose from {', '.join(POLICIES)}")
-    if source in SMALL_SETS:
+    if isinstance(source, str) and source in SMALL_SETS:
         small = SMALL_SETS[source]
         transform = transform or EvalTransform(size or small.size, 1.0, "bilinear", small.mean, small.std)
         splits, classes = small.load(transform.size, root)
         splits = {split: tensors for split, tensors in splits.items() if train or split != "train"}
-        return Data(source, SmallDataset(splits, transform, augment, device), classes, plan, device)
+        return Data(SmallDataset(splits, transform, augment, device), classes, plan, device)
     transform = transform or EvalTransform(size or 224, exif=exif)
-    files = files or list_images(source, train)
+    splits = find_images(source, train)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world))  # on this machine, set by torchrun
     workers = max(1, cpu_count() // processes) if workers is None else workers
     total = processes * workers
@@ -1048,8 +1119,8 @@ def open_data(
             f"{total} workers need {needed / 2**20:.0f} MiB in /dev/shm, more than is free: use fewer "
             "(--workers of train.py and bench.py), or start the container with a larger --shm-size"
         )
-    dataset = FolderDataset(files, transform, augment)
-    data = Data(source, dataset, next(iter(files.values())).classes, plan, device, max_bad_files)
+    dataset = ImageDataset(splits, transform, augment)
+    data = Data(dataset, splits["val"].classes, plan, device, max_bad_files)
     import torchvision.io  # noqa: F401, once for all workers
 
     data.loader = DataLoader(

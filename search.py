@@ -181,7 +181,8 @@ SIZES = [name.removeprefix("nexception_") for name in MODELS if name.startswith(
 class Options:
     """Search for the best network of the design space. Repeat the command to continue a search."""
 
-    data: str = option("clutter", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
+    data: str = option("clutter", f"{', '.join(SMALL_SETS)}, an image folder with train/ and val/, "
+                      "or MODULE:FUNCTION (see `data.open_data`)")
     root: str = option("data", "folder of the CIFAR files")
     model: str = option("", "macro-architecture (default: clutter nexception_pico, digits nexception_nano, "
                         "CIFAR and image folders nexception_reduced)", choices=tuple(MODELS))

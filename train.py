@@ -58,7 +58,7 @@ from data import (
     UsageError,
     cpu_count,
     default_augmentation,
-    list_images,
+    find_images,
     lock_file,
     open_data,
     write_whole,
@@ -448,7 +448,8 @@ RECIPES = {
 class Options:
     """Train or evaluate a network. Omitted options are taken from the recipe (see below)."""
 
-    data: str = option("digits", f"{', '.join(SMALL_SETS)}, or an image folder with train/ and val/")
+    data: str = option("digits", f"{', '.join(SMALL_SETS)}, an image folder with train/ and val/, or "
+                       "MODULE:FUNCTION (see `open_data`)")  # fmt: skip
     model: str | None = option(None, f"{', '.join(MODELS)}, or the path of a JSON config")
     out: str | None = option(None, "folder of the run (default: runs/DATA-MODEL)")
     recipe: str | None = option(None, "default: chosen by --data and --init-weights", choices=tuple(RECIPES))
@@ -1132,16 +1133,15 @@ def evaluate_checkpoint(options: Options, process: Process) -> int:
     check_channels(model.config, options.eval)
     settings = {"workers": options.workers, "device": process.device, "train": False}
     if options.data in SMALL_SETS:
+        source = options.data
         settings |= {"size": model.transform.size, "root": options.root}
-        place = ""
     else:
-        files = process.from_first(lambda: list_images(options.data, train=False))
-        transform = replace(model.transform, exif=model.transform.exif or options.exif)
-        settings |= {"files": files, "transform": transform}
-        place = os.fsdecode(files["val"].folder)
+        source = find_images(options.data, train=False, share=process.from_first)
+        settings["transform"] = replace(model.transform, exif=model.transform.exif or options.exif)
     plan = Plan(batch=options.batch or 64, rank=process.rank, world=process.world)
-    data = open_data(options.data, plan, **settings)
+    data = open_data(source, plan, **settings)
     split = "test" if "test" in data.splits else "val"
+    place = os.fsdecode(getattr(data.dataset.splits[split], "folder", split))  # of an image folder
     if len(data.classes) != model.config.num_classes or tuple(model.classes or data.classes) != data.classes:
         raise UsageError(
             f"{options.eval} was not trained for the {len(data.classes)} classes of {options.data}: "
@@ -1151,7 +1151,7 @@ def evaluate_checkpoint(options: Options, process: Process) -> int:
     data.close()
     if process.first:
         left_out = f", {result['unreadable']} unreadable left out" if result["unreadable"] else ""
-        print(f"{options.eval} on {result['count']} images of {options.data} ({place or split}{left_out})")
+        print(f"{options.eval} on {result['count']} images of {options.data} ({place}{left_out})")
         print(f"top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  loss {result['loss']:.4f}")
     return 0
 
@@ -1163,15 +1163,15 @@ def run(options: Options, process: Process) -> int:
         if process.first:
             print(text, flush=True)
 
-    files, images = {}, None
+    source, images = options.data, None
     if options.data not in SMALL_SETS:
-        files = process.from_first(lambda: list_images(options.data))
-        images = len(files["train"])
+        source = find_images(options.data, share=process.from_first)
+        images = len(source["train"])
     resumed = process.from_first(lambda: recipe_of_run(default_out(options), options.data))
     options = resolve(options, process.world, images, say, resumed)
     plan = Plan(options.batch, options.accumulate, seed=options.seed, rank=process.rank, world=process.world)
     data = open_data(
-        options.data, plan, files=files, size=options.size, augment=augmentation(options), exif=options.exif,
+        source, plan, size=options.size, augment=augmentation(options), exif=options.exif,
         device=process.device, workers=options.workers, root=options.root,
     )  # fmt: skip
     torch.manual_seed(options.seed)

@@ -46,7 +46,7 @@ def compare(options: Options) -> None:
     keep_large_buffers()  # as training on a CPU does
     data, scored = bench.open_pipeline(options.path), bench.open_pipeline(options.path)
     batches = {"training": data.train_batches, "evaluation": lambda _: scored.eval_batches()}
-    files, rng = data.dataset.files["train"], np.random.default_rng(0)
+    files, rng = data.dataset.splits["train"], np.random.default_rng(0)
     rows = []
     for use, arguments in TIMM.items():
         transform = create_transform((3, 224, 224), use_prefetcher=True, **arguments)

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,10 +53,10 @@ def make_folder(root: Path, counts: dict[str, int]) -> Path:
     return root
 
 
-def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytearray:
+def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
-    return bytearray(file.getvalue())
+    return file.getvalue()
 
 
 def as_tensor(image: Image.Image) -> torch.Tensor:
@@ -228,7 +229,7 @@ def test_random_crops_have_timms_distribution(size):
 
 
 def test_random_crops_are_resized_as_in_pil(photograph):
-    dataset = data.FolderDataset({}, EvalTransform(size=96), Augmentation())
+    dataset = data.ImageDataset({}, EvalTransform(size=96), Augmentation())
     for seed in range(20):
         draws = np.random.default_rng(seed).random(data.CROP_DRAWS).tolist()
         top, left, height, width = data.crop_box(photograph.height, photograph.width, Augmentation(), draws)
@@ -248,7 +249,7 @@ def test_evaluation_transform_equals_timm(photograph, size, interpolation):
     ours = EvalTransform(interpolation=interpolation)
     assert torch.allclose(ours(image), theirs(image), atol=1e-5)
     assert EvalTransform(**json.loads(json.dumps(asdict(ours)))) == ours
-    fast = data.FolderDataset({}, ours, PLAIN).centre_crop(as_tensor(image))
+    fast = data.ImageDataset({}, ours, PLAIN).centre_crop(as_tensor(image))
     assert nearly_equal(fast, ours.crop(image))
 
 
@@ -506,7 +507,7 @@ def test_16_bit_images_are_scaled_not_clipped():
         crop = EvalTransform(size=256, crop_pct=1.0).crop(Image.open(io.BytesIO(content)))
         assert torch.equal(crop, expected)
     for dtype in (np.float32, np.int32):
-        with pytest.raises(UsageError, match="32-bit pixels"):
+        with pytest.raises(OSError, match="32-bit pixels"):
             data.decode(encode(Image.fromarray(ramp.astype(dtype)), "TIFF"))
 
 
@@ -598,12 +599,92 @@ def test_evaluation_folders_have_one_of_three_names(tmp_path):
         assert opened.splits == ("train", "val", "test")[: 1 + len(names)]
         assert (opened.count("val"), opened.transform) == (6, EvalTransform(224))
         for split, name in zip(opened.splits, ("train", *names), strict=True):
-            assert Path(opened.dataset.files[split].path(0)).parent.parent.name == name
+            assert Path(opened.dataset.splits[split].path(0)).parent.parent.name == name
     for place in (root, root / "validation"):  # evaluation does not need train/
         opened = open_data(place, train=False, workers=0)
-        assert (opened.splits, opened.steps, opened.classes) == (("val",), 0, ("blue", "red"))
-        assert opened.dataset.files["val"].path(5) == str(root / "validation/red/2.jpg")
+        assert opened.splits == (("val", "test") if place == root else ("val",))
+        assert (opened.steps, opened.classes) == (0, ("blue", "red"))
+        assert opened.dataset.splits["val"].path(5) == str(root / "validation/red/2.jpg")
         assert sum(len(labels) for _, labels in opened.eval_batches()) == 6
+    for name in ("blue", "red"):  # as in ImageNet: test images without classes
+        shutil.rmtree(root / "test" / name)
+    (root / "test/1.jpg").touch()
+    assert open_data(root, Plan(batch=4), workers=0).splits == ("train", "val")
+
+
+class Source:
+    """Images in memory: red ones of class 0, blue ones of class 1, each in a shade of its own."""
+
+    classes = ("red", "blue")
+
+    def __init__(self, kind: str, count: int):
+        self.kind, self.labels = kind, [n % 2 for n in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        if index == 5:
+            raise OSError("damaged")
+        image = Image.new("RGB", (20, 24), (0, 0, 100 + index) if index % 2 else (100 + index, 0, 0))
+        tensor = as_tensor(image)
+        return {"pil": image, "tensor": tensor, "bytes": encode(image, "PNG"), "float": tensor / 255,
+                "rows": tensor.permute(1, 2, 0), "array": np.array(image)}[self.kind]  # fmt: skip
+
+
+def pictures() -> dict[str, Source]:
+    return {"val": Source("pil", 8), "train": Source("pil", 12)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sources_of_ones_own(monkeypatch, tmp_path, workers):
+    (tmp_path / "shades.py").write_text(f"import sys\npictures = sys.modules[{__name__!r}].pictures\n")
+    monkeypatch.chdir(tmp_path)
+    sources = [{"train": Source(kind, 12), "val": Source(kind, 8)} for kind in ("pil", "tensor", "bytes")]
+    found = []
+    for source in (*sources, "shades:pictures"):
+        opened = open_data(source, Plan(batch=4), size=16, workers=workers, max_bad_files=2)
+        assert (opened.splits, opened.classes, opened.steps) == (("train", "val"), ("red", "blue"), 3)
+        found.append([*opened.train_batches(0), *opened.eval_batches()])
+        opened.close()
+        for images, labels in found[-1]:
+            assert len(images) == len(labels)
+        assert sum(len(labels) for _, labels in found[-1][3:]) == 7  # the damaged one is left out
+        assert opened.bad_files == {f"{split}[5]": "damaged" for split in opened.splits}
+        evaluated = open_data(source, train=False, size=16, workers=0)
+        assert evaluated.splits == ("val",) and not evaluated.steps
+    for images, labels in found[0][3:]:
+        assert (images[:, 2].amax((1, 2)) > 0).long().tolist() == labels.tolist()
+    assert all(batches_equal(batches, found[0]) for batches in found[1:])
+
+
+def test_errors_of_a_source_keep_their_type(monkeypatch):
+    monkeypatch.setattr(Source, "__getitem__", lambda _, index: [Image.new("RGB", (9, 9))][index])
+    opened = open_data(pictures(), Plan(batch=4), size=16, workers=0)
+    with pytest.raises(IndexError):
+        list(opened.train_batches(0))
+
+
+def test_sources_of_the_wrong_kind_are_refused(monkeypatch, tmp_path):
+    right = pictures()
+    assert_refused("train, val and perhaps test, not val, train, valid", right | {"valid": right["val"]})
+    assert_refused("splits train, val and perhaps test, not val$", {"val": right["val"]})
+    for kind, what in (("float", r"torch.float32 \(3, 24, 20\)"), ("rows", r"torch.uint8 \(24, 20, 3\)")):
+        assert_refused(f"images of val must be PIL images, .*, not {what}", right | {"val": Source(kind, 8)})
+    assert_refused("images of train must be .*, not ndarray", right | {"train": Source("array", 8)})
+    for labels in ([0, 1], [2] * 8, ["red"] * 8, []):
+        monkeypatch.setattr(right["val"], "labels", labels)
+        monkeypatch.setattr(Source, "__len__", lambda source: 0 if source.labels == [] else 8)
+        assert_refused("images of val need a label each, from 0 to 1", right, train=False)
+    monkeypatch.undo()
+    right["val"].classes = ("blue", "red")
+    assert_refused("train has other classes than val, or in another order", right)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_source.py").write_text("import absent_package")
+    assert_refused("there is no module 'no_such_module'", "no_such_module:pictures")
+    assert_refused("module random has no 'pictures'", "random:pictures")
+    with pytest.raises(ModuleNotFoundError, match="absent_package"):
+        open_data("broken_source:pictures")
 
 
 def test_workers_ignore_signals_and_a_killed_one_is_an_error(folder):
@@ -658,7 +739,7 @@ def test_user_errors(tmp_path):
         assert_refused("needs train/ and one of val/, validation/ and test/", root)
     assert_refused("no policy 'mine': choose from none, ", "digits", augment=replace(PLAIN, policy="mine"))
     root = make_folder(tmp_path / "images", {"train": 4, "val": 4})
-    assert_refused("has 8 training images, too few for one step of 1 x 64 x 2", root, Plan(accumulate=2))
+    assert_refused("8 training images are too few for one step of 1 x 64 x 2", root, Plan(accumulate=2))
     (root / "train/green").mkdir()
     assert_refused(r"class folder '.*green' contains no image", root)
     (root / "train/green").rmdir()
