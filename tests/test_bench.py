@@ -500,24 +500,3 @@ def test_data_times_the_input_pipeline(tmp_path, capsys):
     one_core = ["training", "evaluation", "training without RandAugment", "decoding alone"]
     assert list(rows) == [*one_core, "training, 1 worker", "training, 2 workers"]
     assert all(min(samples) > 0 for samples in rows.values())
-
-
-def run_evidence(name: str, *arguments) -> int:
-    """Run a script of results/ in this process."""
-    script = importlib.import_module(f"results.{name}")
-    return bench.run_command(script.compare, script.Options, name, [str(argument) for argument in arguments])
-
-
-def test_lamb_and_input_pipeline_beside_timms(tmp_path):
-    folder = make_images(tmp_path / "set", {"ant": 4, "bee": 4}, "jpg")
-    small = ["--repetitions", 2, "--out", tmp_path]
-    assert run_evidence("lamb", "--model", "nexception_nano", "--device", "cpu", *small) == 0
-    assert run_evidence("input_pipeline", folder, *small) == 0
-    record = read_json(tmp_path / "lamb-nexception_nano-cpu.json")
-    assert record["difference_from_timm"] < 1e-4
-    (path,) = tmp_path.glob("input-pipeline-*.json")
-    for rows in (record["rows"], read_json(path)["rows"]):
-        samples = {row["label"]: row["samples"] for row in rows}
-        for row in rows:
-            ratios = np.divide(row["samples"], samples[row["base"]]) if "base" in row else [1]
-            assert row.get("ratio", {"mean": 1})["mean"] == pytest.approx(np.mean(ratios))

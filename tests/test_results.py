@@ -1,0 +1,94 @@
+"""Tests of the scripts in results/, whose figures are committed beside them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bench
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(bench.__file__).parent
+
+
+def run(name: str, *arguments) -> int:
+    script = importlib.import_module(f"results.{name}")
+    return bench.run_command(script.compare, script.Options, name, [str(argument) for argument in arguments])
+
+
+def test_evidence_beside_another_implementation(tmp_path):
+    """Each ratio is that of a row's samples and its base row's, repetition by repetition."""
+    for name in ("ant", "bee"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.effect_noise((50, 40), 64 + i).convert("RGB").save(tmp_path / "set" / name / f"{i}.jpg")
+    small = ["--repetitions", 2, "--out", tmp_path]
+    assert run("lamb", "--model", "nexception_nano", "--device", "cpu", *small) == 0
+    assert run("input_pipeline", tmp_path / "set", *small) == 0
+    assert run("depthwise", "--shapes", "16x7", "--kernels", 3, "--batch", 2, "--device", "cpu", *small) == 0
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert sorted(name.partition("-")[0] for name in records) == ["depthwise", "input", "lamb"]
+    assert records["lamb-nexception_nano-cpu"]["difference_from_timm"] < 1e-4
+    for record in records.values():
+        samples = {row["label"]: row["samples"] for row in record["rows"]}
+        ratios = [row for row in record["rows"] if "base" in row]
+        assert ratios
+        for row in ratios:
+            expected = np.divide(samples[row["label"]], samples[row["base"]]).mean()
+            assert row["ratio"]["mean"] == pytest.approx(expected)
+
+
+def verdicts(page: str) -> dict[str, str]:
+    """Return the column of verdicts by line of the checklist."""
+    cells = [line.split("|") for line in page.splitlines() if line.count("|") == 4]
+    return {claim.strip(): verdict.strip() for _, claim, verdict, *_ in cells[2:]}
+
+
+def test_gpu_script_runs_every_part_it_is_asked_for(tmp_path):
+    """On a CPU, without a model that exists: a failed part does not stop the next."""
+    environment = os.environ | {"DEVICE": "cpu", "OUT": str(tmp_path), "PYTHON": sys.executable, "SLOW": "9"}
+    command = ["bash", str(ROOT / "results" / "gpu.sh")]
+    asked = {"PARTS": "speed lamb", "SPEED": "--models nothing"}
+    done = subprocess.run(command, env=environment | asked, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    parts = [line.split()[:2] for line in (tmp_path / "parts.txt").read_text().splitlines()]
+    assert parts == [["speed", "2"], ["lamb", "0"]]
+    assert "unknown model 'nothing'" in (tmp_path / "speed.txt").read_text()
+    found = verdicts((tmp_path / "page.md").read_text())
+    assert found.pop("LAMB: timm's weights to 1e-4") == "holds"
+    assert set(found.values()) == {"open"}
+
+
+def test_gpu_page_judges_what_it_finds(tmp_path):
+    from results.gpu_page import judge
+
+    def write(path: str, *rows: dict) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    (tmp_path / "parts.txt").write_text("tests 1 60\nspeed 0 50\n")
+    (tmp_path / "tests.txt").write_text("1 failed, 6 passed in 20.1s\n")
+    for run, loss in (("cpu", 2.0), ("off", 2.001), ("bf16", 2.1), ("fp16", 2.0)):
+        losses = {"train_loss": loss, "val_loss": 1.0, "data_wait": 0.01}
+        write(f"losses/nexception_tp-{run}/metrics.jsonl", losses, {"test_top1": 9.0})
+    row = {"label": "NEXcepTion-TP", "base": "ConvNeXt-T", "ratio": {"mean": 1.3}}
+    write("speed-h200-bfloat16.json", {"rows": [row, {"label": "Xception", "missing": "out of memory"}]})
+    write("speed-h200-bfloat16-train.json", {"rows": [row | {"ratio": {"mean": 1.2}}]})
+    write("search-1/trials.jsonl", {"status": "success"}, {"status": "timeout"})
+    found = verdicts(judge(tmp_path))
+    assert {claim.partition(":")[0]: verdict for claim, verdict in found.items() if verdict != "open"} == {
+        "`pytest -m gpu` passes": "**fails**",
+        "float32": "holds",
+        "bf16": "**fails**",
+        "fp16": "holds",
+        "search, 1 and 4 workers a GPU": "**fails**",
+        "TP 1.27 × ConvNeXt-T, eager": "holds",
+        "the same in training": "**fails**",
+    }
