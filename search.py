@@ -41,6 +41,7 @@ import time
 import traceback
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -1218,22 +1219,17 @@ def one_hot(codes: np.ndarray, sizes: list[int]) -> np.ndarray:
     return np.concatenate(columns, axis=1)
 
 
-def every_point(sizes: list[int]) -> np.ndarray:
-    """Return the codes of all configurations, (product of sizes, P)."""
-    return np.indices(sizes).reshape(len(sizes), -1).T
-
-
 @functools.cache
-def every_column(sizes: tuple[int, ...]) -> np.ndarray:
-    """Return the indicator columns of all configurations, (product of sizes, sum of sizes)."""
-    return one_hot(every_point(sizes), sizes)
+def whole_space(sizes: tuple[int, ...]) -> np.ndarray:
+    """Return all configurations as indicator columns, (product of sizes, sum of sizes)."""
+    return one_hot(np.indices(sizes).reshape(len(sizes), -1).T, sizes)
 
 
 def effects(codes: np.ndarray, costs: np.ndarray, sizes: list, best: np.ndarray, trees: int) -> np.ndarray:
     """Return the estimates of `importances`, (3, P), from one forest; best: the incumbent's codes, (P,)."""
     forest = RandomForestRegressor(trees, max_features=5 / 6, random_state=0)
     forest.fit(one_hot(codes, sizes), costs)
-    choices, space = range(len(sizes)), every_column(tuple(sizes))
+    choices, space = range(len(sizes)), whole_space(tuple(sizes))
     others = [tuple(j for j in choices if j != i) for i in choices]
     lines = [(*best[:i], slice(None), *best[i + 1 :]) for i in choices]  # a choice's values around the best
     shares, mean = [], np.zeros(sizes)
@@ -1466,12 +1462,15 @@ def report(folder: Path) -> Path:
     highest = epochs_text(budgets[-1])
     if not done:
         raise UsageError(f"{folder}: no trial has finished at the highest budget, {highest}, yet")
-    states = [row["status"] for row in rows]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    states, origins = (
+        ", ".join(f"{n} {name}" for name, n in Counter(row[key] for row in rows).items())
+        for key in ("status", "origin")
+    )
     page = [
-        f"# Search on {settings['data']}\n\n{len(rows)} trials ({counts}) in {clock(rows[-1]['elapsed'])}; "
-        f"macro-architecture {settings['model']}; sampler {settings['sampler']}; budgets: "
-        f"{', '.join(map(epochs_text, budgets))}; objectives: {', '.join(objectives)}."
+        f"# Search on {settings['data']}",
+        f"- {len(rows)} trials in {clock(rows[-1]['elapsed'])}: {states}\n- proposed by: {origins}\n"
+        f"- sampler {settings['sampler']}, macro-architecture {settings['model']}, budgets: "
+        f"{', '.join(map(epochs_text, budgets))}, objectives: {', '.join(objectives)}",
     ]
     if (folder / "final.json").exists():
         text, _ = comparison(folder, front[0]["config"])

@@ -102,7 +102,7 @@ def test_the_space_is_the_papers():
     assert papers.keys() == space.keys() and all(papers[name] <= set(space[name]) for name in space)
     size = math.prod(map(len, space.values()))
     assert search.configspace().estimate_size() == size
-    assert len(np.unique(search.every_point([len(v) for v in space.values()]), axis=0)) == size
+    assert len(np.unique(search.whole_space(tuple(map(len, space.values()))), axis=0)) == size
     assert search.network_config(points["NEXcepTion"], "nexception_t") == MODELS["nexception_t"]
     assert search.network_config(points["Xception"], "xception") == MODELS["xception"]
     assert points["NEXcepTion"]["activation_positions"] == "2" and points["Xception"]["se"] == "no"
