@@ -625,21 +625,20 @@ def test_the_report_of_a_random_search_maps_the_space(tmp_path):
     rng, rows = np.random.default_rng(0), []
     settings = start(tmp_path, 1, sampler="random").settings
     drawn = search.configspace(seed=8).sample_configuration(60)
-    for config in (*search.points().values(), *drawn):
+    origins = [*search.points(), *["random"] * 60]
+    for origin, config in zip(origins, (*search.points().values(), *drawn), strict=True):
         config = {name: str(value) for name, value in config.items()}
         top1 = 50 + 10 * settings["space"]["kernel"].index(config["kernel"]) + rng.uniform()
         tops = [-top1, None, top1 / 2, *[None] * 5, top1]
         curve = [[1.0, top] for top in tops]
         row = {"config": config, "budget": 9.0, "status": "success", "cost": [1 - top1 / 100], "seed": 1}
-        row |= {"origin": "random" if len(rows) > 1 else "prior", "start": 0, "end": 1, "elapsed": len(rows)}
+        row |= {"origin": origin, "start": 0, "end": 1, "elapsed": len(rows)}
         rows.append(row | {"info": {"curve": curve}})
     (tmp_path / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = search.report(tmp_path).read_text()
     tops = [100 - 100 * row["cost"][0] for row in rows[2:]]
-    assert (
-        f"60 random configurations; 10% quantile, median and 90% quantile: {np.quantile(tops, 0.1):.2f}%, "
-        in page
-    )
+    marks = ", ".join(f"{np.quantile(tops, q):.2f}%" for q in (0.1, 0.5, 0.9))
+    assert f"60 random configurations; 10% quantile, median and 90% quantile: {marks}" in page
     assert re.findall(r"epochs (\d) and 9: (\S+)", page) == [("1", "-1.00"), ("3", "1.00")]
     place = 100 * np.mean(np.array(tops) < 100 - 100 * rows[0]["cost"][0])
     assert f"more than {place:.0f}% of" in page
