@@ -43,7 +43,6 @@ from data import (
     RunError,
     UsageError,
     cpu_count,
-    decode,
     list_images,
     natural_key,
     open_data,
@@ -229,17 +228,16 @@ def write_results(name: str, options, device: torch.device, text: str, rows: lis
         if not path.exists() or entry_of(path, "options") == ours:
             break
     record = {"machine": machine(device), "options": ours, **more}
-    record["rows"] = [row if isinstance(row, dict) else measurements(row) for row in rows]
+    rows = [row if isinstance(row, dict) else vars(row) for row in rows]
+    # Of a Row, the fields that are set, without its functions.
+    record["rows"] = [
+        {k: v for k, v in row.items() if v not in (None, "", []) and not callable(v)} for row in rows
+    ]
     table = path.with_name(f"{stem}.md")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=1) + "\n")
     write_whole(table, f"`{record['machine']['command']}`\n\n{text}")
     print(f"written: {path}, {table}")
-
-
-def measurements(row: Row) -> dict:
-    """Return the fields of a row that are set, without its functions."""
-    return {k: v for k, v in vars(row).items() if not callable(v) and v not in (None, "", [], 0)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -620,8 +618,8 @@ class AccuracyOptions:
     """Measure the top-1 and top-5 accuracy of a model on image folders, beside the paper's Table 3.
 
     For folders with a subset of the model's classes (ImageNet-A, -R), predictions are restricted to it. A
-    model of torchvision or timm has its pretrained weights and their transform; MODULE:CALLABLE returns one
-    with weights and, as attribute `transform`, an EvalTransform (default: ImageNet's).
+    model of torchvision or timm has its pretrained weights (or --weights) and their transform, the one that
+    MODULE:CALLABLE returns its own weights and an attribute `transform`, an EvalTransform (default: ours).
     """
 
     model: str = option(
@@ -637,13 +635,9 @@ class AccuracyOptions:
         positional=True,
     )
     weights: str | None = option(None, "state dict to load into a model that is not a checkpoint")
-    classes: str | None = option(
-        None, "class names in output order: a folder of class folders or a text file"
-    )
+    classes: str | None = option(None, "class names in output order: a folder of class folders, a text file")
     size: int | None = option(None, "input pixels per side (default: the model's)", 8, 4096)
-    crop_pct: float | None = option(
-        None, "crop / resized shorter side (default: the model's)", above=0, most=1
-    )
+    crop_pct: float | None = option(None, "crop / resized side (default: the model's)", above=0, most=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     amp: str = option("off", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs", choices=AMP)
     batch: int = option(64, "images per batch", least=1)
@@ -651,8 +645,8 @@ class AccuracyOptions:
     out: str = option("runs/bench", "folder of the results")
 
 
-def load_checkpoint_or_model(spec: str, weights: str | None) -> tuple[nn.Module, str]:
-    """Return a model with `transform` and `classes`, and its label in the paper's tables or ""."""
+def trained_model(spec: str, weights: str | None) -> tuple[nn.Module, Published | None]:
+    """Return a network in evaluation mode, with `transform` and `classes`, and its row of Table 1, if any."""
     if Path(spec).is_file():
         if weights:
             raise UsageError(f"--weights: {spec} has weights of its own")
@@ -661,24 +655,21 @@ def load_checkpoint_or_model(spec: str, weights: str | None) -> tuple[nn.Module,
         plain = {"num_classes": 1000, "drop_path": 0.0}  # ignored in recognizing the paper's networks
         ours = replace(model.config, **plain)
         name = next((name for name, config in MODELS.items() if replace(config, **plain) == ours), "")
-    else:
-        name, size, make = find_model(spec, pretrained=weights is None)
-        try:
-            model = make()
-        except OSError as error:  # offline, or no such weights
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(f"{name}: no pretrained weights ({reason}): give --weights") from error
+        return model, TABLE_1.get(name)
+    name, size, make = find_model(spec, pretrained=weights is None)
+    try:
+        model = make()
         if weights:
-            try:
-                model.load_state_dict(weights_of(read_checkpoint(weights)))
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:200]
-                raise UsageError(f"{weights} does not fit {name}: {reason}") from None
-        model.classes = getattr(model, "classes", None)
-        model.transform = transform_of(name, model)
-        if "@" in spec:
-            model.transform = replace(model.transform, size=size)
-    return model.eval(), TABLE_1[name].label if name in TABLE_1 else ""
+            model.load_state_dict(weights_of(read_checkpoint(weights)))
+    except (OSError, RuntimeError) as error:  # offline, no such weights; tensors that do not fit
+        if ":" in name and not weights:  # the user's own code
+            raise
+        what = f"{weights} does not fit" if weights else "no pretrained weights: give --weights"
+        raise UsageError(f"{name}: {what} ({' '.join(str(error).split())[:200]})") from error
+    model.classes, model.transform = getattr(model, "classes", None), transform_of(name, model)
+    if "@" in spec:
+        model.transform = replace(model.transform, size=size)
+    return model.eval(), TABLE_1.get(name)
 
 
 def transform_of(name: str, model: nn.Module) -> EvalTransform:
@@ -699,9 +690,7 @@ def transform_of(name: str, model: nn.Module) -> EvalTransform:
         return EvalTransform()
     preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     (size,), (resized,) = preset.crop_size, preset.resize_size
-    return EvalTransform(
-        size, size / resized, preset.interpolation.value, tuple(preset.mean), tuple(preset.std)
-    )
+    return EvalTransform(size, size / resized, preset.interpolation.value, preset.mean, preset.std)
 
 
 def read_classes(source: str) -> list[str]:
@@ -752,7 +741,7 @@ def accuracy(options: AccuracyOptions) -> None:
     device = pick_device(options.device)
     if device.type == "cpu":
         keep_large_buffers()
-    model, label = load_checkpoint_or_model(options.model, options.weights)
+    model, paper = trained_model(options.model, options.weights)
     asked = {"size": options.size, "crop_pct": options.crop_pct}
     transform = replace(model.transform, **{name: value for name, value in asked.items() if value})
     classes = read_classes(options.classes) if options.classes else model.classes
@@ -775,15 +764,16 @@ def accuracy(options: AccuracyOptions) -> None:
     file_name = re.sub(r"[^\w.]+", "-", f"accuracy-{file_name}")
     shown = f"{options.model}: {transform.size} pixels, {transform.crop_pct:.3g} of the resized shorter "
     shown += f"side, {transform.interpolation}, {precision_of(options.amp, device)}"
-    published = dict(zip(TABLE_3_SETS, TABLE_3.get(label, ()), strict=False))
+    row = TABLE_3.get(paper.label, (paper.top1,)) if paper else ()
+    published = dict(zip(TABLE_3_SETS, row, strict=False))
     rows, cells = [], []
     for name, path, folder, columns in sets:
         found = evaluate(model, folder, "val", amp_dtype(options.amp, device), columns=columns)
         folder.close()
-        paper = published.get(name.lower())
-        rows.append({"set": name, "folder": path, "classes": len(columns), **found, "paper_top1": paper})
+        theirs = published.get(name.lower())
+        rows.append({"set": name, "folder": path, "classes": len(columns), **found, "paper_top1": theirs})
         top1, top5 = f"{found['top1']:.2f}", f"{found['top5']:.2f}"
-        cells.append([name, f"{found['count']:,}", str(len(columns)), top1, str(paper or ""), top5])
+        cells.append([name, f"{found['count']:,}", str(len(columns)), top1, str(theirs or ""), top5])
         text = markdown_table(["set", "images", "classes", "top-1, %", "paper's", "top-5, %"], cells)
         text = f"{shown}\n\n{text}{table_3([row['set'].lower() for row in rows])}"
         # Written after each set, so that results are kept if a later set fails.
@@ -900,33 +890,28 @@ def draw(values: dict[str, float], title: str, stem: Path) -> tuple[list, np.nda
 def place_labels(texts: list, discs: np.ndarray) -> None:
     """Move each label to the nearest place around its disc where it touches no label, disc or axis.
 
-    In turns, each label takes its best place given the others', until none moves. One that is not next to its
-    disc gets a line to it. discs: (N, 3), centre and radius in pixels.
+    Ten times in turn, each label takes its best place given the others'. One that is not next to its disc
+    gets a line to it. discs: (N, 3), centre and radius in pixels.
     """
     axes, gap = texts[0].axes, 6.0  # pixels
     centres, radii = discs[:, :2], discs[:, 2]
     boxes = [text.get_window_extent() for text in texts]
     halves = np.array([[box.width, box.height] for box in boxes]) / 2 + gap
-    frame = np.array(axes.get_window_extent().get_points())  # ((left, bottom), (right, top))
-    angles = np.arange(32) * math.tau / 32
-    directions = np.tile(np.stack([np.cos(angles), np.sin(angles)], 1), (12, 1))  # (12 * 32, 2)
-    away = np.repeat(np.arange(12) * 8.0, 32)
+    low, high = axes.get_window_extent().get_points()
+    angles, away = np.meshgrid(np.arange(32) * math.tau / 32, np.arange(12) * 8.0)
+    angles, away = angles.ravel(), away.ravel()
+    directions = np.stack([np.cos(angles), np.sin(angles)], 1)
     places = centres.copy()
-    for _ in range(20):
-        before = places.copy()
-        for i in range(len(texts)):
-            choices = centres[i] + directions * (radii[i] + away[:, None] + halves[i])
-            others = np.arange(len(texts)) != i
-            apart = np.abs(choices[:, None] - places[others]) - halves[i] - halves[others] + gap
-            clash = np.sqrt(np.maximum(-apart, 0).prod(2)).sum(1)
-            outside = np.maximum(np.abs(choices[:, None] - centres) - halves[i], 0)  # of the label's box
-            clash += np.maximum(radii - np.hypot(*outside.transpose(2, 0, 1)), 0).sum(1)
-            clash += np.maximum([frame[0] - choices + halves[i], choices + halves[i] - frame[1]], 0).sum(
-                (0, 2)
-            )
-            places[i] = choices[(away + 100 * clash).argmin()]
-        if (places == before).all():
-            break
+    for i in [*range(len(texts))] * 10:
+        choices = centres[i] + directions * (radii[i] + away[:, None] + halves[i])
+        others = np.arange(len(texts)) != i
+        apart = np.abs(choices[:, None] - places[others]) - halves[i] - halves[others] + gap
+        clash = np.sqrt(np.maximum(-apart, 0).prod(2)).sum(1)
+        outside = np.maximum(np.abs(choices[:, None] - centres) - halves[i], 0)  # of the label's box
+        clash += np.maximum(radii - np.hypot(*outside.transpose(2, 0, 1)), 0).sum(1)
+        beyond = np.maximum(low - choices + halves[i], choices + halves[i] - high)  # the axes
+        clash += np.maximum(beyond, 0).sum(1)
+        places[i] = choices[(away + 100 * clash).argmin()]
     to_data = axes.transData.inverted().transform
     for text, place, half, centre, radius in zip(texts, places, halves - gap, centres, radii, strict=True):
         text.set_position(to_data(place))
@@ -1051,34 +1036,27 @@ def input_speed(options: DataOptions) -> None:
     keep_large_buffers()  # as training on a CPU does
     for n in counts:  # workers first, as they must be forked before this process starts threads
         with contextlib.closing(open_pipeline(options.path, n)) as data:
-            most, take = 10 * data.count("train"), take_from(data.train_batches)
-            print(f"{n} worker{'s' * (n > 1)}, {most // 10:,} images", flush=True)
+            take, most = take_from(data.train_batches), 10 * data.count("train")
 
-            def turn(most=most, take=take) -> int:
+            def turn(take=take, most=most) -> int:
                 """Take batches for some seconds, or from a small folder for ten epochs."""
                 end, images = time.perf_counter() + WORKER_SECONDS, take()
                 while images < most and time.perf_counter() < end:
                     images += take()
                 return images
 
-            rows.append(Row(f"training, {n} worker{'s' * (n > 1)}", turn))
-            take_turns(rows[-1:], 5, stopwatch(torch.device("cpu")))
-        speeds[n] = statistics.fmean(rows[-1].samples)
+            row = Row(f"training, {n} worker{'s' * (n > 1)}", turn)
+            print(f"{data.count('train'):,} images, {row.label}", flush=True)
+            take_turns([row], 5, stopwatch(torch.device("cpu")))
+        rows.append(row)
+        speeds[n] = statistics.fmean(row.samples)
 
     print("one core", flush=True)
-    data, scored = open_pipeline(options.path), open_pipeline(options.path)
-    plain = open_pipeline(options.path, policy="none")
-    files, rng = data.dataset.splits["train"], np.random.default_rng(0)
-
-    def decode_batch() -> int:
-        drawn = rng.permutation(len(files))[:DATA_BATCH].tolist()
-        return len([decode(files[n]) for n in drawn])
-
+    data, plain, scored = (open_pipeline(options.path, policy=p) for p in ("rand_augment", "none", "none"))
     single = [
         Row("training", take_from(data.train_batches)),
-        Row("evaluation", take_from(lambda _: scored.eval_batches())),
         Row("training without RandAugment", take_from(plain.train_batches)),
-        Row("decoding alone", decode_batch),
+        Row("evaluation", take_from(lambda _: scored.eval_batches())),
     ]
     time_on_one_core(single, options.repetitions)
     rows = [*single, *rows]
@@ -1089,9 +1067,7 @@ def input_speed(options: DataOptions) -> None:
     text += f"\nA GPU that trains at {options.rate:,.0f} images/s needs --workers {needed}, "
     text += "as measured.\n" if enough else f"extrapolated from {most}.\n"
     print(f"\n{text}")
-    sizes = [os.path.getsize(files.path(n)) for n in range(min(2000, len(files)))]
-    more = {"mean_file_bytes": statistics.fmean(sizes)}
-    write_results(f"data-{cores}-core", options, torch.device("cpu"), text, rows, **more)
+    write_results(f"data-{cores}-core", options, torch.device("cpu"), text, rows)
 
 
 # --------------------------------------------------------------------------------------------------

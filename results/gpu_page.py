@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from bench import markdown_table
@@ -49,7 +50,7 @@ def judge(out: Path) -> str:
     halves = [loss for model in models for loss in column(f"losses/{model}-fp16", "val_loss")]
     lamb = [json.loads(path.read_text())["difference_from_timm"] for path in out.glob("lamb-*.json")]
     journals = sorted(out.glob("search-*/trials.jsonl"))
-    trials = [json.loads(line)["status"] for path in journals for line in path.open()]
+    trials = Counter(json.loads(line)["status"] for path in journals for line in path.open())
     speed = {end: ratios(f"speed-*{end}.json", "NEXcepTion|Xception") for end in ("16", "-fuse", "-train")}
 
     def most(bound: float):
