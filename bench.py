@@ -44,8 +44,8 @@ from data import (
     UsageError,
     cpu_count,
     list_images,
-    natural_key,
     open_data,
+    read_classes,
     write_whole,
 )
 from model import (
@@ -691,22 +691,6 @@ def transform_of(name: str, model: nn.Module) -> EvalTransform:
     preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     (size,), (resized,) = preset.crop_size, preset.resize_size
     return EvalTransform(size, size / resized, preset.interpolation.value, preset.mean, preset.std)
-
-
-def read_classes(source: str) -> list[str]:
-    """Read class names in output order: sub-folders in natural order, or the lines of a file."""
-    path = Path(source)
-    if path.is_dir():
-        names = sorted((entry.name for entry in path.iterdir() if entry.is_dir()), key=natural_key)
-    elif path.is_file():
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        if all(re.match(r"n\d{8}\b", name) for name in names):  # ImageNet's lists: `n01440764 tench, ...`
-            names = [name.split()[0] for name in names]
-    else:
-        raise UsageError(f"--classes {source}: neither a folder nor a file")
-    if len(set(names)) < len(names):
-        raise UsageError(f"--classes {source}: a name appears twice")
-    return names
 
 
 def class_columns(classes, outputs: int, folder: str, names: tuple[str, ...]) -> torch.Tensor:

@@ -81,8 +81,8 @@ class LayerNorm2d(nn.LayerNorm):
         return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 
-# Functions of the number of channels, as few as 8 in squeeze-and-excitation, whose maps are 1 × 1: group norm
-# would be `lambda channels: nn.GroupNorm(math.gcd(4, channels), channels)`.
+# Functions of the number of channels; squeeze-and-excitation applies them to maps of 1 × 1. Group norm would
+# be `lambda channels: nn.GroupNorm(4, channels)`: all widths of the named models are multiples of 4.
 NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
 
 
@@ -229,12 +229,7 @@ def blur_pool(x: Tensor, training: bool) -> Tensor:
         x = (x[..., :width:2] + x[..., 2::2]) * 0.25 + x[..., 1 : width + 1 : 2] * 0.5
         x = (x[..., :height:2, :] + x[..., 2::2, :]) * 0.25 + x[..., 1 : height + 1 : 2, :] * 0.5
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    if x.is_cuda and mode == "reflect" and x.is_contiguous(memory_format=torch.channels_last):
-        # Reflection padding on a GPU would copy a channels-last map to contiguous memory and back.
-        x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
-        x = torch.cat([x[..., 1:2], x, x[..., -2:-1]], dim=3)
-    else:
-        x = F.pad(x, (1, 1, 1, 1), mode=mode)
+    x = F.pad(x, (1, 1, 1, 1), mode=mode)
     # Not a buffer: `to_empty` would leave a non-persistent buffer uninitialized.
     row = 0.5 - 0.25 * torch.arange(-1, 2, device=x.device, dtype=x.dtype).abs()  # [0.25, 0.5, 0.25]
     weight = torch.outer(row, row).expand(x.shape[1], 1, 3, 3)
@@ -302,21 +297,10 @@ class SqueezeExcite(nn.Module):
         return x * self.expand(gate).sigmoid()
 
 
-class StochasticDepth(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, drop a residual branch per sample with probability
-    `rate` and scale the others by 1 / (1 - rate). Draws the same random numbers as timm's `DropPath`.
-    """
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep)  # (B, 1, 1, 1)
-        return x * mask.div_(keep)
+# Stochastic depth (Huang et al. 2016): in training, drop a residual branch per image with probability `p` and
+# scale the others by 1 / (1 - p). To Dropout3d, a batch (B, C, H, W) is one volume (C, D, H, W), of which it
+# drops whole channels. It draws the same random numbers as timm's `DropPath`.
+StochasticDepth = nn.Dropout3d
 
 
 class PatchifyStem(nn.Module):
@@ -364,13 +348,10 @@ class PyramidDownsample(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, design: Design):
         super().__init__()
+        stride = 2 if design.pooling == "conv" else 1
         self.norm = NORMS[design.norm](in_channels)
-        if design.pooling == "conv":
-            self.pool = nn.Identity()
-            self.conv = nn.Conv2d(in_channels, out_channels, 2, 2)
-        else:
-            self.pool = POOLINGS[design.pooling](in_channels)
-            self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.pool = POOLINGS[design.pooling](in_channels) if stride == 1 else nn.Identity()
+        self.conv = nn.Conv2d(in_channels, out_channels, stride, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.pool(self.norm(x)))

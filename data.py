@@ -735,6 +735,23 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
+def read_classes(source: str) -> list[str]:
+    """Read class names in output order: sub-folders in natural order, or the lines of a file."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        names = sorted((entry.name for entry in path.iterdir() if entry.is_dir()), key=natural_key)
+    elif path.is_file():
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
+        if all(re.match(r"n\d{8}\b", name) for name in names):  # ImageNet's lists: `n01440764 tench, ...`
+            names = [name.split()[0] for name in names]
+    else:
+        raise UsageError(f"--classes {source}: neither a folder nor a file")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--classes {source}: a name appears twice")
+    return names
+
+
 class FileList:
     """The images in a folder of class folders, in natural order. Hidden files and folders are ignored.
 

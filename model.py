@@ -7,7 +7,7 @@ In Python:
 
     model = create_model("nexception_t", num_classes=10, drop_path=0.0)
     load_weights(model, "nexception_t.pth")           # ours, the authors' or timm's legacy_xception
-    model = load_checkpoint("runs/digits/best.pt")    # in evaluation mode, with .classes and .transform
+    model = load_checkpoint("runs/digits-nexception_nano/best.pt")  # evaluation mode, .classes, .transform
 
 Logits and gradients agree with the authors' models and with timm's `legacy_xception` in float64.
 """
@@ -15,7 +15,6 @@ Logits and gradients agree with the authors' models and with timm's `legacy_xcep
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import ctypes
 import functools
@@ -23,6 +22,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 from blocks import (
     BLOCKS,
+    MIXED_KERNELS,
     NORMS,
     SPACE,
     ConvStem,
@@ -40,6 +41,7 @@ from blocks import (
     MiddleBlock,
     PatchifyStem,
     PyramidDownsample,
+    RunError,
     SqueezeExcite,
     UsageError,
     write_whole,
@@ -47,7 +49,6 @@ from blocks import (
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
@@ -76,25 +77,45 @@ class ModelConfig(Design):
     input_size: int = 224  # default input size, pixels per side; other sizes work too
 
     def __post_init__(self):
-        for name in ("activation_positions", "norm_positions", "widths", "depths", "exit_widths"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # JSON has lists
+                object.__setattr__(self, name, tuple(value))
         choices = {"layout": ("isotropic", "pyramid"), "stem_stride": (2, 4)}
         choices |= {"drop_path_spread": ("constant", "linear")}
         for name, values in (SPACE | choices).items():
-            if getattr(self, name) not in tuple(values):
-                listed = ", ".join(map(repr, values))
-                raise UsageError(f"{name}: {getattr(self, name)!r} is not one of {listed}")
-        isotropic = self.layout == "isotropic"
-        counts = {"depths": 1 if isotropic else len(self.widths), "exit_widths": 3 if isotropic else 0}
-        for name, count in counts.items():
+            value = getattr(self, name)
+            if not any(value == choice and isinstance(value, type(choice)) for choice in values):
+                raise UsageError(f"{name}: {value!r} is not one of {', '.join(map(repr, values))}")
+        # A mixed convolution needs a channel for each kernel; Xception's stem halves its width.
+        width = len(MIXED_KERNELS) if self.kernel == "mixed" else 2
+        least = {"stem_width": width, "widths": width, "depths": 0, "exit_widths": 1, "expansion": 1}
+        least |= {"in_channels": 1, "num_classes": 0, "input_size": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            right = type(value) is type(getattr(ModelConfig, name)) and all(type(n) is int for n in numbers)
+            if not right or min(numbers, default=low) < low:
+                kind = "a whole number" if isinstance(getattr(ModelConfig, name), int) else "whole numbers"
+                raise UsageError(f"{name}: {value!r} should be {kind} of at least {low}")
+        isotropic, stages = self.layout == "isotropic", max(1, len(self.widths))
+        counts = (stages, 1, 3) if isotropic else (stages, stages, 0)
+        for name, count in zip(("widths", "depths", "exit_widths"), counts, strict=True):
             if (found := len(getattr(self, name))) != count:
                 raise UsageError(f"{name}: {found} values, but the {self.layout} layout takes {count}")
-        if min(self.widths, default=0) < 1:
-            raise UsageError(f"widths: {self.widths} must be one or more positive numbers")
         if not isotropic and self.widths[0] != self.stem_width:
             raise UsageError(f"widths: the first of a pyramid must equal stem_width, {self.stem_width}")
-        if not 0 <= self.drop_path < 1:
-            raise UsageError(f"drop_path: {self.drop_path} is not in [0, 1)")
+        if not isinstance(self.drop_path, (int, float)) or not 0 <= self.drop_path < 1:
+            raise UsageError(f"drop_path: {self.drop_path!r} is not a number in [0, 1)")
+        if self.input_size < self.least_size:
+            least = f"this network needs at least {self.least_size} pixels per side (--size of train.py)"
+            raise UsageError(f"input_size: {self.input_size}, but {least}")
+
+    @property
+    def least_size(self) -> int:
+        """The least pixels per side of an image: those of a last feature map of 1 × 1."""
+        halved = self.layout == "pyramid" and self.pooling == "conv"  # all other layers round sizes up
+        rows = 2 ** (len(self.widths) - 1) if halved else 1  # of the stem's map
+        return (rows - 1) * self.stem_stride + (7 if self.stem == "conv" else self.stem_stride)
 
     def to_json(self, path: str | os.PathLike) -> None:
         write_whole(Path(path), json.dumps(asdict(self), indent=2) + "\n")
@@ -163,19 +184,6 @@ class Head(nn.Module):
         return x if pre_logits else self.fc(x)
 
 
-@contextlib.contextmanager
-def _copied_buffers(block: nn.Module):
-    """Run `block` on copies of its buffers, so that its running statistics do not change."""
-    buffers = [(module, module._buffers) for module in block.modules()]
-    for module, originals in buffers:
-        module._buffers = {name: value.clone() for name, value in originals.items()}
-    try:
-        yield
-    finally:
-        for module, originals in buffers:
-            module._buffers = originals
-
-
 class NEXcepTion(nn.Module):
     """The network described by `config` (or its dictionary): a stem, stages and a head.
 
@@ -183,18 +191,25 @@ class NEXcepTion(nn.Module):
     middle flow, and one stage for the exit flow. Pyramid (NEXcepTion-TP): every stage but the first starts
     with a `PyramidDownsample`.
 
-    Maps normalized float images (B, in_channels, H, W), at least 32 pixels per side (or the network's total
-    stride, if smaller), to logits (B, num_classes), or to features (B, num_features) if num_classes is 0.
-    `feature_info` describes the `feature_maps` as in timm. `load_checkpoint` sets `classes` (names) and
-    `transform`.
+    Maps normalized float images (B, in_channels, H, W), at least `config.least_size` pixels per side, to
+    logits (B, num_classes), or to features (B, num_features) if num_classes is 0. `feature_info` describes
+    the `feature_maps` as in timm. `classes` (names of the outputs) and `transform` (for evaluation, or its
+    dictionary) are kept for the user.
     """
 
-    def __init__(self, config: ModelConfig | dict):
+    def __init__(
+        self,
+        config: ModelConfig | dict,
+        classes: list[str] | None = None,
+        transform: EvalTransform | dict | None = None,
+    ):
         super().__init__()
+        if isinstance(transform, dict):
+            from data import EvalTransform
+
+            transform = EvalTransform(**transform)
         self.config = config = ModelConfig(**config) if isinstance(config, dict) else config
-        self.classes: list[str] | None = None
-        self.transform: EvalTransform | None = None
-        self.grad_checkpointing = False
+        self.classes, self.transform = classes, transform
         isotropic, width = config.layout == "isotropic", config.stem_width
         residuals = sum(config.depths) + (len(config.widths) + 1 if isotropic else 0)  # residual blocks
         rates = [config.drop_path] * residuals  # of stochastic depth
@@ -214,8 +229,8 @@ class NEXcepTion(nn.Module):
             else:
                 stage = [PyramidDownsample(width, out, config)] if i > 0 else []
                 depth = config.depths[i]
-            block = BLOCKS[config.block]
-            stage += [block(out, config.expansion, config, next(rates)) for _ in range(depth)]
+            middle = BLOCKS[config.block]
+            stage += [middle(out, config.expansion, config, next(rates)) for _ in range(depth)]
             stages.append(stage)
             width = out
         if isotropic:
@@ -223,7 +238,7 @@ class NEXcepTion(nn.Module):
             stage = [DownsamplingBlock((width, width, first), config, next(rates))]
             stages.append([*stage, ExitConv(first, second, config), ExitConv(second, third, config)])
             width = third
-        self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in stages)
+        self.stages = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
         self.num_features = width
         self.head = Head(width, config)
 
@@ -239,16 +254,13 @@ class NEXcepTion(nn.Module):
         x = self.stem(x)
         maps = [x] if self.config.layout == "isotropic" else []
         for stage in self.stages:
-            x = self._run(stage, x)
+            x = stage(x)
             maps.append(x)
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = self._run(stage, x)
-        return x
+        return self.stages(self.stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The logits for the last feature map, or with `pre_logits` its pooled features (B, num_features)."""
@@ -257,23 +269,10 @@ class NEXcepTion(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
-        if not (self.grad_checkpointing and self.training):
-            return stage(x)
-        for block in stage:  # only the forward pass may update running statistics, not the recomputation
-            contexts = contextlib.nullcontext(), _copied_buffers(block)
-            x = checkpoint(block, x, use_reentrant=False, context_fn=lambda contexts=contexts: contexts)
-        return x
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass: less memory for about a third more time.
-
-        Not for use with `torch.compile`, which selects the activations to recompute on its own.
-        """
-        self.grad_checkpointing = enable
-
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
         """Replace the classifier with an untrained one, or remove it if `num_classes` is 0."""
+        if global_pool not in (None, "avg"):
+            raise UsageError(f"global_pool: {global_pool!r}, but these networks have average pooling only")
         self.config, self.classes = replace(self.config, num_classes=num_classes), None
         weight = next(self.parameters())
         self.head.fc = Head(self.num_features, self.config).fc.to(weight.device, weight.dtype)
@@ -281,9 +280,19 @@ class NEXcepTion(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """timm's patterns for layer-wise learning rates: one group per block, or per stage if `coarse`."""
+        return {"stem": "^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
+
     @property
     def num_classes(self) -> int:
         return self.config.num_classes
+
+    def save_pretrained(self, folder: str | os.PathLike, **kwargs):
+        """Save as Hugging Face's `PyTorchModelHubMixin` does, for a subclass of this class and the mixin."""
+        transform = None if self.transform is None else asdict(self.transform)
+        arguments = {"config": asdict(self.config), "classes": self.classes, "transform": transform}
+        return super().save_pretrained(folder, **(kwargs | {"config": arguments}))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -295,7 +304,7 @@ def create_model(name_or_config: str | os.PathLike | ModelConfig, **overrides) -
     """Build an untrained network with PyTorch's default initialization, like the authors.
 
     `name_or_config` is a name in `MODELS`, the path of a JSON file or a `ModelConfig`; `overrides` are fields
-    of the config. Raises UsageError for an unknown name.
+    of the config, also by timm's names. Raises UsageError for an unknown name.
     """
     config = name_or_config
     if not isinstance(config, ModelConfig):
@@ -304,9 +313,7 @@ def create_model(name_or_config: str | os.PathLike | ModelConfig, **overrides) -
             raise UsageError(f"model: {name!r} is not one of {', '.join(MODELS)}, nor a path ending in .json")
         config = MODELS[name] if name in MODELS else ModelConfig.from_json(name)
     timm_names = {"in_chans": "in_channels", "drop_path_rate": "drop_path", "img_size": "input_size"}
-    for name in timm_names.keys() & overrides:
-        raise UsageError(f"{name}: the field of ModelConfig is called {timm_names[name]}")
-    return NEXcepTion(replace(config, **overrides))
+    return NEXcepTion(replace(config, **{timm_names.get(k, k): value for k, value in overrides.items()}))
 
 
 def count_macs(model: nn.Module, input_size: int | None = None, attention: bool = False) -> int:
@@ -501,9 +508,8 @@ def load_checkpoint(path: str | os.PathLike, fuse: bool = False) -> NEXcepTion:
         transform = EvalTransform(**content["transform"]) if "transform" in content else None
     except TypeError as error:  # unknown fields, or no dictionary
         raise UsageError(f"{path} holds no config or transform of a network: {error}") from None
-    model = NEXcepTion(config)
+    model = NEXcepTion(config, content.get("classes"), transform or published_transform(config))
     load_weights(model, weights)
-    model.classes, model.transform = content.get("classes"), transform or published_transform(config)
     return _fold_norms(model.eval()) if fuse else model.eval()
 
 
@@ -618,21 +624,32 @@ def register_with_timm() -> None:
     """Register the named models with timm's factory, except "xception", of which timm has its own.
 
     `timm.create_model("nexception_t", in_chans=1, drop_path=0.1)` then takes any field of `ModelConfig`, and
-    sets `pretrained_cfg`. Raises UsageError if timm is not installed.
+    sets `pretrained_cfg`; `features_only=True` gives the `feature_maps`. Raises UsageError if timm is not
+    installed.
     """
     try:
         import timm
     except ModuleNotFoundError:
         raise UsageError("register_with_timm needs a package: pip install timm") from None
 
-    def build(name: str, pretrained: bool = False, in_chans: int = 3, **fields) -> NEXcepTion:
+    def build(name: str, pretrained: bool = False, features_only: bool = False, **fields) -> nn.Module:
         if pretrained:
             raise UsageError(f"{name}: pretrained=True is not supported; load a checkpoint with load_weights")
+        if fields.pop("drop_rate", 0):
+            raise UsageError("drop_rate: there is no dropout before the classifier, only drop_path_rate")
+        if (pooling := fields.pop("global_pool", "avg")) != "avg":
+            raise UsageError(f"global_pool: {pooling!r}, but these networks have average pooling only")
+        indices = fields.pop("out_indices", None)
         for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # passed to every model
             fields.pop(key, None)
-        model = create_model(name, in_channels=in_chans, **fields)
+        model = create_model(name, **fields)
+        size, channels = model.config.input_size, model.config.in_channels
         config = vars(published_transform(model.config))  # crop_pct, interpolation, mean, std
-        model.pretrained_cfg = config | {"input_size": (in_chans, config["size"], config["size"])}
+        config |= {"architecture": name, "input_size": (channels, size, size), "classifier": "head.fc"}
+        if features_only:
+            indices = indices or tuple(range(len(model.feature_info)))
+            model = timm.models.FeatureListNet(model, indices, flatten_sequential=True)
+        model.pretrained_cfg = config
         return model
 
     for name in MODELS.keys() - {"xception"}:
@@ -652,12 +669,21 @@ def print_table() -> None:
         print(f"{name:20} {count_parameters(model):12,} {macs:>9} {config.input_size:6}")
 
 
-def classify(model: NEXcepTion, photos: list[str]) -> None:
-    """Print the five most likely classes of each photograph."""
+def classify(checkpoint: str, photos: list[str], classes: str | None = None) -> None:
+    """Print the five most likely classes of each photograph, by the checkpoint's names or by `classes`."""
+    from data import read_classes
+
     from PIL import Image
 
+    keep_large_buffers()
+    model = load_checkpoint(checkpoint, fuse=True)
     if model.config.in_channels != 3 or model.num_classes == 0:
         raise UsageError("classifying photographs needs a model with a classifier and in_channels 3")
+    names = model.classes or [f"class {i}" for i in range(model.num_classes)]
+    if classes is not None:
+        names = read_classes(classes)
+        if len(names) != model.num_classes or names != list(model.classes or names):
+            raise UsageError(f"--classes {classes}: not the {model.num_classes} classes of {checkpoint}")
     for photo in photos:
         try:
             with Image.open(Path(photo).expanduser()) as image:
@@ -666,9 +692,11 @@ def classify(model: NEXcepTion, photos: list[str]) -> None:
             raise UsageError(f"{photo} is not a readable image: {error}") from None
         with torch.inference_mode():
             probabilities, order = model(x).softmax(1)[0].sort(descending=True)
+        if not probabilities.isfinite().all():
+            raise RunError(f"{checkpoint} gives logits that are not finite for {photo}")
         print(photo)
         for probability, i in zip(probabilities[:5].tolist(), order[:5].tolist(), strict=True):
-            print(f"  {probability:6.1%}  {model.classes[i] if model.classes else f'class {i}'}", flush=True)
+            print(f"  {probability:6.1%}  {names[i]}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -677,6 +705,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", nargs="?", help="train.py's, the authors' or timm's xception")
     parser.add_argument("photos", nargs="*", help="images to classify")
+    parser.add_argument("--classes", help="class names in output order: a folder of class folders or a file")
     args = parser.parse_args(argv)
     try:
         if args.checkpoint is None:
@@ -684,13 +713,14 @@ def main(argv: list[str] | None = None) -> int:
         elif not args.photos:
             raise UsageError(f"name the photographs to classify after {args.checkpoint}")
         else:
-            keep_large_buffers()
-            classify(load_checkpoint(args.checkpoint, fuse=True), args.photos)
-    except UsageError as error:
+            classify(args.checkpoint, args.photos, args.classes)
+    except (UsageError, RunError) as error:
         print(f"model.py: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
     return 0
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # end quietly when the reader of a pipe has closed it, as `head` does
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

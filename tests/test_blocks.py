@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 timm_layers = pytest.importorskip("timm.layers")
 TIMM_NORMS = {"batch": nn.BatchNorm2d, "layer": timm_layers.LayerNorm2d}
@@ -59,24 +58,6 @@ def test_blur_pool_equals_timm_and_its_compiled_form(size):
     torch.testing.assert_close(constant, torch.full((1, 3, (size[0] + 1) // 2, (size[1] + 1) // 2), 0.3))
 
 
-def test_blur_pool_does_not_copy_channels_last_maps_on_a_gpu(monkeypatch):
-    convolved = []
-    monkeypatch.setattr(blocks, "depthwise_conv2d", lambda x, *rest: convolved.append(x) or x)
-    with FakeTensorMode(), torch.device("cuda"):  # shapes and strides only; needs no GPU
-        x = torch.empty(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
-        assert F.pad(x, (1, 1, 1, 1), mode="reflect").is_contiguous()  # the copy to avoid
-        blocks.BlurPool()(x)
-    assert convolved[0].is_contiguous(memory_format=torch.channels_last)
-    assert convolved[0].shape[2:] == (8, 8)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", [(2, 2), (7, 8)])
-def test_blur_pool_on_a_gpu_equals_the_cpu(size):
-    x = double(2, 6, *size).contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(blocks.BlurPool()(x.cuda()).cpu(), blocks.BlurPool()(x))
-
-
 @pytest.mark.parametrize("kernel", blocks.SPACE["kernel"])
 def test_separable_conv_equals_a_dense_convolution(kernel):
     """The weights of the dense convolution are pointwise[o, i] × depthwise[i]."""
@@ -100,7 +81,7 @@ def test_stochastic_depth_equals_timm_and_keeps_the_mean():
     dropped = (y == 0).all(dim=1).flatten()
     assert abs(dropped.double().mean() - 0.3) < 4 * (0.3 * 0.7 / 5000) ** 0.5
     torch.testing.assert_close(y[~dropped], x[~dropped] / 0.7)
-    assert ours.eval()(x) is x
+    assert torch.equal(ours.eval()(x), x)
 
 
 @pytest.mark.parametrize("pooling", blocks.POOLINGS)

@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -18,8 +19,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import blocks
-from blocks import SPACE, StochasticDepth
-from data import EvalTransform, UsageError
+from blocks import SPACE, StochasticDepth, UsageError
+from data import EvalTransform
 from model import (
     MODELS,
     ModelConfig,
@@ -38,7 +39,7 @@ from model import (
 
 import numpy as np
 import pytest
-import timm
+import timm.optim
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -214,6 +215,21 @@ def test_unsafe_and_truncated_files_are_refused(tmp_path):
     ):
         with pytest.raises(UsageError, match=f"{name} is not a readable checkpoint: {reason}"):
             load_checkpoint(tmp_path / name)
+    weights = NEXcepTion(NANO).state_dict()
+    for content, reason in (
+        (torch.zeros(3), "foreign.pt is not a checkpoint: it holds no dictionary but a Tensor"),
+        ({"model": weights, "config": 3}, "foreign.pt holds no config or transform of a network"),
+        ({"model": weights, "config": {"layers": 3}}, "foreign.pt holds no .* argument 'layers'"),
+        (
+            {"model": weights, "config": asdict(NANO), "transform": [1]},
+            "foreign.pt holds no config or transform",
+        ),
+    ):
+        torch.save(content, tmp_path / "foreign.pt")
+        with pytest.raises(UsageError, match=reason):
+            load_checkpoint(tmp_path / "foreign.pt")
+    with pytest.raises(UsageError, match="a folder, not a checkpoint"):
+        load_checkpoint(tmp_path)
 
 
 def test_blocks_and_model_alone_need_only_pytorch(tmp_path):
@@ -245,14 +261,41 @@ assert main([]) == 0
         ({"widths": ()}, "widths"),
         ({"widths": (64, 0)}, "widths"),
         ({"layout": "pyramid", "exit_widths": (), "depths": (1, 1, 1)}, "widths"),
+        ({"widths": 64}, "widths"),
+        ({"kernel": 5.0}, "kernel"),
+        ({"kernel": "mixed", "stem_width": 3}, "stem_width"),
         ({"depths": (3, 3)}, "depths"),
+        ({"depths": (-1,)}, "depths"),
         ({"exit_widths": ()}, "exit_widths"),
+        ({"exit_widths": (8, 8, 0.5)}, "exit_widths"),
+        ({"expansion": 0}, "expansion"),
         ({"drop_path": 1.0}, "drop_path"),
+        ({"drop_path": "0.1"}, "drop_path"),
+        ({"drop_path_spread": None}, "drop_path_spread"),
+        ({"in_channels": 0}, "in_channels"),
+        ({"num_classes": -1}, "num_classes"),
+        ({"num_classes": True}, "num_classes"),
+        ({"input_size": 224.0}, "input_size"),
+        ({"input_size": 1}, "input_size"),
     ],
 )
 def test_impossible_configs_are_refused_by_field(values, field):
     with pytest.raises(UsageError, match=rf"^{field}: "):
         ModelConfig(**values)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_least_size_is_the_least_that_works(seed):
+    config = random_config(random.Random(seed))
+    with torch.device("meta"):
+        model = NEXcepTion(config).eval()
+        size = config.least_size
+        assert model(torch.empty(1, 3, size, size)).shape == (1, 5)
+        for smaller in ((size, size - 1), (size - 1, size)):
+            with pytest.raises(RuntimeError):
+                model(torch.empty(1, 3, *smaller))
+    with pytest.raises(UsageError, match=rf"^input_size: {size - 1}, .* at least {size} pixels .*--size"):
+        replace(config, input_size=size - 1)
 
 
 def test_config_travels_through_a_json_file(tmp_path):
@@ -266,8 +309,6 @@ def test_config_travels_through_a_json_file(tmp_path):
             create_model(tmp_path / "broken.json")
     with pytest.raises(UsageError, match="'nexception_l' is not one of nexception_t"):
         create_model("nexception_l")
-    with pytest.raises(UsageError, match="in_chans: the field of ModelConfig is called in_channels"):
-        create_model("nexception_t", in_chans=1)
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -308,28 +349,51 @@ def test_named_models_are_the_papers(name, channels, parameters, macs, drop_path
     assert count_parameters(model) == parameters and round(count_macs(model) / 1e9, 3) == macs
     assert [info["num_chs"] for info in model.feature_info] == channels
     assert [info["reduction"] for info in model.feature_info] == [2, 4, 8, 16, 32][-len(channels) :]
-    rates = [module.rate for module in model.modules() if isinstance(module, StochasticDepth)]
+    rates = [module.p for module in model.modules() if isinstance(module, StochasticDepth)]
     np.testing.assert_allclose(rates, drop_path, atol=1e-12)
 
 
-def test_new_parts_are_one_entry_each(monkeypatch):
-    """Networks train and fuse with an activation, a norm, a pooling and a kernel added at run time."""
+def test_new_parts_are_one_entry_each(tmp_path, monkeypatch):
+    """Networks train, fuse, save and load with parts added at run time: ConvNeXt's block and others."""
+
+    class ConvNeXtBlock(torch.nn.Module):
+        def __init__(self, channels, expansion, design, drop_path):
+            super().__init__()
+            self.conv = blocks.DepthwiseConv2d(channels, 7)
+            self.norm = blocks.NORMS[design.norm](channels)
+            self.expand = torch.nn.Conv2d(channels, 4 * channels, 1)
+            self.act = blocks.ACTIVATIONS[design.activation]()
+            self.project = torch.nn.Conv2d(4 * channels, channels, 1)
+            self.drop_path = StochasticDepth(drop_path)
+
+        def forward(self, x):
+            return x + self.drop_path(self.project(self.act(self.expand(self.norm(self.conv(x))))))
+
+    monkeypatch.setitem(blocks.BLOCKS, "convnext", ConvNeXtBlock)
     monkeypatch.setitem(blocks.ACTIVATIONS, "hardswish", torch.nn.Hardswish)
-    monkeypatch.setitem(blocks.NORMS, "group", lambda channels: torch.nn.GroupNorm(1, channels))
+    monkeypatch.setitem(blocks.NORMS, "group", lambda channels: torch.nn.GroupNorm(4, channels))
     monkeypatch.setitem(blocks.POOLINGS, "average", lambda channels: torch.nn.AvgPool2d(3, 2, 1))
     monkeypatch.setitem(SPACE, "kernel", (*blocks.KERNELS, 11, "mixed"))
-    new = {"activation": "hardswish", "norm": "group", "pooling": "average", "kernel": 11}
+    new = {"block": "convnext", "activation": "hardswish", "norm": "group", "pooling": "average"}
+    new["kernel"] = 11
     for i, changes in enumerate((new, *({name: value} for name, value in new.items()))):
-        model = with_statistics(NEXcepTion(random_config(random.Random(i), stem="conv", **changes)))
+        widths = {"layout": "isotropic", "widths": (12, 20), "depths": (2,), "exit_widths": (20, 24, 28)}
+        config = random_config(random.Random(i), stem="conv", **widths, **changes)
+        model = with_statistics(NEXcepTion(replace(config, stem_width=16)))
         x, labels = torch.randn(4, 3, 40, 48), torch.arange(4)
         torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-5, atol=1e-5)
         before = F.cross_entropy(model(x), labels)
         before.backward()
         torch.optim.SGD(model.parameters(), lr=1e-3).step()
         assert F.cross_entropy(model(x), labels) < before
+        torch.save({"model": model.state_dict(), "config": asdict(model.config)}, tmp_path / "new.pt")
+        loaded = load_checkpoint(tmp_path / "new.pt")
+        assert loaded.config == model.config and equal(loaded.state_dict(), model.state_dict())
+        with pytest.raises(UsageError, match=r"new.pt does not fit this model \(our names\): "):
+            load_weights(create_model(model.config, stem_width=24), tmp_path / "new.pt")
     kinds = {type(module) for module in NEXcepTion(ModelConfig(**new)).modules()}
-    assert {torch.nn.Hardswish, torch.nn.GroupNorm, torch.nn.AvgPool2d} <= kinds
-    assert not kinds & {torch.nn.GELU, torch.nn.BatchNorm2d, torch.nn.MaxPool2d}
+    assert {ConvNeXtBlock, torch.nn.Hardswish, torch.nn.GroupNorm, torch.nn.AvgPool2d} <= kinds
+    assert not kinds & {blocks.MiddleBlock, torch.nn.GELU, torch.nn.BatchNorm2d, torch.nn.MaxPool2d}
 
 
 @pytest.mark.parametrize(
@@ -381,9 +445,15 @@ def test_models_travel_through_hugging_face_hub_s_mixin(tmp_path):
         model.save_pretrained(tmp_path / "hub")
         loaded = Hub.from_pretrained(tmp_path / "hub").eval()
         assert loaded.config == NANO and equal(loaded.state_dict(), model.state_dict())
+    model.reset_classifier(2)
+    model.classes, model.transform = ["ant", "bee"], TRANSFORM
+    model.save_pretrained(tmp_path / "hub")
+    loaded = Hub.from_pretrained(tmp_path / "hub")
+    assert (loaded.config, loaded.classes) == (replace(NANO, num_classes=2), ["ant", "bee"])
+    assert loaded.transform == TRANSFORM and equal(loaded.state_dict(), model.state_dict())
 
 
-def test_models_register_with_timm(monkeypatch):
+def test_models_register_with_timm(tmp_path, monkeypatch):
     theirs = timm.model_entrypoint("xception")
     register_with_timm()
     exec("from model import *")  # timm's changes to the module do not break this
@@ -396,6 +466,35 @@ def test_models_register_with_timm(monkeypatch):
     config = timm.data.resolve_model_data_config(timm.create_model("nexception_tp", drop_path=0.1))
     assert config["input_size"] == (3, 224, 224) and config["crop_pct"] == 0.95
     assert config["mean"] == timm.data.IMAGENET_DEFAULT_MEAN and config["interpolation"] == "bicubic"
+    for given, field in (({"drop_rate": 0.1}, "drop_rate"), ({"global_pool": "max"}, "global_pool")):
+        with pytest.raises(UsageError, match=f"^{field}: "):
+            timm.create_model("nexception_nano", **given)
+    fields = {"drop_rate": 0.0, "drop_path_rate": 0.2, "global_pool": "avg", "img_size": 64}
+    model = with_statistics(timm.create_model("nexception_nano", **fields))
+    assert (model.config.drop_path, model.config.input_size) == (0.2, 64)
+
+    x = torch.randn(2, 3, 64, 64)
+    maps = model.feature_maps(x)
+    extractor = timm.create_model("nexception_nano", features_only=True, out_indices=(0, -1)).eval()
+    weights = {key.replace("stages.", "stages_"): value for key, value in model.state_dict().items()}
+    extractor.load_state_dict({key: weights[key] for key in extractor.state_dict()})
+    torch.testing.assert_close(extractor(x), [maps[0], maps[-1]])
+    assert extractor.feature_info.channels() == [24, 192]
+    assert len(timm.create_model("nexception_tp", features_only=True)(x)) == 4
+    hooked = timm.models.FeatureHookNet(copy.deepcopy(model), out_indices=(0, 1, 2))
+    torch.testing.assert_close(hooked(x), maps)
+
+    groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    layers = ("stem.conv", "stages.0.0.skip", "stages.0.1.conv1.pointwise", "head.fc")
+    found = [scales[id(model.get_parameter(f"{name}.weight"))] for name in layers]
+    assert found == [0.5**9, 0.5**8, 0.5**7, 1.0]  # stem, five blocks, exit block, two convolutions, head
+    timm.models.save_for_hf(model, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["architecture"], saved["num_classes"]) == ("nexception_nano", 1000)
+    loaded = timm.create_model("nexception_nano")
+    load_weights(loaded, tmp_path / "pytorch_model.bin")
+    assert equal(loaded.state_dict(), model.state_dict())
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UsageError, match="pip install timm"):
         register_with_timm()
@@ -409,20 +508,6 @@ def test_channels_last_maps_and_vmap_give_the_same_logits():
     torch.testing.assert_close(one_by_one, expected, rtol=1e-4, atol=1e-5)
     last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_gradient_checkpointing_changes_no_gradient_and_no_statistic():
-    model = with_statistics(NEXcepTion(replace(NANO, drop_path=0.3))).double().train()
-    x, results = torch.randn(4, 3, 32, 32, dtype=torch.float64), []
-    before = copy.deepcopy(model.state_dict())
-    for enable in (False, True):
-        model.load_state_dict(before)
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        torch.manual_seed(5)
-        model(x).square().sum().backward()
-        results.append([t.clone() for t in (*(p.grad for p in model.parameters()), *model.buffers())])
-    torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize(("name", "backend"), [("nexception_nano", "aot_eager"), ("nexception_tp", "eager")])
@@ -474,6 +559,16 @@ def test_torch_fx_traces_every_network_in_both_modes():
         torch.testing.assert_close(extracted, model.train().forward_features(x))
 
 
+def test_networks_traced_in_training_mode_drop_no_path_in_evaluation_mode():
+    model = with_statistics(NEXcepTion(replace(NANO, drop_path=0.5)))
+    x = torch.randn(3, 3, 32, 32)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model).train())
+    torch.testing.assert_close(traced.eval()(x), model(x))
+    torch.manual_seed(0)
+    first = traced.train()(x)
+    assert not torch.equal(traced(x), first)
+
+
 def test_a_model_from_the_meta_device_is_the_same():
     model = with_statistics(NEXcepTion(NANO))
     with torch.device("meta"):
@@ -494,8 +589,14 @@ def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
     model = with_statistics(NEXcepTion(NANO))
     model.head.fc.weight.data.mul_(100)  # for probabilities that differ between images
     content = {"model": model.state_dict(), "ema": None, "config": asdict(NANO), "classes": list("abcdef")}
-    torch.save(content | {"transform": asdict(replace(TRANSFORM, exif=True))}, tmp_path / "best.pt")
-    torch.save(content | {"config": {"layers": 3}}, tmp_path / "foreign.pt")
+    content["transform"] = asdict(replace(TRANSFORM, exif=True))
+    torch.save(content, tmp_path / "best.pt")
+    torch.save(content | {"classes": None}, tmp_path / "nameless.pt")
+    broken = model.state_dict() | {"head.fc.bias": torch.full((6,), float("nan"))}
+    torch.save(content | {"model": broken}, tmp_path / "damaged.pt")
+    for name in "uvwxyz":
+        (tmp_path / "names" / name).mkdir(parents=True)
+    (tmp_path / "five.txt").write_text("a\nb\nc\nd\ne\n")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
     photo.save(tmp_path / "photo.png")
     # The same picture as stored by a camera held sideways, with an EXIF orientation.
@@ -507,15 +608,28 @@ def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
     most_likely = model(TRANSFORM(photo)[None]).argmax().item()
     assert len(lines) == 12 and lines[1].split()[-1] == "abcdef"[most_likely] and lines[7:] == lines[1:6]
 
+    main([str(tmp_path / "nameless.pt"), str(tmp_path / "photo.png"), "--classes", str(tmp_path / "names")])
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "uvwxyz"[most_likely]
+    assert main([str(tmp_path / "damaged.pt"), str(tmp_path / "photo.png")]) == 1
+    assert re.search(r"damaged.pt gives logits that are not finite for .*photo.png$", capsys.readouterr().err)
+
     header = struct.pack("<IiiHHIIiiII", 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0)
     (tmp_path / "bomb.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + header)
     for arguments, message in (
         (("best.pt", "bomb.bmp"), "bomb.bmp is not a readable image"),
         (("best.pt", "best.pt"), "not a readable image"),
-        (("foreign.pt", "photo.png"), "foreign.pt holds no config or transform of a network: "),
+        (("nameless.pt", "photo.png", "--classes", "five.txt"), "not the 6 classes of"),
+        (("best.pt", "photo.png", "--classes", "names"), "not the 6 classes of"),
         (("absent.pt", "photo.png"), "no such file"),
+        (("names", "photo.png"), "a folder, not a checkpoint"),
         (("best.pt",), "name the photographs"),
     ):
-        assert main([str(tmp_path / name) for name in arguments]) == 2
+        assert main([name if name[0] == "-" else str(tmp_path / name) for name in arguments]) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
+
+
+def test_command_line_ends_quietly_when_a_pipe_is_closed():
+    script = f"{sys.executable} model.py | head -1"
+    done = subprocess.run(["bash", "-c", script], cwd=HERE.parent, capture_output=True, text=True)
+    assert done.stdout.startswith("model ") and done.stdout.count("\n") == 1 and not done.stderr

@@ -323,6 +323,7 @@ def test_command_line_overrides_the_recipe():
         ("--freeze", "give --init-weights"),
         ("--wandb", "--wandb needs a package: pip install wandb"),
         ("--model resnet50", "'resnet50'"),
+        ("--model nexception_tp --size 16", "at least 32 pixels per side (--size of train.py)"),
         ("--data /nowhere", "/nowhere"),
         ("--out {weights}", "grey.pt: File exists"),
         ("--batch 5000", "too few for one step"),
