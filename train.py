@@ -10,8 +10,9 @@ The run folder (`--out`) holds `config.json` (the resolved options), `metrics.js
 `last.pt` and the checkpoint before it, `previous.pt`, `best.pt` (the weights with the best validation top-1),
 and `curves.png`. Repeat the command to resume a run: at worst, the unfinished epoch starts again. Random
 draws are keyed by seed, epoch, step and virtual rank, and on a CPU the result is bit-identical to that of an
-uninterrupted run. More epochs change the schedule and need another `--out`. SIGTERM and Ctrl-C save in
-mid-epoch and exit with status 143 and 130.
+uninterrupted run; the paths of data, config and initial weights may differ. SIGTERM, SIGUSR1 and Ctrl-C save
+in mid-epoch and exit with status 143, 138 and 130. More epochs change the schedule: to train further after a
+finished run, start another from its weights (`--init-weights runs/x/best.pt --epochs 20`).
 
 Each optimizer step takes processes x accumulate micro-batches of `batch` images. Each micro-batch is a
 virtual rank with its own stride of the epoch's images, its own mixup draw and its own batch statistics, so
@@ -46,6 +47,9 @@ import time
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
+
+if __name__ == "__main__":  # end without a traceback on Ctrl-C, also during the imports below
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
 
 from data import (
     MIXING,
@@ -157,18 +161,23 @@ def converter(kind: type, many: bool, check: typing.Callable) -> typing.Callable
     return convert
 
 
-def run_script(main: typing.Callable[[list[str]], int]) -> typing.NoReturn:
-    """Run `main` on the command line and exit, quietly if the reader of a pipe has closed it."""
-    try:
+class Output(io.FileIO):
+    """Standard output or error: what a closed terminal, a closed pipe or a full disk refuses is dropped."""
+
+    def write(self, data) -> int:
         try:
-            status = main(sys.argv[1:])
-        except SystemExit as end:  # argparse, after --help
-            status = end.code
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at exit
-        status = 128 + signal.SIGPIPE
-    sys.exit(status)
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def run_script(main: typing.Callable[[list[str]], int]) -> typing.NoReturn:
+    """Run `main` on the command line and exit; unencodable file names are printed with escapes."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        settings = {"encoding": getattr(sys, name).encoding, "errors": "backslashreplace"}
+        raw = io.BufferedWriter(Output(number, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(raw, line_buffering=True, **settings))
+    sys.exit(main(sys.argv[1:]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,7 +316,8 @@ class Lamb(torch.optim.Optimizer):
     Clips the gradients of all groups to the global norm `max_grad_norm`. In groups with weight decay, scales
     each tensor's update (Adam's plus decay times the tensor) to the norm of the tensor, unless either norm is
     zero; groups without decay take plain Adam steps. Tensors of half precision, or with gaps in memory, are
-    updated as dense float32 copies; their moments keep the parameter's dtype, as in timm.
+    updated as dense float32 copies; their moments keep the parameter's dtype, as in timm. Of parameters that
+    FSDP2 (`fully_shard`) distributes, each process updates its shard; norms are those of the whole tensors.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, max_grad_norm=1.0):
@@ -325,7 +335,8 @@ class Lamb(torch.optim.Optimizer):
         gradients = [p.grad for params in present for p in params]
         if not gradients:
             return loss
-        clip = (norms(gradients).norm() / self.defaults["max_grad_norm"]).clamp_(min=1.0)
+        norm = norms([local(g) for g in gradients], gradients).norm()
+        clip = (norm / self.defaults["max_grad_norm"]).clamp_(min=1.0)
         for group, params in zip(self.param_groups, present, strict=True):
             group["step"] += 1
             for p in params:
@@ -339,12 +350,13 @@ class Lamb(torch.optim.Optimizer):
         if not params:
             return
         wide = torch.promote_types(params[0].dtype, torch.float32)
-        states = [self.state[p][name] for name in ("exp_avg", "exp_avg_sq") for p in params]
+        shards = [local(p) for p in params]
+        states = [local(self.state[p][name]) for name in ("exp_avg", "exp_avg_sq") for p in params]
         # Dense tensors of dtype `wide` are updated in place, others as copies.
         moments = [state.to(wide) for state in states]
         first, second = moments[: len(params)], moments[len(params) :]
-        values = [in_layout_of(m, p) for m, p in zip(first, params, strict=True)]
-        gradients = [in_layout_of(m, p.grad) for m, p in zip(first, params, strict=True)]
+        values = [in_layout_of(m, p) for m, p in zip(first, shards, strict=True)]
+        gradients = [in_layout_of(m, local(p.grad)) for m, p in zip(first, params, strict=True)]
         if wide == torch.float64:  # the kernel would read the clipping factor as float32
             gradients, clip = torch._foreach_div(gradients, clip), None
         decay = group["weight_decay"]
@@ -357,18 +369,34 @@ class Lamb(torch.optim.Optimizer):
             amsgrad=False, maximize=False, grad_scale=clip,
         )  # fmt: skip
         if decay:
-            before, after = norms(values), norms(updates)
+            before, after = norms(values, params), norms(updates, params)
             trust = torch.where((before > 0) & (after > 0), before / after, 1.0)
             torch._foreach_addcmul_(values, updates, list((trust * -group["lr"]).unbind()))
-        for tensor, result in zip(params + states, values + moments, strict=True):
+        for tensor, result in zip(shards + states, values + moments, strict=True):
             if result is not tensor:
                 tensor.copy_(result)
 
 
-def norms(tensors: list[Tensor]) -> Tensor:
-    """Return the Euclidean norm of each tensor, (N,), float32, or float64 if any tensor is."""
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a DTensor, or the tensor itself if it is none."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def norms(tensors: list[Tensor], whole: list[Tensor]) -> Tensor:
+    """Return the Euclidean norm of each tensor, (N,), float32, or float64 if any tensor is.
+
+    whole: tensors of which `tensors` are the `local` parts; their norms are returned.
+    """
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return torch.stack(torch._foreach_norm(tensors, 2, wide))
+    found = torch.stack(torch._foreach_norm(tensors, 2, wide))
+    layouts = [(t.device_mesh, t.placements) if hasattr(t, "to_local") else None for t in whole]
+    for mesh, placements in filter(None, dict.fromkeys(layouts)):
+        members = [i for i, layout in enumerate(layouts) if layout == (mesh, placements)]
+        for axis in (i for i, placement in enumerate(placements) if placement.is_shard()):
+            squares = found[members].square()
+            dist.all_reduce(squares, group=mesh.get_group(axis))
+            found[members] = squares.sqrt()
+    return found
 
 
 def in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
@@ -395,6 +423,25 @@ OPTIMIZERS = {
     "lamb": lambda model, o: Lamb(parameter_groups(model, o.weight_decay), max_grad_norm=MAX_GRAD_NORM),
     "adamw": lambda model, o: torch.optim.AdamW(parameter_groups(model, o.weight_decay)),
 }
+
+
+def wandb(folder: Folder) -> typing.Callable[[dict, list[float]], None]:
+    """Log each line of `metrics.jsonl` to Weights & Biases. Raises UsageError."""
+    import wandb
+
+    settings = {"id": folder.record["id"], "name": folder.path.name, "dir": folder.path, "resume": "allow"}
+    try:
+        run = wandb.init(project="nexception", config=folder.record["options"], **settings)
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--tracker wandb: {reason} (`wandb login`, or WANDB_MODE=offline)") from None
+    return lambda row, losses: run.log(row)
+
+
+# A new tracker is one entry: a function of the run's folder that returns a function, which is called in the
+# first process with each new line of `metrics.jsonl` and the losses of the epoch's steps. Anything that
+# follows the file itself needs no entry.
+TRACKERS = {"wandb": wandb}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -479,7 +526,7 @@ class Options:
     magnitude: float | None = option(None, "mean magnitude of rand_augment", 0, 10)
     repeats: int | None = option(None, "repeated augmentation: copies of an image per epoch; 1: none", 1)
     flip: float | None = option(None, "probability of a horizontal flip", 0, 1)
-    exif: bool = option(False, "rotate photographs by their EXIF orientation")
+    exif: bool | None = option(None, "rotate photographs by their EXIF orientation")
     min_scale: float | None = option(None, "smallest area fraction of a random crop", above=0, most=1)
 
     amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs",
@@ -488,12 +535,12 @@ class Options:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     workers: int | None = option(None, "data-loading processes (default: one per core)", 0)
     root: str = option("data", "folder that CIFAR is read from or downloaded to")
-    wandb: bool = option(False, "also log to Weights & Biases")
+    tracker: str | None = option(None, "also log to this tracker", choices=tuple(TRACKERS))
 
 
 # Options that may differ when a run is resumed, because they do not change what is learned. `accumulate` may
-# differ while processes x accumulate stays the same; recipes are compared by their values.
-FREE = {"out", "eval", "recipe", "accumulate", "device", "workers", "root", "wandb"}
+# differ while processes x accumulate stays the same; data, models and recipes are compared by their content.
+FREE = {"out", "data", "model", "eval", "recipe", "accumulate", "device", "workers", "root", "tracker"}
 
 
 def recipes_help() -> str:
@@ -510,42 +557,45 @@ def default_recipe(data: str) -> str:
     return "paper" if data not in SMALL_SETS else data if data in RECIPES else "digits"
 
 
+def default_model(options: Options) -> str | None:
+    """Return --model or the recipe's model; None: the network of --init-weights."""
+    if options.model or options.init_weights:
+        return options.model
+    return RECIPES[options.recipe or default_recipe(options.data)].values["model"]
+
+
+def stem(path: str) -> str:
+    """Return the name of a config or checkpoint; of those that each run has, the name of the run's folder."""
+    common = ("best", "last", "previous", "incumbent")
+    return Path(path).resolve().parent.name if Path(path).stem in common else Path(path).stem
+
+
 def default_out(options: Options) -> str:
-    """Return the folder of a run: --out, or one named after the data and the model."""
-    model = options.model or options.init_weights or RECIPES[default_recipe(options.data)].values["model"]
-    return options.out or f"runs/{Path(options.data).resolve().name}-{Path(model).stem}"
-
-
-def recipe_of_run(out: str, data: str) -> str | None:
-    """Return the recipe of the run in a folder, if any (in the first version always the default one)."""
-    try:
-        found = json.loads(Path(out, "config.json").read_bytes())["options"]
-    except (OSError, ValueError, KeyError):
-        return None
-    saved = any(Path(out, name).exists() for name in ("last.pt", "previous.pt"))
-    return found.get("recipe", default_recipe(data)) if saved else None
+    """Return the folder of a run: --out, or one named after the data, the model and where it starts from."""
+    names, model = [Path(options.data).resolve().name.replace(":", "-")], default_model(options)
+    names += [stem(model)] if model else []
+    names += ["from", stem(options.init_weights)] if options.init_weights else []
+    return options.out or f"runs/{'-'.join(names + ['frozen'] * options.freeze)}"
 
 
 def resolve(
-    options: Options, world=1, images: int | None = None, say=lambda text: None, resumed=None
+    options: Options, world=1, images: int | None = None, say=lambda text: None, config=None
 ) -> Options:
     """Fill in omitted options from the recipe that fits the data, the model and the initial weights.
 
     world: number of processes. images: number of training images of a folder, for the choice of its recipe.
-    say: called with each line to print. resumed: the recipe of the run that is resumed, or None. Raises
-    UsageError for impossible or contradictory values.
+    say: called with each line to print. config: that of the network (default: `model_config(options)`).
+    Raises UsageError for impossible or contradictory values.
     """
     given = {k: v for k, v in asdict(options).items() if v is not None}
     name, why = default_recipe(options.data), "--data"
     if options.recipe is not None:
         name, why = options.recipe, "--recipe"
-    elif resumed in RECIPES:
-        name, why = resumed, "the run that is resumed"
     elif options.init_weights:
         name, why = "fine-tune", "--init-weights"
     elif name == "paper" and images is not None and images < SMALL_FOLDER:
         name, why = "small-folder", f"the image count, {images:,} (--recipe paper for ImageNet's)"
-    config = model_config(options, RECIPES[name].values["model"])
+    config = config or model_config(options)
     shape = ("layout", "stem_width", "widths", "depths", "exit_widths")  # a search changes the rest
     if name == "paper" and all(getattr(config, f) == getattr(MODELS["nexception_s"], f) for f in shape):
         name, why = "paper-s", f"{why} and the shape of nexception_s"
@@ -554,7 +604,7 @@ def resolve(
     recipe = {
         "size": small.size if small else config.input_size, "drop_path": config.drop_path,
         "flip": augment.flip, "policy": augment.policy, "magnitude": augment.magnitude,
-        "repeats": augment.repeats, "min_scale": augment.scale[0],
+        "repeats": augment.repeats, "min_scale": augment.scale[0], "exif": False,
     } | RECIPES[name].values | {"recipe": name}  # fmt: skip
     if options.init_weights:
         del recipe["model"]  # taken from the checkpoint
@@ -580,26 +630,49 @@ def resolve(
         shorter = resolved.epochs // 4
         say(f"warm-up shortened from {resolved.warmup_epochs} to {shorter} of {resolved.epochs} epochs")
         resolved.warmup_epochs = shorter
+    if options.cooldown_epochs is None and resolved.epochs < recipe["epochs"]:
+        resolved.cooldown_epochs = recipe["cooldown_epochs"] * resolved.epochs // recipe["epochs"]
+        if resolved.cooldown_epochs < recipe["cooldown_epochs"]:
+            shorter = f"{recipe['cooldown_epochs']} to {resolved.cooldown_epochs}"
+            say(f"cool-down shortened from {shorter} epochs after {resolved.epochs}")
+    # What has no effect is refused if given, and not recorded, since a resumed run must match the record.
+    reasons = dict.fromkeys(("min_scale", "exif"), options.data) if options.data in SMALL_SETS else {}
+    reasons |= {"loss_threshold": "--loss soft_ce"} if resolved.loss == "soft_ce" else {}
+    without = resolved.policy in ("none", "trivial_augment")
+    reasons |= {"magnitude": f"--policy {resolved.policy}"} if without else {}
+    for idle, reason in reasons.items():
+        if getattr(options, idle) is not None:
+            raise UsageError(f"--{idle.replace('_', '-')} has no effect with {reason}: leave it out")
+        setattr(resolved, idle, None)
     if resolved.batch == 1 and config.norm == "batch" and not resolved.freeze:
         raise UsageError("--batch 1: batch norm needs at least 2 images")
     if resolved.freeze and not resolved.init_weights:
         raise UsageError("--freeze needs a trained network: give --init-weights")
-    if resolved.wandb and importlib.util.find_spec("wandb") is None:
-        raise UsageError("--wandb needs a package: pip install wandb")
+    if resolved.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UsageError("--tracker wandb needs a package: pip install wandb")
     if name == "small-folder":
         say("note: for so few images, ImageNet weights (--init-weights) usually help more than extra epochs")
     return resolved
 
 
-def model_config(options: Options, default: str) -> ModelConfig:
-    """Return the config of --model, else of --init-weights, else of the model `default`."""
-    if options.model is None and options.init_weights:
+def model_config(options: Options) -> ModelConfig:
+    """Return the config of --model, else of --init-weights, else of the recipe's model."""
+    model = default_model(options)
+    if model is None:
         config = load_checkpoint(options.init_weights).config
     else:
         with torch.device("meta"):
-            config = create_model(options.model or default).config
-    check_channels(config, options.model or options.init_weights)
+            config = create_model(model).config
+    check_channels(config, model or options.init_weights)
     return config
+
+
+def config_of_run(out: str) -> ModelConfig | None:
+    """Return the config of the run in a folder, if any, which is thus resumed without its initial weights."""
+    try:
+        return ModelConfig(**json.loads(Path(out, "config.json").read_bytes())["config"])
+    except (OSError, ValueError, KeyError, TypeError):  # no run yet, or a damaged file
+        return None
 
 
 def check_channels(config: ModelConfig, name: str) -> None:
@@ -610,10 +683,9 @@ def check_channels(config: ModelConfig, name: str) -> None:
 
 def augmentation(options: Options) -> Augmentation:
     """Return the augmentation that resolved `options` ask for."""
-    return replace(
-        default_augmentation(options.data), policy=options.policy, magnitude=options.magnitude,
-        flip=options.flip, repeats=options.repeats, scale=(options.min_scale, 1.0),
-    )  # fmt: skip
+    asked = {name: getattr(options, name) for name in ("policy", "magnitude", "flip", "repeats")}
+    asked["scale"] = options.min_scale and (options.min_scale, 1.0)
+    return replace(default_augmentation(options.data), **{k: v for k, v in asked.items() if v is not None})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -652,6 +724,15 @@ class Process:
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
+
+    def read(self, path: Path) -> dict:
+        """Read a checkpoint in the first process, as the others may not see its folder, and share it."""
+        content = self.from_first(path.read_bytes)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+    def plan(self, options: Options) -> Plan:
+        """Return this process's part of the data."""
+        return Plan(options.batch, options.accumulate, options.seed, self.rank, self.world)
 
 
 def pick_device(name: str) -> torch.device:
@@ -725,11 +806,15 @@ class Training:
 
     `options` are resolved. `model` is the network, `forward` the network as training calls it (compiled,
     wrapped in DDP), `ema` its averaged copy or None. `epoch` epochs are finished; `losses` are those of the
-    steps taken in the next one, float32 (steps,), or None; `metrics` has one dictionary per epoch, `best` is
-    the best validation top-1.
+    steps taken in the next one, float32 (steps,), or None, which took `seconds`, of which `waited` for data;
+    `metrics` has one dictionary per epoch, `best` is the best validation top-1.
     """
 
+    COUNTERS = ("epoch", "losses", "seconds", "waited", "metrics", "best")
+
     def __init__(self, model: nn.Module, options: Options, process: Process | None = None):
+        if options.optimizer is None:
+            raise UsageError("these options are not resolved: call resolve(options)")
         self.options, self.process = options, process or Process()
         device = self.process.device
         self.model = model.to(device, memory_format=torch.channels_last)
@@ -746,7 +831,8 @@ class Training:
             # `fit` broadcasts the running statistics.
             wrap = nn.parallel.DistributedDataParallel
             self.forward = wrap(self.forward, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.epoch, self.losses, self.metrics, self.best = 0, None, [], -1.0
+        self.epoch, self.losses, self.seconds, self.waited = 0, None, 0.0, 0.0
+        self.metrics, self.best = [], -1.0
 
     @property
     def scored(self) -> nn.Module:
@@ -758,7 +844,7 @@ class Training:
         parts = {name: getattr(self, name) for name in ("model", "ema", "scaler")}
         state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        return state | {name: getattr(self, name) for name in ("epoch", "losses", "best", "metrics")}
+        return state | {name: getattr(self, name) for name in self.COUNTERS}
 
     def load_state(self, state: dict) -> None:
         for name in ("model", "ema", "scaler"):
@@ -766,7 +852,7 @@ class Training:
                 getattr(self, name).load_state_dict(state[name])
         for optimizer, content in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(content)
-        for name in ("epoch", "losses", "best", "metrics"):
+        for name in self.COUNTERS:
             setattr(self, name, state[name])
 
 
@@ -795,7 +881,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C as a request to stop, on which all processes agree at the same step.
+    """SIGTERM, SIGUSR1 (from SLURM) or Ctrl-C as a request to stop; all processes agree on it at one step.
 
     `signal` is the number that this process received, or 0. A second Ctrl-C ends a single process at once.
     """
@@ -804,7 +890,7 @@ class StopSignal:
         self.signal, self.asked = 0, None
         self.group = dist.new_group(backend="gloo") if process.world > 1 else None
         in_main = threading.current_thread() is threading.main_thread()  # others cannot handle signals
-        numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if in_main else ()
         self.handlers = {number: signal.signal(number, self.receive) for number in numbers}
 
     def receive(self, number, _frame) -> None:
@@ -837,7 +923,7 @@ def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> 
 
 
 class Folder:
-    """The folder of a run. Only the first process writes there; `record` identifies the run."""
+    """The folder of a run. Only the first process reads and writes there; `record` identifies the run."""
 
     def __init__(self, path: str, record: dict, process: Process | None = None):
         self.path, self.record, self.process = Path(path), record, process or Process()
@@ -866,29 +952,36 @@ class Folder:
                 print(f"warning: {error}", file=sys.stderr)
                 continue
             self.compare(content)
+            self.record["id"] = content["id"]
             return path
         if found:
             raise UsageError(f"no checkpoint in {self.path} can be read: move it away or give another --out")
         return None
 
+    def has_best(self) -> bool:
+        """Return whether `best.pt` can be read; print a warning if not."""
+        try:
+            return bool(read_checkpoint(self.best))
+        except UsageError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            return False
+
     def compare(self, content: dict) -> None:
         """Raise UsageError with each difference between the run of a checkpoint and this one."""
-        content = {"images": self.record["images"]} | content
         if not {*self.record, "optimizers", "losses"} <= content.keys():
             raise UsageError(f"{self.path} holds no checkpoint of this train.py: give another --out")
-        # Options newer than the run take their defaults; the first version had one loss and one optimizer,
-        # did not record the number of images and left "auto" in place.
-        theirs = asdict(Options()) | {"loss": "bce", "optimizer": "lamb"} | content["options"]
-        theirs["amp"] = self.record["options"]["amp"] if theirs["amp"] == "auto" else theirs["amp"]
-        pairs = {k: (theirs[k], ours) for k, ours in self.record["options"].items() if k not in FREE}
-        for name in ("micro-batches a step", "config", "images"):
-            pairs[name] = content[name], self.record[name]
-        classes = itertools.zip_longest(content["classes"], self.record["classes"])
-        renamed = [(a, b) for a, b in classes if a != b]
-        pairs |= {f"class {number}": names for number, names in enumerate(renamed[:5], 1)}
-        differ = "; ".join(f"{name} was {a}, now {b}" for name, (a, b) in pairs.items() if a != b)
-        if differ:
-            reason = f"{self.path} holds a run with other options or data ({differ})"
+        theirs, ours = (
+            {**run["options"], **run["config"], "images": run["images"]}
+            | {"micro-batches a step": run["micro-batches a step"]}
+            | {"init_weights": run["options"]["init_weights"] and stem(run["options"]["init_weights"])}
+            | {f"class {number}": name for number, name in enumerate(run["classes"], 1)}
+            for run in (content, self.record)
+        )
+        names = [k for k in theirs | ours if k not in FREE and theirs.get(k) != ours.get(k)]
+        if names:
+            differ = [f"{k} was {theirs.get(k)}, now {ours.get(k)}" for k in names]
+            differ[9:] = ["..."] * (len(names) > 9)
+            reason = f"{self.path} holds a run with other options or data ({'; '.join(differ)})"
             raise UsageError(f"{reason}: restore them to resume it, or give another --out")
 
     def save(self, training: Training, best: dict | None = None) -> None:
@@ -915,7 +1008,7 @@ class Folder:
         options = training.options
         column = {name: [line[name] for line in lines] for name in lines[0]}
         figure, (left, right) = subplots(2, 9, 3.4)
-        figure.suptitle(f"{Path(options.model or options.init_weights).stem} on {Path(options.data).name}")
+        figure.suptitle(f"{stem(options.model or options.init_weights)} on {Path(options.data).name}")
         left.plot(column["epoch"], column["train_loss"])
         left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
         for name, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
@@ -941,18 +1034,21 @@ def evaluate(
     """Return top1 and top5 in percent, mean cross-entropy (loss), count and unreadable of a split.
 
     Each image counts once over all processes; unreadable files are left out. columns: int64 indices of the
-    outputs for the data's classes (default: all). Raises Stopped if `stop.signal` is set in any process.
+    outputs for the data's classes (default: all). Raises Stopped if `stop.signal` is set in any process, and
+    RunError if an output is not finite.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    totals = torch.zeros(5, dtype=torch.float64, device=device)
+    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    totals = torch.zeros(6, dtype=exact, device=device)
     for images, labels in data.eval_batches(split):
         if stop is not None and stop.signal:
             totals[4] += 1
             break
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = model(data.transform.normalize(images)).float()
+        totals[5] += (~logits.isfinite()).any(1).sum()
         if columns is not None:
             logits = logits[:, columns]
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
@@ -962,9 +1058,11 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(totals)
     model.train(was_training)
-    top1, top5, loss, count, stops = totals.tolist()
+    top1, top5, loss, count, stops, bad = totals.tolist()
     if stops:
         raise Stopped
+    if bad:
+        raise RunError(f"the outputs for {bad:.0f} of {count:.0f} images of {split} are not finite")
     if not count:
         raise RunError(f"none of the {data.count(split)} images of {split} can be read")
     result = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
@@ -987,11 +1085,11 @@ def fit(
 ) -> list[dict]:  # fmt: skip
     """Train up to the last epoch; return the metrics of `training`, one dictionary per epoch.
 
-    Nothing is saved without `folder`. say: called with each line to print. log: called with the metrics of
-    each epoch and its number as `step`. score_after: the epochs, counted from 1, that are followed by an
-    evaluation (default: all; others have NaN). The loop synchronizes with the GPU only to check the loss,
-    every LOG_EVERY steps and after each epoch (with float16, loss scaling also checks the gradients in each
-    step). Raises Stopped after a signal, and RunError when the loss or the weights are no longer finite.
+    Nothing is saved without `folder`. say: called with each line to print. log: a tracker (see TRACKERS).
+    score_after: the epochs, counted from 1, that are followed by an evaluation (default: all). The loop
+    synchronizes with the GPU only to check the loss, every LOG_EVERY steps and after each epoch (with
+    float16, loss scaling also checks the gradients in each step). Raises Stopped after a signal, and RunError
+    when the loss, the weights or the outputs in an evaluation are no longer finite.
     """
     options, process, model, ema = training.options, training.process, training.model, training.ema
     optimizers, scaler, forward = training.optimizers, training.scaler, training.forward
@@ -999,11 +1097,13 @@ def fit(
     statistics, ema_statistics = RunningStatistics(model), RunningStatistics(training.scored)
     epochs, classes = options.epochs + options.cooldown_epochs, len(data.classes)
     step_images = process.world * options.accumulate * options.batch
+    if data.plan != process.plan(options):
+        raise UsageError(f"the data have {data.plan}, but the options ask for {process.plan(options)}")
     tolerated = MAX_SKIPPED if scaler.is_enabled() else 0
 
     for epoch in range(training.epoch, epochs):
-        begun = said = time.monotonic()  # said: when progress was last printed
-        waited = data.wait_seconds
+        said = time.monotonic()  # when progress was last printed
+        begun, waited = said - training.seconds, data.wait_seconds - training.waited
         lr = lr_at(epoch, options)
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = lr * group.get("scale", 1)
@@ -1057,7 +1157,7 @@ def fit(
                 values = process.mean(losses[:done].clone()).tolist()
                 check_finite(values, "the loss", epoch, 0, tolerated)
                 if (now := time.monotonic()) > said + 10:
-                    said, rate = now, (done - first) * step_images / (now - begun)
+                    said, rate = now, done * step_images / (now - begun)
                     recent = sum(values[-LOG_EVERY:]) / LOG_EVERY
                     where = f"epoch {epoch + 1}/{epochs}  step {done}/{data.steps}"
                     say(f"{where}  loss {recent:.4f}  {rate:.0f} images/s")
@@ -1069,47 +1169,51 @@ def fit(
         check_finite(values, "the loss", epoch, 0, tolerated)
         weights = torch.stack(torch._foreach_norm(list(model.parameters()))).norm().item()
         check_finite([weights], "the weights' norm", epoch, done - 1)
-        seconds = time.monotonic() - begun
+        training.seconds, training.waited = time.monotonic() - begun, data.wait_seconds - waited
         if done < data.steps:
             raise Stopped
-        result = dict.fromkeys(("loss", "top1", "top5"), math.nan)
+        result = {}
         if score_after is None or epoch + 1 in score_after:
             result = evaluate(training.scored, data, "val", training.amp, stop=stop)
 
         finite = [value for value in values if math.isfinite(value)]
         row = {"epoch": epoch + 1, "lr": lr, "train_loss": sum(finite) / max(len(finite), 1)}
-        row |= {f"val_{name}": result[name] for name in ("loss", "top1", "top5")}
-        row["images_per_second"] = round((done - first) * step_images / seconds, 1)
-        row["data_wait"] = round((data.wait_seconds - waited) / seconds, 4)  # share of the time
+        row |= {f"val_{name}": result[name] for name in ("loss", "top1", "top5") if result}
+        row["images_per_second"] = round(done * step_images / training.seconds, 1)
+        row["data_wait"] = round(training.waited / training.seconds, 4)  # share of the time
         row["seconds"] = round(time.monotonic() - begun, 2)
-        better = result["top1"] > training.best
+        better = bool(result) and result["top1"] > training.best
+        training.best = result["top1"] if better else training.best
         training.metrics.append(row)
-        training.best = max(training.best, result["top1"])
-        training.epoch, training.losses = epoch + 1, None
+        training.epoch, training.losses, training.seconds, training.waited = epoch + 1, None, 0.0, 0.0
         if folder is not None:
             folder.save(training, best=result if better else None)
         if log is not None:
-            log(row, step=epoch + 1)
-        left = row["seconds"] / max(done - first, 1) * data.steps * (epochs - epoch - 1)
+            log(row, values)
+        scores = f"val top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  " if result else ""
         say(
-            f"epoch {epoch + 1}/{epochs}  loss {row['train_loss']:.4f}  lr {lr:.2e}  "
-            f"val top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  best {training.best:.2f}%  "
+            f"epoch {epoch + 1}/{epochs}  loss {row['train_loss']:.4f}  lr {lr:.2e}  {scores}"
+            f"best {training.best:.2f}%  "
             f"{row['images_per_second']:.0f} images/s  data wait {row['data_wait']:.0%}  "
-            f"{datetime.timedelta(seconds=int(left))} left"
+            f"{datetime.timedelta(seconds=int(row['seconds'] * (epochs - epoch - 1)))} left"
         )
     return training.metrics
 
 
-def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say) -> None:
+def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say, log) -> None:
     """Evaluate the best weights on the test split, once per run, and plot the curves."""
-    if "epoch" in training.metrics[-1] and "test" in data.splits:
-        training.process.from_first(folder.best.exists)  # wait until the first process has saved
+    if "epoch" in training.metrics[-1] and "test" in data.splits and training.best >= 0:
         model = copy.deepcopy(training.model)
-        model.load_state_dict(read_checkpoint(folder.best)["model"])
+        model.load_state_dict(training.process.read(folder.best)["model"])
         result = evaluate(model, data, "test", training.amp, stop=stop)
         training.metrics.append({f"test_{name}": result[name] for name in ("top1", "top5", "loss", "count")})
         folder.save(training)
+        if log is not None:
+            log(training.metrics[-1], [])
     folder.draw(training)
+    if training.best < 0:
+        say(f"{folder.best} is lost: its weights cannot be tested")
+        return
     say(f"best validation top-1 {training.best:.2f}%, weights in {folder.best}")
     final = training.metrics[-1]
     if "test_top1" in final:
@@ -1131,15 +1235,15 @@ def evaluate_checkpoint(options: Options, process: Process) -> int:
             raise UsageError(f"--{entry.name.replace('_', '-')} has no effect with --eval: leave it out")
     model = load_checkpoint(options.eval).to(process.device, memory_format=torch.channels_last)
     check_channels(model.config, options.eval)
-    settings = {"workers": options.workers, "device": process.device, "train": False}
-    if options.data in SMALL_SETS:
-        source = options.data
-        settings |= {"size": model.transform.size, "root": options.root}
-    else:
-        source = find_images(options.data, train=False, share=process.from_first)
-        settings["transform"] = replace(model.transform, exif=model.transform.exif or options.exif)
-    plan = Plan(batch=options.batch or 64, rank=process.rank, world=process.world)
-    data = open_data(source, plan, **settings)
+    source = options.data
+    if source not in SMALL_SETS:
+        source = find_images(source, train=False, share=process.from_first)
+    exif = model.transform.exif if options.exif is None else options.exif
+    data = open_data(
+        source, Plan(options.batch or 64, rank=process.rank, world=process.world), train=False,
+        transform=replace(model.transform, exif=exif), device=process.device, workers=options.workers,
+        root=options.root,
+    )  # fmt: skip
     split = "test" if "test" in data.splits else "val"
     place = os.fsdecode(getattr(data.dataset.splits[split], "folder", split))  # of an image folder
     if len(data.classes) != model.config.num_classes or tuple(model.classes or data.classes) != data.classes:
@@ -1147,7 +1251,10 @@ def evaluate_checkpoint(options: Options, process: Process) -> int:
             f"{options.eval} was not trained for the {len(data.classes)} classes of {options.data}: "
             "`python bench.py accuracy` evaluates it on folders with some of its classes"
         )
-    result = evaluate(model, data, split, amp_dtype(options.amp, process.device))
+    try:
+        result = evaluate(model, data, split, amp_dtype(options.amp, process.device))
+    except RunError as error:
+        raise RunError(f"{options.eval}: {error}") from None
     data.close()
     if process.first:
         left_out = f", {result['unreadable']} unreadable left out" if result["unreadable"] else ""
@@ -1167,24 +1274,27 @@ def run(options: Options, process: Process) -> int:
     if options.data not in SMALL_SETS:
         source = find_images(options.data, share=process.from_first)
         images = len(source["train"])
-    resumed = process.from_first(lambda: recipe_of_run(default_out(options), options.data))
-    options = resolve(options, process.world, images, say, resumed)
-    plan = Plan(options.batch, options.accumulate, seed=options.seed, rank=process.rank, world=process.world)
+    config = None
+    if default_model(options) is None:
+        config = process.from_first(lambda: config_of_run(default_out(options)))
+    config = config or model_config(options)
+    options = resolve(options, process.world, images, say, config)
     data = open_data(
-        source, plan, size=options.size, augment=augmentation(options), exif=options.exif,
-        device=process.device, workers=options.workers, root=options.root,
+        source, process.plan(options), size=options.size, augment=augmentation(options),
+        exif=bool(options.exif), device=process.device, workers=options.workers, root=options.root,
     )  # fmt: skip
     torch.manual_seed(options.seed)
-    config = model_config(options, options.model)
     overrides = {"drop_path": options.drop_path, "input_size": options.size}
     model = create_model(config, num_classes=len(data.classes), **overrides)
     record = {
+        "id": os.urandom(8).hex(),  # of the run, for trackers
         "options": asdict(options), "micro-batches a step": process.world * options.accumulate,
         "classes": list(data.classes), "images": {split: data.count(split) for split in data.splits},
         "config": asdict(model.config), "transform": asdict(data.transform),
     }  # fmt: skip
     folder = Folder(options.out, record, process)
-    if options.init_weights and not (folder.last.exists() or folder.previous.exists()):
+    resumed = process.from_first(lambda: folder.last.exists() or folder.previous.exists())
+    if options.init_weights and not resumed:
         with contextlib.redirect_stdout(sys.stdout if process.first else io.StringIO()):
             load_weights(model, options.init_weights)
     training = Training(model, options, process)
@@ -1204,25 +1314,17 @@ def run(options: Options, process: Process) -> int:
         f"{data.steps} steps of {process.world} x {options.accumulate} x {options.batch} images"
     )
     if checkpoint is not None:
-        # Each process reads the file itself, which saves pickling and broadcasting it.
-        training.load_state(read_checkpoint(checkpoint))
+        training.load_state(process.read(checkpoint))
+        if training.best >= 0 and not process.from_first(folder.has_best):
+            training.best = -1.0  # the best of the epochs to come takes its place
         step = 0 if training.losses is None else len(training.losses)
         where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {step + 1}"
         say(f"{folder.path}: {'finished' if training.epoch == epochs else where}")
-    log = None
-    if options.wandb and process.first:
-        import wandb
-
-        settings = {"dir": options.out, "id": "-".join(folder.path.parts[-2:]), "resume": "allow"}
-        try:
-            log = wandb.init(project="nexception", config=asdict(options), **settings).log
-        except wandb.Error as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(f"--wandb: {reason} (`wandb login`, or WANDB_MODE=offline)") from None
+    log = None if options.tracker is None or not process.first else TRACKERS[options.tracker](folder)
     stop = StopSignal(process)
     try:
         fit(training, data, folder, stop, say, log)
-        finish(training, data, folder, stop, say)
+        finish(training, data, folder, stop, say, log)
         return 0
     except Stopped:
         where = f"at the end of epoch {training.epoch}"
