@@ -1315,7 +1315,8 @@ def run(options: Options, process: Process) -> int:
     )
     if checkpoint is not None:
         training.load_state(process.read(checkpoint))
-        if training.best >= 0 and not process.from_first(folder.has_best):
+        untested = training.best >= 0 and "epoch" in training.metrics[-1]
+        if untested and not process.from_first(folder.has_best):
             training.best = -1.0  # the best of the epochs to come takes its place
         step = 0 if training.losses is None else len(training.losses)
         where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {step + 1}"

@@ -238,6 +238,8 @@ def test_schedule_equals_timm():
     said = []
     short = resolve(Options(data="/photos", model="nexception_t", epochs=4), say=said.append)
     assert "warm-up shortened from 5 to 1 of 4 epochs" in said
+    assert "cool-down shortened from 10 to 0 epochs after 4" in said and short.cooldown_epochs == 0
+    assert resolve(Options(data="/photos", model="nexception_t", epochs=90)).cooldown_epochs == 3
     cosine = [1e-6 + (2e-3 - 1e-6) / 2 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
     assert [train.lr_at(epoch, short) for epoch in range(4)] == pytest.approx([1e-4, *cosine[1:]])
 
@@ -572,6 +574,28 @@ def test_evaluation_by_hand():
     assert result["loss"] == pytest.approx(sum(rank + math.log(total) for rank in ranks) / 9)
     right = images(torch.eye(10)[labels], labels - 1)
     assert evaluate(identity, right, columns=torch.arange(1, 10))["top1"] == 100
+    logits[7, 0], logits[8, 0] = math.nan, math.inf
+    with pytest.raises(RunError, match="the outputs for 2 of 9 images of val are not finite"):
+        evaluate(identity, images(logits, labels))
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(UsageError, match=r"call resolve\(options\)"):
+        Training(create_model(TINY), Options())
+    training, data = make_training(batch=32)
+    data.plan = Plan(64, seed=data.plan.seed)
+    with pytest.raises(UsageError, match=r"the data have .*batch=64.*the options ask for .*batch=32"):
+        fit(training, data)
+
+
+def test_epochs_without_an_evaluation_have_no_scores():
+    training, data = make_training(epochs=2)
+    said, logged = [], []
+    fit(training, data, say=said.append, log=lambda *line: logged.append(line), score_after=[2])
+    assert ["val_top1" in row for row in training.metrics] == [False, True] and "top-1" not in said[0]
+    for (row, losses), line in zip(logged, training.metrics, strict=True):
+        assert row == line and len(losses) == data.steps
+        assert row["train_loss"] == pytest.approx(sum(losses) / data.steps)
 
 
 def test_digits_are_learned_and_recorded(tmp_path, capsys):
@@ -589,14 +613,23 @@ def test_digits_are_learned_and_recorded(tmp_path, capsys):
     best = load_checkpoint(out / "best.pt")
     changed = {"num_classes": 10, "input_size": 16}
     assert best.config == dataclasses.replace(MODELS["nexception_nano"], **changed)
-    assert train.main(["--eval", str(out / "best.pt"), "--device", "cpu"]) == 0
+    evaluation = ["--eval", str(out / "best.pt"), "--device", "cpu"]
+    assert train.main(evaluation) == 0
     assert f"top-1 {metrics[-1]['test_top1']:.2f}%" in capsys.readouterr().out
+    content = torch.load(out / "best.pt", weights_only=True)
+    content["model"]["stem.norm.running_var"][0] = math.nan
+    torch.save(content, out / "best.pt")
+    assert train.main(evaluation) == 1
+    assert f"{out / 'best.pt'}: the outputs for 266 of 266 images of test" in capsys.readouterr().err
 
 
 def test_fine_tuning_starts_from_the_weights(reference, tmp_path):
     out, start = tmp_path / "run", load_checkpoint(reference / "best.pt")
-    given = f"--init-weights {reference / 'best.pt'} --size 16 --epochs 1 --lr 1e-9 --device cpu --out {out}"
+    weights = shutil.copy(reference / "best.pt", tmp_path / "start.pt")
+    given = f"--init-weights {weights} --size 16 --epochs 1 --lr 1e-9 --device cpu --out {out}"
     assert train.main(given.split()) == 0
+    os.remove(weights)
+    assert train.main(given.split()) == 0  # everything is in the run's folder
     tuned = load_checkpoint(out / "best.pt")
     torch.testing.assert_close(tuned.head.fc.weight, start.head.fc.weight)
     assert tuned.config == start.config
@@ -618,7 +651,7 @@ def test_bfloat16_and_compile_train(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "after", "place"),
-    [(signal.SIGTERM, 24, 6), (signal.SIGINT, 24, 6), (signal.SIGTERM, 38, 19)],  # 38: during evaluation
+    [(signal.SIGTERM, 24, 6), (signal.SIGINT, 24, 6), (signal.SIGUSR1, 38, 19)],  # 38: during evaluation
 )
 def test_signals_save_in_mid_epoch_and_the_same_command_resumes(
     kind, after, place, tiny, reference, tmp_path, monkeypatch, capsys
@@ -641,6 +674,10 @@ def test_signals_save_in_mid_epoch_and_the_same_command_resumes(
     assert train.main(arguments(tiny, out)) == 0
     assert f"continuing at epoch 2/3, step {place + 1}" in capsys.readouterr().out
     assert_same(learned(out), learned(reference))
+    last = torch.load(
+        out / "last.pt", weights_only=True
+    )  # the epoch's clock includes the time before the stop
+    assert all(0 < row["images_per_second"] < 1e5 for row in last["metrics"][:3])
 
 
 def test_killed_runs_end_with_the_same_result(tiny, reference, tmp_path):
@@ -666,6 +703,26 @@ def test_the_previous_checkpoint_replaces_a_broken_one(damage, tiny, reference, 
     assert train.main(arguments(tiny, finished)) == 0
     assert ("last.pt is not a readable checkpoint" in capsys.readouterr().err) == (damage is not Path.unlink)
     assert_same(learned(finished), learned(reference))
+
+
+def test_lost_best_weights_are_replaced_or_reported(tiny, finished, tmp_path, capsys):
+    (finished / "best.pt").write_bytes(b"PK")
+    assert train.main(arguments(tiny, finished)) == 0  # they have been tested
+    assert "test top-1" in capsys.readouterr().out
+    last = torch.load(finished / "last.pt", weights_only=True)
+    last["metrics"].pop()
+    torch.save(last, finished / "last.pt")
+    assert train.main(arguments(tiny, finished)) == 0
+    assert "best.pt is lost: its weights cannot be tested" in capsys.readouterr().out
+    out = tmp_path / "unfinished"
+    shutil.copytree(finished, out)
+    shutil.copy(out / "previous.pt", out / "last.pt")
+    previous = torch.load(out / "last.pt", weights_only=True)
+    previous["best"] = 101.0  # better than any epoch to come
+    previous |= {"epoch": 2, "metrics": previous["metrics"][:2]}
+    torch.save(previous, out / "last.pt")
+    assert train.main(arguments(tiny, out)) == 0
+    assert load_checkpoint(out / "best.pt") and "test top-1" in capsys.readouterr().out
 
 
 def test_folders_without_a_checkpoint_of_ours_are_refused(tiny, finished, capsys):
@@ -719,7 +776,7 @@ def test_runs_on_a_folder_refuse_other_data(tiny, tmp_path, capsys):
         (photos / part / "cat").rename(photos / part / "zebra")
     assert train.main(given) == 2
     error = capsys.readouterr().err
-    assert "was cat, now dog" in error and "was dog, now zebra" in error and error.count("\n") == 1
+    assert "class 1 was cat, now dog; class 2 was dog, now zebra" in error and error.count("\n") == 1
     assert train.main(f"--eval {out / 'best.pt'} --data {photos} --device cpu".split()) == 2
 
 
@@ -816,18 +873,20 @@ def test_training_runs_outside_the_main_thread(tiny, reference, tmp_path):
     assert_same(learned(tmp_path / "run"), learned(reference))
 
 
-def test_help_into_a_closed_pipe_is_quiet():
-    command = f"{sys.executable} {ROOT / 'train.py'} --help | head -1"
+@pytest.mark.parametrize("destination", ["| head -1", "> /dev/full"])
+def test_lost_output_is_no_error(destination):
+    command = f"set -o pipefail; {sys.executable} {ROOT / 'train.py'} --help {destination}"
     done = subprocess.run(["bash", "-c", command], env=ONE_THREAD, capture_output=True, text=True)
-    assert done.stdout.startswith("usage: train.py") and done.stderr == ""
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("usage: train.py") is (destination != "> /dev/full")
 
 
 # --------------------------------------------------------------------------------------------------
 # Several processes
 
 
-SCRIPT = f"""  # train.py, with a check at its end
-import gc, sys
+SCRIPT = f"""  # train.py, with a check at its end, in a folder that the other process does not see
+import gc, os, sys
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -843,6 +902,8 @@ def fit(training, *rest, fit=train.fit):
     return fit(training, *rest)
 
 dist.destroy_process_group, train.fit = destroy, fit
+os.makedirs(os.environ["RANK"], exist_ok=True)
+os.chdir(os.environ["RANK"])
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -851,7 +912,7 @@ def test_two_processes_equal_one_even_if_one_is_killed(tiny, tmp_path):
     settings = "--batch 16 --mixup 0.2 --cutmix 1.0 --lr 1e-3 --accumulate"
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--max-restarts=1", "script.py", *arguments(tiny, tmp_path / "two", f"{settings} 2")]
+    command += ["--max-restarts=1", "script.py", *arguments(tiny, Path("run"), f"{settings} 2")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, **pipes)
     if any(line.startswith("epoch 1/3") for line in process.stdout):
@@ -862,7 +923,8 @@ def test_two_processes_equal_one_even_if_one_is_killed(tiny, tmp_path):
     assert re.search(r"continuing at epoch [23]/3", rest), rest
     assert rest.count("epoch 3/3  loss") == 1 and "on 266 images" in rest
     assert train.main(arguments(tiny, tmp_path / "one", f"{settings} 4")) == 0
-    two, one = (learned(tmp_path / name) for name in ("two", "one"))
+    two, one = learned(tmp_path / "0" / "run"), learned(tmp_path / "one")
+    assert not any((tmp_path / "1").iterdir())
     for part in ("model", "ema"):  # running statistics too
         for name, value in one[part].items():
             if "num_batches" not in name:
