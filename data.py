@@ -1057,9 +1057,9 @@ class Data:
             made = (self.dataset[job] for job in jobs)
         else:
             self.jobs[:] = jobs
-            # Ctrl-C and SIGTERM often reach all processes of a job. Workers inherit this mask and leave both
-            # signals to their parent, which stops them.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            # These signals often reach all processes of a job. Workers inherit this mask and leave them to
+            # their parent, which stops them.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
             try:
                 made = iter(self.loader)
             finally:

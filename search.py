@@ -48,6 +48,9 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__":  # end without a traceback on Ctrl-C, also during the imports below
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+
 from blocks import SPACE
 from data import SMALL_SETS, Data, Plan, RunError, UsageError, cpu_count, lock_file, open_data, write_whole
 from model import MODELS, POINTS, ModelConfig, count_macs, count_parameters, create_model, keep_large_buffers
