@@ -43,6 +43,7 @@ from data import (
     RunError,
     UsageError,
     cpu_count,
+    import_function,
     list_images,
     open_data,
     read_classes,
@@ -386,12 +387,7 @@ def find_model(spec: str, pretrained: bool = False) -> tuple[str, int, Callable[
         default = (MODELS.get(name) or ModelConfig.from_json(name)).input_size
         make = partial(create_model, name)
     elif ":" in name:
-        module, _, function = name.partition(":")
-        sys.path.append(os.getcwd())
-        try:
-            make = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UsageError(f"{name}: {error}") from error
+        make = import_function(name)
     elif name in torchvision.models.list_models(torchvision.models):
         make = partial(torchvision.models.get_model, name, weights="DEFAULT" if pretrained else None)
     elif importlib.util.find_spec("timm") and (timm := importlib.import_module("timm")).is_model(name):
@@ -752,7 +748,10 @@ def accuracy(options: AccuracyOptions) -> None:
     published = dict(zip(TABLE_3_SETS, row, strict=False))
     rows, cells = [], []
     for name, path, folder, columns in sets:
-        found = evaluate(model, folder, "val", amp_dtype(options.amp, device), columns=columns)
+        try:
+            found = evaluate(model, folder, "val", amp_dtype(options.amp, device), columns=columns)
+        except RunError as error:
+            raise RunError(f"{options.model} on {name}: {error}") from None
         folder.close()
         theirs = published.get(name.lower())
         rows.append({"set": name, "folder": path, "classes": len(columns), **found, "paper_top1": theirs})

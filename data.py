@@ -82,6 +82,8 @@ def import_function(spec: str) -> Callable:
     Raises UsageError if there is no such module or function; errors inside the module pass through.
     """
     module, _, name = spec.partition(":")
+    if not (module and name):
+        raise UsageError(f"{spec}: write MODULE:FUNCTION")
     sys.path += [os.getcwd()] if os.getcwd() not in sys.path else []
     try:
         found = importlib.import_module(module)

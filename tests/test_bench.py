@@ -150,7 +150,7 @@ def test_models_are_found_by_name_and_size(tmp_path, monkeypatch):
         ("resnext", "unknown model 'resnext'.*convnext_tiny"),
         ("mine:huge", "huge"),
         ("yours:tiny", "yours"),
-        (":tiny", "Empty module name"),
+        (":tiny", "MODULE:FUNCTION"),
     ):
         with pytest.raises(bench.UsageError, match=message):
             bench.find_model(spec)
@@ -372,6 +372,10 @@ def flat():
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 24 * 24, 2))
     network.transform = data.EvalTransform(24, 1.0, "bilinear")
     return network
+def nan():
+    network = flat()
+    torch.nn.init.constant_(network[1].bias, torch.nan)
+    return network
 def broken(): raise OSError("no weights here")
 """
 
@@ -383,6 +387,8 @@ def test_accuracy_of_models_that_are_no_checkpoints(folder, tmp_path, monkeypatc
     assert run("accuracy", "own:flat", folder, *ACCURACY) == 0
     record = read_json(Path("runs/bench/accuracy-own-flat.json"))
     assert (record["transform"]["size"], record["rows"][0]["count"]) == (24, 7)
+    assert run("accuracy", "own:nan", f"noise={folder}", *ACCURACY) == 1
+    assert "own:nan on noise: the outputs for 7 of 7 images" in capsys.readouterr().err
     with pytest.raises(OSError, match="no weights here"):  # the user's own error
         run("accuracy", "own:broken", folder, *ACCURACY)
     network = torchvision.models.squeezenet1_1(num_classes=1000)
