@@ -5,12 +5,12 @@ paper's nine design choices, a `Design` holds one value of each, and `model.py` 
 activation, norm, pooling or residual block, add an entry to `ACTIVATIONS`, `NORMS`, `POOLINGS` or `BLOCKS`;
 to add a kernel size, add it to `KERNELS`. Models, training, search and benchmarks pick it up.
 
-At the bottom of the import chain, this file also holds what all scripts share: `UsageError`, `RunError` and
-`write_whole`. `blocks.py` and `model.py` need no other file and no package but PyTorch.
-
 The separable convolutions of a block are numbered 1, 2, 3 (down-sampling blocks have two). Those in
 `activation_positions` are preceded by an activation, those in `norm_positions` followed by a norm (paper,
 section 3.2, "Fewer Activations and Normalizations").
+
+All scripts import this file, so it ends with what they share: `UsageError`, `RunError` and `write_whole`.
+`blocks.py` and `model.py` need no other file and no package but PyTorch.
 """
 
 from __future__ import annotations
@@ -31,37 +31,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
-
-
-class UsageError(ValueError):
-    """A user error, described in one sentence. Scripts exit with status 2."""
-
-
-class RunError(Exception):
-    """A failure during a run, described in one sentence. Scripts exit with status 1."""
-
-
-def write_whole(path: str | Path, content: bytes | memoryview | str, previous: Path | None = None) -> None:
-    """Write a file atomically, keeping its former content as `previous` if given. Raises RunError."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror}; files saved before are intact: remove the cause and "
-            "repeat the command"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
 
 KERNELS = (3, 5, 7, 9)  # odd
 MIXED_KERNELS = (3, 5, 7, 9)  # one for each group of channels of a "mixed" convolution
@@ -262,7 +231,7 @@ class Design:
     stem: str = "patchify"  # "conv" (Xception's two convolutions) or "patchify"
     kernel: int | str = 5  # of the separable convolutions in the blocks: one of KERNELS or "mixed"
     pooling: str = "blur"  # of the down-sampling blocks
-    block: str = "bottleneck"  # of the middle flow
+    block: str = "bottleneck"  # of the middle flow: one of BLOCKS
     se: bool = True  # squeeze-and-excitation at the end of each block
     activation: str = "gelu"
     activation_positions: tuple[int, ...] = (2,)  # convolutions (of 1, 2, 3) preceded by an activation
@@ -395,8 +364,7 @@ class MiddleBlock(nn.Module):
     """Block of the middle flow: three separable convolutions, SE and stochastic depth, added to the input
     (paper, Figure 1). Keeps the resolution.
 
-    Convolution 1 widens to `expansion` × `channels`, convolution 2 returns to `channels`. With an expansion
-    of 1, this is Xception's block.
+    Convolution 1 widens to `expansion` × `channels`, convolution 2 returns to `channels`.
     """
 
     def __init__(self, channels: int, expansion: int, design: Design, drop_path: float):
@@ -423,7 +391,8 @@ class MiddleBlock(nn.Module):
 
 
 # Residual blocks of the middle flow, which keep the shape (B, C, H, W): functions of the number of channels,
-# the expansion, the design and the rate of stochastic depth.
+# the expansion, the design and the rate of stochastic depth. Xception's block is a bottleneck that does not
+# widen.
 BLOCKS: dict[str, Callable[[int, int, Design, float], nn.Module]] = {
     "xception": lambda channels, expansion, design, drop_path: MiddleBlock(channels, 1, design, drop_path),
     "bottleneck": MiddleBlock,
@@ -455,3 +424,36 @@ SPACE: dict[str, Collection] = {
     "norm": NORMS,
     "norm_positions": POSITIONS,
 }
+
+
+# Shared by all scripts
+
+
+class UsageError(ValueError):
+    """A user error, described in one sentence. Scripts exit with status 2."""
+
+
+class RunError(Exception):
+    """A failure during a run, described in one sentence. Scripts exit with status 1."""
+
+
+def write_whole(path: str | Path, content: bytes | memoryview | str, previous: Path | None = None) -> None:
+    """Write a file atomically, keeping its former content as `previous` if given. Raises RunError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; files saved before are intact: remove the cause and "
+            "repeat the command"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

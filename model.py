@@ -27,7 +27,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blocks import (
     BLOCKS,
@@ -50,9 +49,6 @@ from blocks import (
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-if TYPE_CHECKING:
-    from data import EvalTransform  # needs NumPy and Pillow, so it is imported where a network needs it
 
 
 @dataclass(frozen=True)
@@ -91,12 +87,11 @@ class ModelConfig(Design):
         least = {"stem_width": width, "widths": width, "depths": 0, "exit_widths": 1, "expansion": 1}
         least |= {"in_channels": 1, "num_classes": 0, "input_size": 1}
         for name, low in least.items():
-            value = getattr(self, name)
-            numbers = value if isinstance(value, tuple) else (value,)
-            right = type(value) is type(getattr(ModelConfig, name)) and all(type(n) is int for n in numbers)
-            if not right or min(numbers, default=low) < low:
-                kind = "a whole number" if isinstance(getattr(ModelConfig, name), int) else "whole numbers"
-                raise UsageError(f"{name}: {value!r} should be {kind} of at least {low}")
+            value, kind = getattr(self, name), type(getattr(ModelConfig, name))
+            numbers = value if kind is tuple else (value,)
+            if type(value) is not kind or any(type(n) is not int or n < low for n in numbers):
+                needed = "a tuple of whole numbers" if kind is tuple else "a whole number"
+                raise UsageError(f"{name}: {value!r} is not {needed} of at least {low}")
         isotropic, stages = self.layout == "isotropic", max(1, len(self.widths))
         counts = (stages, 1, 3) if isotropic else (stages, stages, 0)
         for name, count in zip(("widths", "depths", "exit_widths"), counts, strict=True):
@@ -193,19 +188,14 @@ class NEXcepTion(nn.Module):
 
     Maps normalized float images (B, in_channels, H, W), at least `config.least_size` pixels per side, to
     logits (B, num_classes), or to features (B, num_features) if num_classes is 0. `feature_info` describes
-    the `feature_maps` as in timm. `classes` (names of the outputs) and `transform` (for evaluation, or its
-    dictionary) are kept for the user.
+    the `feature_maps` as in timm. `classes` (the names of the outputs) and `transform` (an `EvalTransform` or
+    its dictionary) are kept for the user.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig | dict,
-        classes: list[str] | None = None,
-        transform: EvalTransform | dict | None = None,
-    ):
+    def __init__(self, config: ModelConfig | dict, classes: list[str] | None = None, transform=None):
         super().__init__()
         if isinstance(transform, dict):
-            from data import EvalTransform
+            from data import EvalTransform  # needs NumPy and Pillow, so it is imported where it is used
 
             transform = EvalTransform(**transform)
         self.config = config = ModelConfig(**config) if isinstance(config, dict) else config
@@ -213,8 +203,8 @@ class NEXcepTion(nn.Module):
         isotropic, width = config.layout == "isotropic", config.stem_width
         residuals = sum(config.depths) + (len(config.widths) + 1 if isotropic else 0)  # residual blocks
         rates = [config.drop_path] * residuals  # of stochastic depth
-        if config.drop_path_spread == "linear" and residuals > 1:
-            rates = [config.drop_path * i / (residuals - 1) for i in range(residuals)]
+        if config.drop_path_spread == "linear":
+            rates = [config.drop_path * i / max(1, residuals - 1) for i in range(residuals)]
         rates = iter(rates)
 
         # Modules are built in data-flow order, which fixes the random numbers that each one draws.
@@ -483,8 +473,8 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
         print(f"{source}: {note}")
 
 
-def published_transform(config: ModelConfig) -> EvalTransform:
-    """The evaluation transform of the published weights for networks like `config`."""
+def published_transform(config: ModelConfig):
+    """The `EvalTransform` of the published weights for networks like `config`."""
     from data import EvalTransform
 
     if config.stem == "conv":  # timm's legacy_xception: 299 of 333 pixels, range [-1, 1]
@@ -644,8 +634,8 @@ def register_with_timm() -> None:
             fields.pop(key, None)
         model = create_model(name, **fields)
         size, channels = model.config.input_size, model.config.in_channels
-        config = vars(published_transform(model.config))  # crop_pct, interpolation, mean, std
-        config |= {"architecture": name, "input_size": (channels, size, size), "classifier": "head.fc"}
+        config = {"architecture": name, "input_size": (channels, size, size), "classifier": "head.fc"}
+        config |= asdict(published_transform(model.config))  # crop_pct, interpolation, mean, std
         if features_only:
             indices = indices or tuple(range(len(model.feature_info)))
             model = timm.models.FeatureListNet(model, indices, flatten_sequential=True)
@@ -657,16 +647,6 @@ def register_with_timm() -> None:
         entry.__name__, entry.__module__ = name, __name__
         timm.models.register_model(entry)
     globals().pop("__all__", None)  # set by timm, to names that `from model import *` would not find
-
-
-def print_table() -> None:
-    """Print the named models, one line each."""
-    print(f"{'model':20} {'parameters':>12} {'MACs':>9} {'input':>6}")
-    for name, config in MODELS.items():
-        with torch.device("meta"):
-            model = NEXcepTion(config)
-        macs = f"{count_macs(model) / 1e9:.3f} G"
-        print(f"{name:20} {count_parameters(model):12,} {macs:>9} {config.input_size:6}")
 
 
 def classify(checkpoint: str, photos: list[str], classes: str | None = None) -> None:
@@ -709,7 +689,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.checkpoint is None:
-            print_table()
+            print(f"{'model':20} {'parameters':>12} {'MACs':>9} {'input':>6}")
+            for name, config in MODELS.items():
+                with torch.device("meta"):
+                    model = NEXcepTion(config)
+                macs = f"{count_macs(model) / 1e9:.3f} G"
+                print(f"{name:20} {count_parameters(model):12,} {macs:>9} {config.input_size:6}")
         elif not args.photos:
             raise UsageError(f"name the photographs to classify after {args.checkpoint}")
         else:
