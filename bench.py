@@ -64,6 +64,7 @@ from model import (
     weights_of,
 )
 from train import (
+    AMP,
     Lamb,
     amp_dtype,
     bce_loss,
@@ -401,9 +402,6 @@ def find_model(spec: str, pretrained: bool = False) -> tuple[str, int, Callable[
 
 # --------------------------------------------------------------------------------------------------
 # speed: Table 1's throughput
-
-
-AMP = ("auto", "bf16", "fp16", "off")
 
 
 def precision_of(amp: str, device: torch.device) -> str:

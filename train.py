@@ -491,6 +491,9 @@ RECIPES = {
 }  # fmt: skip
 
 
+AMP = ("auto", "bf16", "fp16", "off")  # values of --amp
+
+
 @dataclass
 class Options:
     """Train or evaluate a network. Omitted options are taken from the recipe (see below)."""
@@ -529,8 +532,7 @@ class Options:
     exif: bool | None = option(None, "rotate photographs by their EXIF orientation")
     min_scale: float | None = option(None, "smallest area fraction of a random crop", above=0, most=1)
 
-    amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs",
-                      choices=("auto", "bf16", "fp16", "off"))  # fmt: skip
+    amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs", choices=AMP)
     compile: bool = option(False, "torch.compile the network")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     workers: int | None = option(None, "data-loading processes (default: one per core)", 0)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import bench
+import train
 
 import numpy as np
 import pytest
@@ -92,3 +96,42 @@ def test_gpu_page_judges_what_it_finds(tmp_path):
         "TP 1.27 × ConvNeXt-T, eager": "holds",
         "the same in training": "**fails**",
     }
+
+
+def parse_command(command: str) -> None:
+    """Parse the command of a result as its script does; raises UsageError."""
+    import search
+
+    words = shlex.split(command)
+    script, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+    if script == "bench.py":
+        train.parse(bench.COMMANDS[arguments[0]][1], arguments[1:], script)
+    elif script == "search.py" and arguments and arguments[0] in search.COMMANDS:
+        assert (ROOT / arguments[1]).is_dir()
+    elif script in ("train.py", "search.py"):
+        train.parse((train if script == "train.py" else search).Options, arguments, script)
+    elif hasattr(module := importlib.import_module(script), "Options"):
+        train.parse(module.Options, arguments, script)
+
+
+def test_readme_names_every_result_and_a_command_that_parses():
+    """Of all tables whose first column is called `files`; their second column may be called `command`."""
+    blocks = re.split(r"\n\s*\n", (ROOT / "results" / "README.md").read_text())
+    tables = [block.splitlines() for block in blocks if re.match(r"\| *files *\|", block)]
+    named = set()
+    for head, _, *lines in tables:
+        for line in lines:
+            files, second = (re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:3])
+            for name in files:
+                found = list((ROOT / "results").glob(name))
+                assert found, f"results/{name} does not exist"
+                named.update(found)
+            for command in second if "command" in head.split("|")[2] else ():
+                if command.startswith("python "):
+                    parse_command(command)
+    kept = itertools.chain(
+        *((ROOT / "results").glob(f"*{end}") for end in (".png", ".svg", ".json", ".md", ".csv"))
+    )
+    folders = {path for path in (ROOT / "results").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    missing = {*kept, *folders} - named - {ROOT / "results" / name for name in ("README.md", "LOG.md")}
+    assert not missing, "README.md does not say how these were made"
