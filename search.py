@@ -1340,7 +1340,7 @@ def draw_importance(found: dict, path: Path) -> None:
     last = found[max(found)]
     names = sorted(last["local"], key=last["local"].get)
     figure, axes = subplots(len(IMPORTANCES), 12, 0.55 * len(names) + 1.8, sharey=True)
-    thickness, colours = 0.8 / len(found), shades(found)
+    thickness, colours, beyond = 0.8 / len(found), shades(found), "goes on beyond the axis"
     for axis, (kind, (title, label)) in zip(axes, IMPORTANCES.items(), strict=True):
         largest = max(cell[0] for result in found.values() for cell in result[kind].values())
         low, high = (-0.5, min(max(1.1, 1.1 * largest), 3)) if kind == "improvement" else (0, 1)
@@ -1351,16 +1351,15 @@ def draw_importance(found: dict, path: Path) -> None:
             axis.barh(places, values, thickness, color=colours[budget], label=bars)
             axis.hlines(places, lows, highs, color="black", linewidth=0.8, label="90% interval")
             axis.plot(noise, places, "|", color="crimson", markersize=24 * thickness, label="noise level")
-            for end, marker, cut in ((low, "<", lows < low), (high, ">", highs > high)):
-                ends = np.full(len(places), end)[cut]
-                axis.plot(ends, places[cut], marker, color="black", clip_on=False, in_layout=False)
+            for end, marker, cut in ((low, "<", places[lows < low]), (high, ">", places[highs > high])):
+                if len(cut):
+                    axis.plot([end] * len(cut), cut, marker, color="black", clip_on=False, label=beyond)
             for place, value in zip(places[values > high], values[values > high], strict=True):
                 axis.text(high, place, f"{value:.1f}   ", color="white", ha="right", va="bottom")
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlim=(low, high), xlabel=label, title=title)
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes[0].plot([], [], ">", color="black", label="goes on beyond the axis")
-    finish(figure, axes[0], 3 + len(found), path)
+    finish(figure, axes[-1], 3 + len(found), path)
 
 
 def paper_rows(rows: list[dict]) -> list[tuple[str, str, dict]]:
