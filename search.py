@@ -33,16 +33,16 @@ import os
 import pkgutil
 import random
 import re
+import shlex
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import warnings
 import zlib
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, TimeoutError, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -74,11 +74,7 @@ from train import (
 import numpy as np
 import psutil
 import torch
-from ConfigSpace import CategoricalHyperparameter, Configuration, ConfigurationSpace
-from distributed import Client, KilledWorker
 from pebble import ProcessExpired, ProcessPool
-from scipy.stats import spearmanr, ttest_ind
-from sklearn.ensemble import RandomForestRegressor
 
 ETA = 3  # Hyperband promotes the best third of a stage to three times the epochs
 FAILURES_THAT_STOP = 5  # a search stops if its first trials all fail
@@ -87,8 +83,7 @@ RANDOM_START = 8  # random configurations before the first forest is fitted
 TREES, FEW_TREES = 100, 10  # per forest: for the importances; for their intervals and noise levels
 RESAMPLES, SHUFFLES = 100, 10  # bootstrap samples for the intervals; shuffles per choice for the noise levels
 REPEATS = 3  # training runs of each network in the final comparison
-START_LIMIT = 300  # seconds for the imports of a trial process
-OUT_OF_MEMORY = 251  # exit status of a trial process that exceeds its memory limit
+OUT_OF_MEMORY = 251  # exit status of a trial process that runs out of memory
 
 HOLLOW = {"color": "black", "fillstyle": "none"}  # of the markers for the choices of the paper
 # objective -> cost of a trial's results (smaller is better), value of a cost, format of a value, axis label
@@ -140,8 +135,13 @@ def network_config(config: dict, base: str) -> ModelConfig:
     return replace(MODELS[base], **decode(config))
 
 
-def configspace(space: dict | None = None, seed: int = 0) -> ConfigurationSpace:
-    """Return a space for SMAC (default: `SPACE`, 61,440 configurations)."""
+def configspace(space: dict | None = None, seed: int = 0):
+    """Return a ConfigurationSpace for SMAC (default: `SPACE`, 61,440 configurations)."""
+    from ConfigSpace import (
+        CategoricalHyperparameter,
+        ConfigurationSpace,
+    )  # takes as long as PyTorch to import
+
     values = (space or current_space()).items()
     result = ConfigurationSpace(name="nexception", seed=seed)
     result.add([CategoricalHyperparameter(name, list(names)) for name, names in values])
@@ -156,497 +156,6 @@ def short(config: dict) -> str:
     se = "SE" if c["se"] == "yes" else "--"
     shape = f"{c['stem']} {c['kernel']} {c['pooling']} {c['block']} {se}"
     return f"{shape} {c['activation']}@{c['activation_positions']} {c['norm']}@{c['norm_positions']}"
-
-
-# --------------------------------------------------------------------------------------------------
-# Options
-
-# data -> macro-architecture, lowest and highest budget (epochs), wall time, time limit of a trial, batch. On
-# clutter, a network has hardly left chance after three epochs: one budget (README.md).
-PAPER = ("nexception_reduced", 5, 45, "3d", "2h", 64)
-DEFAULTS = {
-    "clutter": ("nexception_pico", 9, 9, "5m", "2m", 32),
-    "digits": ("nexception_nano", 1, 9, "7m", "2m", 64),
-    "cifar10": PAPER,
-    "cifar100": PAPER,
-}
-
-
-def defaults(data: str) -> tuple:
-    """Return the entry of `DEFAULTS` for a data set; other small sets use that of digits."""
-    return DEFAULTS.get(data, DEFAULTS["digits"] if data in SMALL_SETS else PAPER)
-
-
-SIZES = [name.removeprefix("nexception_") for name in MODELS if name.startswith("nexception_")]
-
-
-# fmt: off
-@dataclass
-class Options:
-    """Search for the best network of the design space. Repeat the command to continue a search."""
-
-    data: str = option("clutter", f"{', '.join(SMALL_SETS)}, an image folder with train/ and val/, "
-                      "or MODULE:FUNCTION (see `data.open_data`)")
-    root: str = option("data", "folder of the CIFAR files")
-    model: str = option("", "macro-architecture (default: clutter nexception_pico, digits nexception_nano, "
-                        "CIFAR and image folders nexception_reduced)", choices=tuple(MODELS))
-    out: str = option("", "run folder (default: runs/search-DATA)")
-    trials: int = option(0, "stop after this many trials in total (default: no limit)", 0)
-    walltime: str = option("", "stop after this time in total: 90s, 10m (default without --trials: 5m to 3d)")
-    sampler: str = option("smac", "Hyperband with a random forest, Hyperband alone, or random search at the "
-                          "highest budget", choices=("smac", "hyperband", "random"))
-    min_epochs: int = option(0, "lowest budget in epochs (default: clutter 9, digits 1, CIFAR, folders 5)", 0)
-    max_epochs: int = option(0, "highest budget: the lowest times a power of 3 (default: 9 or 45)", 0)
-    objectives: str = option("accuracy", "several give a Pareto front: accuracy,throughput,macs,parameters")
-    points: bool = option(True, "begin with NEXcepTion's and Xception's choices, at the highest budget")
-    batch: int = option(0, "images per training batch (default: 32 for clutter, else 64)", 0)
-    workers: int = option(0, "concurrent trials (default: CPU cores up to 4; GPUs: --workers-per-gpu)", 0)
-    workers_per_gpu: int = option(1, "concurrent trials per GPU", 1)
-    scheduler: str = option("", "address of a Dask cluster that runs the trials, tcp://host:8786")
-    time_limit: str = option("", "time limit of a trial (default: 2m to 2h)")
-    memory_limit: float = option(0.0, "memory limit of a trial in GB (default: 0.9 RAM / workers)", 0)
-    compile: bool = option(False, "torch.compile the network of each trial; pays off in long trials on GPUs")
-    device: str = option("auto", "auto (all GPUs, else the CPU), cpu, cuda, cuda:1, ...")
-    grow: str = option("", "NEXcepTion size in which to write the best network", choices=("", *SIZES))
-    seed: int = option(0, "seed of the sampler, from which the trials' seeds are derived", 0, 2**32 - 1)
-    # fmt: on
-
-    def resolved(self) -> Options:
-        """Fill in the defaults that depend on the data. Raises UsageError for contradictions."""
-        o = replace(self)
-        model, lowest, highest, walltime, time_limit, batch = defaults(o.data)
-        o.model, o.batch, o.time_limit = o.model or model, o.batch or batch, o.time_limit or time_limit
-        o.out = o.out or f"runs/search-{Path(o.data).resolve().name}"
-        if not o.trials and not o.walltime:
-            o.walltime = walltime
-        o.max_epochs = o.max_epochs or (9 * o.min_epochs if o.min_epochs else highest)
-        o.min_epochs = o.min_epochs or lowest
-        names = o.objectives.split(",")
-        if names[0] != "accuracy" or len(set(names)) < len(names) or set(names) - set(OBJECTIVES):
-            known = ", ".join(name for name in OBJECTIVES if name != "accuracy")
-            raise UsageError(f"--objectives {o.objectives}: give accuracy first, then any of {known}")
-        if o.batch == 1:
-            raise UsageError("--batch 1: batch norm, one of the choices, needs at least 2 images")
-        return o
-
-
-def seconds(text: str, name: str) -> float:
-    """Parse `90s`, `10m`, `12h`, `3d` or plain seconds; an empty text means no limit."""
-    if not text:
-        return math.inf
-    found = re.fullmatch(r"(\d*\.?\d+)([smhd]?)", text)
-    if not found or not float(found[1]):
-        raise UsageError(f"{name} {text}: write a time as 90s, 10m, 12h or 3d")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-
-
-def clock(span: float) -> str:
-    """Format seconds: 4.2 s, 3:20, 2:03:20."""
-    return f"{span:.1f} s" if span < 60 else str(timedelta(seconds=round(span))).lstrip("0:")
-
-
-def epochs_text(budget: float) -> str:
-    """Format a budget: 1 epoch, 9 epochs."""
-    return f"{budget:g} epoch{'s' * (budget != 1)}"
-
-
-def check_budgets(lowest: int, highest: int) -> list[int]:
-    """Return the budgets from lowest to highest by factors of 3. Raises UsageError if they do not fit."""
-    budgets = [lowest]
-    while budgets[-1] * ETA <= highest:
-        budgets.append(budgets[-1] * ETA)
-    if budgets[-1] != highest:
-        raise UsageError(
-            f"--max-epochs {highest} is not --min-epochs {lowest} times a power of {ETA}; the nearest that "
-            f"fit are {budgets[-1]} and {budgets[-1] * ETA}"
-        )
-    return budgets
-
-
-def budgets_up_to(highest: int) -> list[int]:
-    """Return all budgets from which powers of 3 lead to the highest: 1, 3, 9."""
-    return [highest // ETA**k for k in range(highest) if highest % ETA**k == 0][::-1]
-
-
-def trial_devices(o: Options) -> list[tuple[str, int]]:
-    """Return (device, CPU threads) of each concurrent trial; 0 threads: PyTorch's default."""
-    if o.scheduler:
-        return [("auto", 0)] * (o.workers or 1)
-    device = str(pick_device(o.device))
-    if device.startswith("cpu"):
-        workers = o.workers or min(cpu_count(), 4)
-        return [("cpu", max(1, cpu_count() // workers))] * workers
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else [device]
-    return [(gpus[i % len(gpus)], 1) for i in range(o.workers or len(gpus) * o.workers_per_gpu)]
-
-
-# --------------------------------------------------------------------------------------------------
-# The trial
-
-open_once = functools.cache(open_data)  # keeps the data on their device for later trials of the process
-
-
-def trial_settings(changes: dict) -> dict:
-    """Return the settings of a trial (see `train_config`): the default search's, updated with `changes`."""
-    s = {"data": "clutter", "root": "data", "model": "nexception_pico", "device": "auto", "compile": False}
-    s |= {"precision": "auto", "objectives": ["accuracy"], "split": "val", "workers": None} | changes
-    return {"batch": defaults(s["data"])[-1], **s}
-
-
-def train_config(config: dict, seed: int, budget: float, settings: dict | None = None):
-    """Train the network of a configuration for `budget` epochs and evaluate it.
-
-    This is the target function of the search; any SMAC facade can use it.
-
-    Args:
-        config: a value for each choice of `SPACE`, as strings (see `encode`).
-        seed: of initial weights, data order and augmentation.
-        budget: epochs.
-        settings: changes to the default search's settings: data, root, model, batch, device, compile,
-            precision ("auto", "bf16", "fp16" or "off"), objectives, workers (data-loading processes), and
-            the split to evaluate ("val"; "test" for the final comparison, if the data have one).
-
-    Returns:
-        The cost (a list for several objectives) and a dictionary of further results.
-
-    Raises:
-        RunError: the loss is not finite.
-    """
-    s = trial_settings(settings or {})
-    epochs, device = round(budget), pick_device(s["device"])
-    if device.type == "cpu":
-        keep_large_buffers()
-    else:
-        torch.cuda.set_device(device.index or 0)  # initializes CUDA; resetting its statistics needs that
-        torch.backends.cudnn.benchmark = True
-        torch.cuda.reset_peak_memory_stats(device)
-    options = trial_options(s, epochs, seed, device)
-    how = {"size": options.size, "augment": augmentation(options), "device": device, "root": options.root}
-    how["workers"] = s["workers"]
-    data = open_once(options.data, Plan(options.batch), **how)
-    data.plan = Plan(options.batch, seed=seed)
-    begun = time.perf_counter()
-    torch.manual_seed(seed)
-    network = network_config(config, s["model"])
-    network = create_model(network, num_classes=len(data.classes), input_size=data.transform.size)
-    training = Training(network, options, Process(device=device))
-    scored = budgets_up_to(epochs)[-2:]
-    curve = fit(training, data, score_after=scored)
-    split = s["split"] if s["split"] in data.splits else "val"
-    scores = {"top1": curve[-1]["val_top1"], "loss": curve[-1]["val_loss"]}
-    if split != "val":
-        scores = evaluate(training.scored, data, split, training.amp)
-    info = {
-        "top1": scores["top1"],
-        "loss": scores["loss"],
-        "split": split,
-        "parameters": count_parameters(network),
-        "macs": count_macs(network),
-        "training_images_per_second": float(np.median([epoch["images_per_second"] for epoch in curve])),
-        "inference_images_per_second": inference_speed(network, data, training.amp, s["objectives"]),
-        "seconds": time.perf_counter() - begun,
-        # per epoch: mean training loss, validation top-1 in percent (None: not evaluated)
-        "curve": [
-            [round(epoch["train_loss"], 5), round(epoch["val_top1"], 3) if i in scored else None]
-            for i, epoch in enumerate(curve, 1)
-        ],
-        "precision": options.amp,
-        "device": f"cpu, {torch.get_num_threads()} threads",
-    }
-    if device.type == "cuda":
-        info["device"] = torch.cuda.get_device_name(device)
-        info["peak_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
-    costs = [OBJECTIVES[name][0](info) for name in s["objectives"]]
-    return costs if len(costs) > 1 else costs[0], info
-
-
-def fastest_precision(model: str, device: str) -> str:
-    """Return the fastest precision of training a model on a device: "bf16", "fp16" or "off"."""
-    device = pick_device(device)
-    if device.type == "cpu":  # with AMX, bf16 is 1.6 times as fast at the paper's width, no faster at nano's
-        narrow = model in ("nexception_nano", "nexception_pico")
-        return "bf16" if torch.cpu._is_amx_tile_supported() and not narrow else "off"
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype("auto", device), "off")
-
-
-def trial_options(settings: dict, epochs: int, seed: int, device: torch.device) -> TrainOptions:
-    """Return the recipe of `train.py` for a trial: its epochs, of which at most a quarter are warm-up."""
-    s, usual = settings, resolve(TrainOptions(data=settings["data"], model=settings["model"]))
-    precision = fastest_precision(s["model"], str(device)) if s["precision"] == "auto" else s["precision"]
-    return replace(
-        usual, epochs=epochs, warmup_epochs=min(usual.warmup_epochs, epochs // 4), cooldown_epochs=0,
-        batch=s["batch"], accumulate=1, repeats=1, seed=seed, compile=s["compile"], root=s["root"],
-        amp=precision, device=str(device),
-    )  # fmt: skip
-
-
-@torch.inference_mode()
-def inference_speed(network: torch.nn.Module, data: Data, amp: torch.dtype | None, objectives: list) -> float:
-    """Return images per second in evaluation mode: the median of ten batches after one for warm-up.
-
-    Three batches if throughput is no objective: on a CPU, ten take a sixth of the time of a short trial.
-    """
-    device = next(network.parameters()).device
-    images = data.transform.normalize(next(iter(data.eval_batches("val")))[0])
-    network.eval()
-    times = []
-    for _ in range(11 if "throughput" in objectives else 4):
-        begun = time.perf_counter()
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            network(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
-    return len(images) / float(np.median(times[1:]))
-
-
-# --------------------------------------------------------------------------------------------------
-# Trial processes
-
-_memory = {"peak": 0, "limit": math.inf}  # of a trial process, resident bytes
-
-
-def prepare_process(job: dict, log: str) -> None:
-    """Initialize a trial process, before the time of its first trial starts to count."""
-    os.setsid()  # only the search handles signals to its process group
-    file = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.unlink(log)  # the search keeps it open
-    if job["threads"]:
-        torch.set_num_threads(job["threads"])
-    threading.Thread(target=watch, daemon=True).start()
-    with contextlib.suppress(Exception):  # the trial raises the same error again and reports it
-        pkgutil.resolve_name(job["target"])
-
-
-def watch() -> None:
-    """End this process when its parent dies or when it exceeds its memory limit."""
-    parent, process = multiprocessing.parent_process(), psutil.Process()
-    while parent.is_alive():
-        _memory["peak"] = max(_memory["peak"], process.memory_info().rss)
-        if _memory["peak"] > _memory["limit"]:
-            os._exit(OUT_OF_MEMORY)
-        parent.join(0.05)
-    os._exit(1)
-
-
-def answer(job: dict) -> dict:
-    """Run a job in a trial process; return {"status", "cost" (of a success), "info"}, also for exceptions."""
-    _memory.update(peak=0, limit=job["memory_limit"])
-    try:
-        arguments = [job[name] for name in ("config", "seed", "budget", "settings") if job[name] is not None]
-        result = pkgutil.resolve_name(job["target"])(*arguments)
-        cost, info = result if isinstance(result, tuple) else (result, {})
-        costs = np.atleast_1d(cost).astype(float).tolist()
-        if not np.isfinite(costs).all():
-            raise FloatingPointError(f"diverged: the cost is {costs}")
-        json.dumps(info)  # the journal must be able to hold it
-        info = {**info, "peak_rss_mb": round(_memory["peak"] / 1e6)}
-        return {"status": "success", "cost": costs, "info": info}
-    except BaseException as error:  # including SystemExit and KeyboardInterrupt: no trial ends the search
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-        info = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-4000:]}
-        return {"status": "memoryout" if memory else "crashed", "info": info}
-    finally:
-        _memory["limit"] = math.inf
-
-
-class TrialProcess:
-    """A spawned process that runs trials one by one, in a pebble pool of its own so that it can be killed."""
-
-    def __init__(self, job: dict):
-        self.log = tempfile.NamedTemporaryFile(prefix="trial-", delete=False)  # noqa: SIM115
-        arguments, spawn = (job, self.log.name), multiprocessing.get_context("spawn")
-        self.pool = ProcessPool(1, initializer=prepare_process, initargs=arguments, context=spawn)
-        # Only the search handles Ctrl-C, also while the process starts: the process inherits the signal mask
-        # of this thread (which starting multiprocessing's resource tracker would reset).
-        multiprocessing.resource_tracker.ensure_running()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self.future = self.pool.schedule(os.getpid)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    def run(self, job: dict) -> dict:
-        """Run a trial within the job's limits of time (seconds) and memory (bytes); return its outcome."""
-        begun, ended = time.time(), True
-        try:
-            self.future.result(START_LIMIT)  # imports do not count as time of the first trial
-            begun = time.time()
-            self.future = self.pool.schedule(answer, (job,), timeout=job["time_limit"])
-            outcome, ended = self.future.result(), False
-        except TimeoutError:
-            error = f"not finished within --time-limit, {clock(job['time_limit'])}"
-            outcome = {"status": "timeout", "info": {"error": error}}
-        except (ProcessExpired, BrokenProcessPool) as end:
-            code, status = getattr(end, "exitcode", None), "memoryout"
-            if code == OUT_OF_MEMORY:
-                error = f"above --memory-limit, {job['memory_limit'] / 1e9:.2f} GB"
-            elif code == -signal.SIGKILL:  # as sent by Linux when memory runs out
-                error = "killed by the system, most likely out of memory"
-            else:
-                status, error = "crashed", f"the trial process died with status {code}"
-            self.log.seek(0)
-            tail = self.log.read()[-2000:].decode(errors="replace")
-            outcome = {"status": status, "info": {"error": error, "traceback": tail}}
-        if ended or outcome["status"] == "memoryout" or "CUDA" in outcome["info"].get("error", ""):
-            self.close()  # dead, or the next trial might fail with the same error
-        return {**outcome, "start": begun, "end": time.time()}
-
-    def close(self) -> None:
-        """Kill the process; a `run` that waits for it raises CancelledError."""
-        self.future.cancel()
-        self.pool.stop()
-        self.pool.join()
-
-
-_idle: dict[tuple, list[TrialProcess]] = {}  # of this process, by (target, device, threads)
-_busy: set[TrialProcess] = set()
-
-
-def run_trial(job: dict) -> dict:
-    """Run a trial in a warm process and return its outcome: status, cost (of a success), info, start, end.
-
-    job: target ("module:function"), config, seed, budget, settings (None, or the target's fourth argument),
-    device and threads (0: PyTorch's default), time_limit (seconds), memory_limit (bytes).
-    """
-    # Dask's nanny starts its workers as daemons, which multiprocessing does not allow to have children.
-    multiprocessing.current_process().daemon = False
-    idle = _idle.setdefault((job["target"], job["device"], job["threads"]), [])
-    while idle:
-        process = idle.pop()
-        if process.pool.active:  # False if the system has killed the process since
-            break
-    else:
-        process = TrialProcess(job)
-    _busy.add(process)
-    try:
-        outcome = process.run(job)
-    finally:
-        _busy.discard(process)
-    if process.pool.active:
-        idle.append(process)
-    return outcome
-
-
-def close_trial_processes() -> None:
-    """Kill all trial processes of this process."""
-    for process in [*_busy, *itertools.chain(*_idle.values())]:
-        process.close()
-    _idle.clear()
-
-
-# Runs before multiprocessing waits for its children; in Dask's workers, atexit functions run too late.
-multiprocessing.util.Finalize(None, close_trial_processes, exitpriority=100)
-
-# --------------------------------------------------------------------------------------------------
-# The run folder
-
-
-def parse_rows(content: bytes) -> list[dict]:
-    """Parse the rows of a journal, except for a last line that a kill left incomplete."""
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
-
-
-def read_json(path: Path) -> dict:
-    """Return the JSON object of a file, an empty one if the file is missing or broken."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-class Journal:
-    """The finished trials, one JSON object per line, written to disk before the sampler is told.
-
-    A row: config, seed (of the training), budget (epochs), status ("success", "crashed", "timeout",
-    "memoryout"), cost (a list, one value per objective, smaller is better; finite for failures too), start
-    and end (seconds since 1970), elapsed (seconds of search so far), origin (see `Trial`), info (the trial's
-    results). Raises UsageError if another search holds the folder.
-    """
-
-    def __init__(self, path: Path):
-        self.file = open(path, "a+b")  # noqa: SIM115 (open as long as the search)
-        if not lock_file(self.file):
-            raise UsageError(f"another search is running in {path.parent}: wait, or give another --out")
-        self.file.seek(0)
-        content = self.file.read()
-        self.rows = parse_rows(content)
-        self.file.truncate(content.rfind(b"\n") + 1)
-
-    def append(self, row: dict) -> None:
-        self.file.write(json.dumps(row).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.rows.append(row)
-
-
-def rows_of(folder: Path) -> list[dict]:
-    """Return the finished trials of a run folder, also while its search is running."""
-    path = folder / "trials.jsonl"
-    return parse_rows(path.read_bytes()) if path.exists() else []
-
-
-def settings_of(folder: Path) -> dict:
-    """Return the settings of a run folder. Raises UsageError if it has none."""
-    found = read_json(folder / "search.json")
-    if not found:
-        raise UsageError(f"{folder} is not the folder of a search: it has no readable search.json")
-    return found
-
-
-def best_rows(rows: list[dict], budget: float) -> list[dict]:
-    """Return the Pareto front at a budget, best top-1 first; with one objective, the incumbent alone."""
-    front: list[dict] = []
-    for row in sorted(successes(rows, budget), key=lambda row: row["cost"]):
-        if not any(np.less_equal(other["cost"], row["cost"]).all() for other in front):
-            front.append(row)
-    return front
-
-
-def successes(rows: list[dict], budget: float) -> list[dict]:
-    """Return the successful trials at a budget."""
-    return [row for row in rows if row["status"] == "success" and round(row["budget"]) == round(budget)]
-
-
-def top1(row: dict) -> float:
-    """Return the validation top-1 of a successful trial, in percent."""
-    return 100 - 100 * row["cost"][0]
-
-
-def value_text(objective: str, cost: float) -> str:
-    """Format the value of a cost: 98.15%, 2,310 images/s, 12.3 MMACs, 0.410 M parameters."""
-    _, value, text, _ = OBJECTIVES[objective]
-    return text.format(value(cost))
-
-
-def result_text(costs: list[float], objectives: list[str]) -> str:
-    """Format the values of all costs: 98.15%  2,310 images/s."""
-    return "  ".join(map(value_text, objectives, costs))
-
-
-def incumbent_text(rows: list[dict], settings: dict) -> str:
-    """Format the incumbent, or the Pareto front of several objectives, one network per line."""
-    found = best_rows(rows, settings["budgets"][-1])
-    texts = [f"{short(row['config'])}  {result_text(row['cost'], settings['objectives'])}" for row in found]
-    return "\n".join(f"incumbent: {text}" for text in texts) or "no incumbent yet at the highest budget"
-
-
-def write_csv(folder: Path, rows: list[dict], settings: dict) -> None:
-    """Write trials.csv, one row per trial."""
-    space = settings["space"]
-    names = ("top1", "loss", "parameters", "macs", "training_images_per_second", "amp", "error")
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow([*space, "budget", "seed", "status", "seconds", "elapsed", *names])
-    for row in rows:
-        times = [round(row["end"] - row["start"], 3), round(row["elapsed"], 3)]
-        results = [row["info"].get(name, "") for name in names]
-        config = [row["config"][name] for name in space]
-        table.writerow([*config, row["budget"], row["seed"], row["status"], *times, *results])
-    write_whole(folder / "trials.csv", text.getvalue())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -703,6 +212,7 @@ class Smac:
     """
 
     def __init__(self, folder: Path, settings: dict):
+        from ConfigSpace import Configuration
         from smac import Scenario
         from smac.initial_design import RandomInitialDesign
         from smac.main.config_selector import ConfigSelector
@@ -759,7 +269,8 @@ class Smac:
     def ask(self) -> Trial | None:
         from smac.main.exceptions import ConfigurationSpaceExhaustedException
 
-        if self.stages == 1 and len(self.smac.runhistory.get_configs()) == self.space.estimate_size():
+        known = {tuple(config.get_array()) for config in self.smac.runhistory.get_configs()}
+        if self.stages == 1 and len(known) == self.space.estimate_size():
             return None
         for _ in range(2):  # an iterator that finds no new configuration ends, with promotions still due
             with contextlib.suppress(ConfigurationSpaceExhaustedException):
@@ -776,6 +287,7 @@ class Smac:
         return None
 
     def tell(self, trial: Trial, row: dict) -> None:
+        from ConfigSpace import Configuration
         from smac.runhistory import StatusType, TrialInfo, TrialValue
 
         info = self.asked.pop(str(trial), None)
@@ -829,7 +341,585 @@ def exact_hyperband(scenario):
 SAMPLERS = {"smac": Smac, "hyperband": PlainHyperband, "random": RandomSearch}
 
 # --------------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a search of a data set uses unless options say otherwise."""
+
+    model: str  # macro-architecture
+    min_epochs: int  # lowest budget
+    max_epochs: int  # highest budget
+    walltime: str
+    time_limit: str  # of a trial
+    batch: int
+
+
+# On clutter, a network has hardly left chance after three epochs: one budget (README.md).
+PAPERS = Defaults("nexception_reduced", 5, 45, "3d", "2h", 64)
+DEFAULTS = {
+    "clutter": Defaults("nexception_pico", 9, 9, "5m", "2m", 32),
+    "digits": Defaults("nexception_nano", 1, 9, "7m", "2m", 64),
+    "cifar10": PAPERS,
+    "cifar100": PAPERS,
+}
+
+
+def defaults(data: str) -> Defaults:
+    """Return the defaults of a data set: other small sets use those of digits, others the paper's."""
+    return DEFAULTS.get(data, DEFAULTS["digits"] if data in SMALL_SETS else PAPERS)
+
+
+SIZES = [name.removeprefix("nexception_") for name in MODELS if name.startswith("nexception_")]
+
+
+# fmt: off
+@dataclass
+class Options:
+    """Search for the best network of the design space. Repeat the command to continue a search."""
+
+    data: str = option("clutter", f"{', '.join(SMALL_SETS)}, an image folder with train/ and val/, or "
+                       "MODULE:FUNCTION, which returns a source of images (see data.py)")
+    root: str = option("data", "folder of the CIFAR files")
+    model: str | None = option(None, "macro-architecture (default: clutter nexception_pico, digits "
+                               "nexception_nano, others nexception_reduced)", choices=tuple(MODELS))
+    out: str | None = option(None, "run folder (default: runs/search-DATA)")
+    trials: int | None = option(None, "stop after this many trials in total (default: no limit)", 1)
+    walltime: str | None = option(None, "stop after this time in total: 90s, 10m (default without --trials: "
+                                  "5m to 3d)")
+    sampler: str = option("smac", "SMAC's random forest, Hyperband without it, or random search at the "
+                          "highest budget", choices=tuple(SAMPLERS))
+    min_epochs: int | None = option(None, "lowest budget in epochs (default: clutter 9, digits 1, others 5)",
+                                    1)
+    max_epochs: int | None = option(None, "highest budget: the lowest times a power of 3 (default: 9 or 45)",
+                                    1)
+    objectives: str = option("accuracy", "several give a Pareto front: accuracy,throughput,macs,parameters")
+    points: bool = option(True, "begin with NEXcepTion's and Xception's choices, at the highest budget")
+    batch: int | None = option(None, "images per training batch; batch norm, one of the choices, needs 2 "
+                               "(default: 32 for clutter, else 64)", 2)
+    workers: int | None = option(None, "concurrent trials (default: CPU cores up to 4; GPUs: "
+                                 "--workers-per-gpu)", 1)
+    workers_per_gpu: int = option(1, "concurrent trials per GPU", 1)
+    scheduler: str | None = option(None, "address of a Dask cluster that runs the trials, tcp://host:8786")
+    time_limit: str | None = option(None, "time limit of a trial (default: 2m to 2h)")
+    memory_limit: float | None = option(None, "memory limit of a trial in GB, its loader processes included "
+                                        "(default: 0.9 RAM / workers)", above=0)
+    compile: bool = option(False, "torch.compile the network of each trial; pays off in long trials on GPUs")
+    device: str = option("auto", "auto (all GPUs, else the CPU), cpu, cuda, cuda:1, ...")
+    grow: str | None = option(None, "NEXcepTion size in which to write the best network",
+                              choices=tuple(SIZES))
+    seed: int = option(0, "seed of the sampler, from which the trials' seeds are derived", 0, 2**32 - 1)
+    # fmt: on
+
+    def resolved(self) -> Options:
+        """Fill in the defaults that depend on the data. Raises UsageError for contradictions."""
+        o, usual = replace(self), defaults(self.data)
+        for name in ("model", "batch", "time_limit"):
+            if getattr(o, name) is None:
+                setattr(o, name, getattr(usual, name))
+        o.out = o.out or f"runs/search-{Path(o.data).resolve().name.replace(':', '-')}"
+        if o.trials is None and o.walltime is None:
+            o.walltime = usual.walltime
+        lowest, highest = usual.min_epochs, usual.max_epochs
+        if o.max_epochs is not None and lowest == highest:
+            lowest = o.max_epochs  # one budget, as usual
+        o.max_epochs = o.max_epochs or (highest if o.min_epochs is None else 9 * o.min_epochs)
+        o.min_epochs = o.min_epochs or lowest
+        names = o.objectives.split(",")
+        if names[0] != "accuracy" or len(set(names)) < len(names) or set(names) - set(OBJECTIVES):
+            known = ", ".join(name for name in OBJECTIVES if name != "accuracy")
+            raise UsageError(f"--objectives {o.objectives}: give accuracy first, then any of {known}")
+        return o
+
+
+def seconds(text: str | None, name: str) -> float:
+    """Parse `90s`, `10m`, `12h`, `3d` or plain seconds; None means no limit."""
+    if text is None:
+        return math.inf
+    found = re.fullmatch(r"(\d*\.?\d+)([smhd]?)", text)
+    if not found or not float(found[1]):
+        raise UsageError(f"{name} {text}: write a time as 90s, 10m, 12h or 3d")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def clock(span: float) -> str:
+    """Format seconds: 4.2 s, 3:20, 2:03:20."""
+    return f"{span:.1f} s" if span < 60 else str(timedelta(seconds=round(span))).lstrip("0:")
+
+
+def epochs_text(budget: float) -> str:
+    """Format a budget: 1 epoch, 9 epochs."""
+    return f"{budget:g} epoch{'s' * (budget != 1)}"
+
+
+def check_budgets(lowest: int, highest: int) -> list[int]:
+    """Return the budgets from lowest to highest by factors of 3. Raises UsageError if they do not fit."""
+    budgets = [lowest]
+    while budgets[-1] * ETA <= highest:
+        budgets.append(budgets[-1] * ETA)
+    if budgets[-1] != highest:
+        raise UsageError(
+            f"--max-epochs {highest} is not --min-epochs {lowest} times a power of {ETA}; the nearest that "
+            f"fit are {budgets[-1]} and {budgets[-1] * ETA}"
+        )
+    return budgets
+
+
+def budgets_up_to(highest: int) -> list[int]:
+    """Return all budgets from which powers of 3 lead to the highest: 1, 3, 9."""
+    return [highest // ETA**k for k in range(highest) if highest % ETA**k == 0][::-1]
+
+
+def trial_devices(o: Options) -> list[tuple[str, int]]:
+    """Return (device, CPU threads) of each concurrent trial; 0 threads: PyTorch's default."""
+    if o.scheduler:
+        return [("auto", 0)] * (o.workers or 1)
+    device = str(pick_device(o.device))
+    if device.startswith("cpu"):
+        workers = o.workers or min(cpu_count(), 4)
+        return [("cpu", max(1, cpu_count() // workers))] * workers
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else [device]
+    return [(gpus[i % len(gpus)], 1) for i in range(o.workers or len(gpus) * o.workers_per_gpu)]
+
+
+# --------------------------------------------------------------------------------------------------
+# The trial
+
+open_once = functools.cache(open_data)  # keeps the data on their device for later trials of the process
+
+
+def trial_settings(changes: dict) -> dict:
+    """Return the settings of a trial (see `train_config`): the default search's, updated with `changes`."""
+    data = changes.get("data", Options.data)
+    usual = {
+        "data": data, "root": Options.root, "model": defaults(data).model, "batch": defaults(data).batch,
+        "recipe": None, "device": "auto", "compile": False, "amp": "auto", "objectives": ["accuracy"],
+        "split": "val", "workers": None,
+    }  # fmt: skip
+    if unknown := changes.keys() - usual:
+        raise UsageError(f"no settings of a trial: {', '.join(unknown)}; they are {', '.join(usual)}")
+    return usual | changes
+
+
+def trial_facts(settings: dict) -> dict:
+    """Return what all trials of a search share, found where they run: amp, recipe, classes and image counts.
+
+    With one precision, accuracies of unlike machines are comparable. The recipe is the one that `train.py`
+    would choose. Raises UsageError if the data cannot be opened.
+    """
+    s = trial_settings(settings)
+    data = open_data(s["data"], Plan(s["batch"]), root=s["root"], workers=0)
+    images, classes = {split: data.count(split) for split in data.splits}, list(data.classes)
+    data.close()
+    recipe = resolve(TrainOptions(data=s["data"], model=s["model"]), images=images["train"]).recipe
+    amp = fastest_amp(s["model"], s["device"])
+    return {"amp": amp, "recipe": recipe, "classes": classes, "images": images}
+
+
+def train_config(config: dict, seed: int = 0, budget: float | None = None, settings: dict | None = None):
+    """Train the network of a configuration for `budget` epochs and evaluate it.
+
+    This is the target function of the search; any SMAC facade can use it.
+
+    Args:
+        config: a value for each choice of `SPACE`, as strings (see `encode`).
+        seed: of initial weights, data order and augmentation.
+        budget: epochs, at least one (default: the highest budget of a search).
+        settings: changes to the default search's settings: data, root, model, batch, recipe (of `train.py`;
+            None: the one that it would choose), device, compile, amp ("auto", "bf16", "fp16" or "off"),
+            objectives, workers (data-loading processes), and the split to evaluate ("val"; "test" for the
+            final comparison, if the data have one).
+
+    Returns:
+        The cost (a list for several objectives) and a dictionary of further results.
+
+    Raises:
+        RunError: the loss or the scores are not finite.
+        UsageError: a setting is unknown, or the data cannot be opened.
+    """
+    s = trial_settings(settings or {})
+    if s["amp"] == "auto" or s["recipe"] is None:
+        facts = trial_facts(s)
+        s |= {name: facts[name] for name in ("amp", "recipe") if s[name] in ("auto", None)}
+    epochs = max(1, round(budget or defaults(s["data"]).max_epochs))
+    device = pick_device(s["device"])
+    if device.type == "cpu":
+        keep_large_buffers()
+    else:
+        torch.cuda.set_device(device.index or 0)  # initializes CUDA; resetting its statistics needs that
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats(device)
+    options = trial_options(s, epochs, seed, device)
+    how = {"size": options.size, "augment": augmentation(options), "device": device, "root": options.root}
+    how["workers"] = s["workers"]
+    data = open_once(options.data, Plan(options.batch), **how)
+    data.plan = Plan(options.batch, seed=seed)
+    begun = time.perf_counter()
+    torch.manual_seed(seed)
+    network = network_config(config, s["model"])
+    network = create_model(network, num_classes=len(data.classes), input_size=data.transform.size)
+    training = Training(network, options, Process(device=device))
+    scored = budgets_up_to(epochs)[-2:]
+    curve = fit(training, data, score_after=scored)
+    split = s["split"] if s["split"] in data.splits else "val"
+    scores = {"top1": curve[-1]["val_top1"], "loss": curve[-1]["val_loss"]}
+    if split != "val":
+        scores = evaluate(training.scored, data, split, training.amp)
+    info = {
+        "top1": scores["top1"],
+        "loss": scores["loss"],
+        "split": split,
+        "parameters": count_parameters(network),
+        "macs": count_macs(network),
+        "training_images_per_second": float(np.median([epoch["images_per_second"] for epoch in curve])),
+        "inference_images_per_second": inference_speed(network, data, training.amp, s["objectives"]),
+        "seconds": time.perf_counter() - begun,
+        # per epoch: mean training loss, validation top-1 in percent (None: not evaluated)
+        "curve": [
+            [round(epoch["train_loss"], 5), round(epoch["val_top1"], 3) if i in scored else None]
+            for i, epoch in enumerate(curve, 1)
+        ],
+        "amp": options.amp,
+        "device": f"cpu, {torch.get_num_threads()} threads",
+    }
+    if device.type == "cuda":
+        info["device"] = torch.cuda.get_device_name(device)
+        info["peak_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
+    costs = [OBJECTIVES[name][0](info) for name in s["objectives"]]
+    return costs if len(costs) > 1 else costs[0], info
+
+
+def fastest_amp(model: str, device: str) -> str:
+    """Return the fastest precision of training a model on a device: "bf16", "fp16" or "off"."""
+    device = pick_device(device)
+    if device.type == "cpu":  # with AMX, bf16 is 1.6 times as fast at the paper's width, no faster at nano's
+        narrow = model in ("nexception_nano", "nexception_pico")
+        return "bf16" if torch.cpu._is_amx_tile_supported() and not narrow else "off"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype("auto", device), "off")
+
+
+def trial_options(settings: dict, epochs: int, seed: int, device: torch.device) -> TrainOptions:
+    """Return the recipe of `train.py` for a trial: its epochs, of which at most a quarter are warm-up."""
+    s = settings
+    usual = resolve(TrainOptions(data=s["data"], model=s["model"], recipe=s["recipe"]))
+    return replace(
+        usual, epochs=epochs, warmup_epochs=min(usual.warmup_epochs, epochs // 4), cooldown_epochs=0,
+        batch=s["batch"], accumulate=1, repeats=1, seed=seed, compile=s["compile"], root=s["root"],
+        amp=s["amp"], device=str(device),
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def inference_speed(network: torch.nn.Module, data: Data, amp: torch.dtype | None, objectives: list) -> float:
+    """Return images per second in evaluation mode: the median of ten batches after one for warm-up.
+
+    Three batches if throughput is no objective: on a CPU, ten take a sixth of the time of a short trial.
+    """
+    device = next(network.parameters()).device
+    images = data.transform.normalize(next(iter(data.eval_batches("val")))[0])
+    network.eval()
+    times = []
+    for _ in range(11 if "throughput" in objectives else 4):
+        begun = time.perf_counter()
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            network(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return len(images) / float(np.median(times[1:]))
+
+
+# --------------------------------------------------------------------------------------------------
+# Trial processes
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call of a target in a trial process, and its limits."""
+
+    target: str  # "module:function"
+    config: dict[str, str]
+    seed: int
+    budget: int
+    settings: dict | None  # the target's fourth argument, if not None
+    device: str
+    threads: int  # on the CPU; 0: PyTorch's default
+    time_limit: float  # seconds
+    memory_limit: float  # bytes, loader processes included
+    log: str | None  # file for what trials print; None: the output of the parent
+
+
+_memory = {"peak": 0, "limit": math.inf}  # of a trial process and its children, bytes
+_pools: dict[tuple, ProcessPool] = {}  # of this process
+
+
+def prepare_process(target: str, threads: int, log: str | None) -> None:
+    """Initialize a trial process, before the time of its first trial starts to count."""
+    os.setsid()  # only the search handles signals to its process group
+    if log is not None:
+        file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    if threads:
+        torch.set_num_threads(threads)
+    threading.Thread(target=watch, daemon=True).start()
+    with contextlib.suppress(Exception):  # the trial raises the same error again and reports it
+        pkgutil.resolve_name(target)
+
+
+def watch() -> None:
+    """End this process when its parent dies or when it and its children exceed the memory limit."""
+    parent, process = multiprocessing.parent_process(), psutil.Process()
+    for tick in itertools.count():
+        if not parent.is_alive():
+            os._exit(1)
+        if tick % 20 == 0:  # the children's private memory takes milliseconds to read: once a second
+            loaders = 0
+            for child in process.children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    loaders += child.memory_full_info().uss
+        _memory["peak"] = max(_memory["peak"], process.memory_info().rss + loaders)
+        if _memory["peak"] > _memory["limit"]:
+            os._exit(OUT_OF_MEMORY)
+        parent.join(0.05)
+
+
+def answer(job: Job) -> dict:
+    """Run a job in a trial process; return its outcome: status, cost (of a success), info, start, end.
+
+    What may spoil later trials, too, ends the process.
+    """
+    _memory.update(peak=0, limit=job.memory_limit)
+    start, begun = time.time(), time.monotonic()
+    try:
+        arguments = [job.config, job.seed, job.budget, *([] if job.settings is None else [job.settings])]
+        result = pkgutil.resolve_name(job.target)(*arguments)
+        cost, info = result if isinstance(result, tuple) else (result, {})
+        costs = np.atleast_1d(cost).astype(float).tolist()
+        if not np.isfinite(costs).all():
+            raise FloatingPointError(f"diverged: the cost is {costs}")
+        json.dumps(info)  # the journal must be able to hold it
+        info = {**info, "peak_rss_mb": round(_memory["peak"] / 1e6)}
+        outcome = {"status": "success", "cost": costs, "info": info}
+    except BaseException as error:  # including SystemExit and KeyboardInterrupt: no trial ends the search
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        if memory or "CUDA" in str(error):
+            traceback.print_exc()
+            os._exit(OUT_OF_MEMORY if memory else 1)
+        info = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-4000:]}
+        outcome = {"status": "crashed", "info": info}
+    finally:
+        _memory["limit"] = math.inf
+    return {**outcome, "start": start, "end": start + time.monotonic() - begun}
+
+
+def schedule(job: Job, workers: int, *key):
+    """Schedule a job in a pool of `workers` processes; return its future (see `outcome_of`).
+
+    Pools with different keys are different. A pool is started at the first call, and again if it has broken.
+    """
+    key = (job.target, job.device, *key)
+    if key not in _pools or not _pools[key].active:
+        arguments, spawn = (job.target, job.threads, job.log), multiprocessing.get_context("spawn")
+        _pools[key] = ProcessPool(workers, initializer=prepare_process, initargs=arguments, context=spawn)
+        # Only the search handles Ctrl-C, also while a process starts: it inherits the signal mask of this
+        # thread (which starting multiprocessing's resource tracker would reset).
+        multiprocessing.resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            assert _pools[key].active  # starts it
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return _pools[key].schedule(answer, (job,), timeout=job.time_limit)
+
+
+def outcome_of(future, job: Job) -> dict:
+    """Return the outcome of a finished job (see `answer`); if its process has died, without start and end."""
+    trace = ""
+    try:
+        return future.result()
+    except TimeoutError:
+        status, error = "timeout", f"not finished within --time-limit, {clock(job.time_limit)}"
+    except ProcessExpired as end:
+        status, error = "memoryout", f"out of memory; --memory-limit is {job.memory_limit / 1e9:.2f} GB"
+        if end.exitcode == -signal.SIGKILL:  # as sent by Linux when memory runs out
+            error = "killed by the system, most likely out of memory"
+        elif end.exitcode != OUT_OF_MEMORY:
+            status, error = "crashed", f"the trial process died with status {end.exitcode}"
+        if job.log is not None:
+            trace = Path(job.log).read_bytes()[-2000:].decode(errors="replace")
+    return {"status": status, "info": {"error": error, "traceback": trace}}
+
+
+def run_on_dask(job: Job) -> dict:
+    """Run a job in a trial process of a Dask worker, one per thread of the worker; return its outcome."""
+    # Dask's nanny starts its workers as daemons, which multiprocessing does not allow to have children.
+    multiprocessing.current_process().daemon = False
+    future = schedule(job, 1, threading.get_ident())
+    wait([future])
+    return outcome_of(future, job)
+
+
+def close_pools() -> None:
+    """Kill all trial processes of this process."""
+    for pool in _pools.values():
+        pool.stop()
+        pool.join()
+    _pools.clear()
+
+
+# Runs before multiprocessing waits for its children; in Dask's workers, atexit functions run too late.
+multiprocessing.util.Finalize(None, close_pools, exitpriority=100)
+
+# --------------------------------------------------------------------------------------------------
+# The run folder
+
+
+def parse_rows(content: bytes) -> list[dict]:
+    """Parse the rows of a journal, except for a last line that a kill left incomplete."""
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+
+
+def read_json(path: Path) -> dict:
+    """Return the JSON object of a file, an empty one if the file is missing or broken."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def writing(folder: Path):
+    """Turn failures to write to a run folder into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {folder}: {error.strerror}; the trials before are safe: remove the cause and "
+            "repeat the command"
+        ) from None
+
+
+class Journal:
+    """The finished trials, one JSON object per line, written to disk before the sampler is told.
+
+    A row: config, seed (of the training), budget (epochs), status ("success", "crashed", "timeout",
+    "memoryout"), cost (a list, one value per objective, smaller is better; finite for failures too), start
+    and end (seconds since 1970), elapsed (seconds of search so far), origin (see `Trial`), info (the trial's
+    results). Raises UsageError if another search holds the folder.
+    """
+
+    def __init__(self, path: Path):
+        self.file = open(path, "a+b")  # noqa: SIM115 (open as long as the search)
+        if not lock_file(self.file):
+            raise UsageError(f"another search is running in {path.parent}: wait, or give another --out")
+        self.file.seek(0)
+        content = self.file.read()
+        self.rows = parse_rows(content)
+        self.file.truncate(content.rfind(b"\n") + 1)
+
+    def append(self, row: dict) -> None:
+        self.file.write(json.dumps(row).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.rows.append(row)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """Return the finished trials of a run folder, also while its search is running."""
+    path = folder / "trials.jsonl"
+    return parse_rows(path.read_bytes()) if path.exists() else []
+
+
+def settings_of(folder: Path) -> dict:
+    """Return the settings of a run folder. Raises UsageError if it has none."""
+    found = read_json(folder / "search.json")
+    if not found:
+        raise UsageError(f"{folder} is not the folder of a search: it has no readable search.json")
+    return found
+
+
+def differences(before, now, name: str = "") -> list[str]:
+    """Describe where two JSON values differ: each entry of a dictionary, what a list has more or less."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = {**before, **now}
+        return [text for key in names for text in differences(before.get(key), now.get(key), f"{name} {key}")]
+    if before == now:
+        return []
+    if isinstance(before, list) and isinstance(now, list):
+        more, less = ([str(v) for v in a if v not in b] for a, b in ((now, before), (before, now)))
+        texts = ["now with " + ", ".join(more)] * bool(more) + ["now without " + ", ".join(less)] * bool(less)
+        return [f"{name.strip()} {' and '.join(texts) or 'in another order'}"]
+    return [f"{name.strip()} was {before}, is now {now}"]
+
+
+def best_rows(rows: list[dict], budget: float) -> list[dict]:
+    """Return the Pareto front at a budget, best top-1 first; with one objective, the incumbent alone."""
+    front: list[dict] = []
+    for row in sorted(successes(rows, budget), key=lambda row: row["cost"]):
+        if not any(np.less_equal(other["cost"], row["cost"]).all() for other in front):
+            front.append(row)
+    return front
+
+
+def successes(rows: list[dict], budget: float) -> list[dict]:
+    """Return the successful trials at a budget."""
+    return [row for row in rows if row["status"] == "success" and round(row["budget"]) == round(budget)]
+
+
+def top1(row: dict) -> float:
+    """Return the validation top-1 of a successful trial, in percent."""
+    return 100 - 100 * row["cost"][0]
+
+
+def value_text(objective: str, cost: float) -> str:
+    """Format the value of a cost: 98.15%, 2,310 images/s, 12.3 MMACs, 0.410 M parameters."""
+    _, value, text, _ = OBJECTIVES[objective]
+    return text.format(value(cost))
+
+
+def result_text(costs: list[float], objectives: list[str]) -> str:
+    """Format the values of all costs: 98.15%  2,310 images/s."""
+    return "  ".join(map(value_text, objectives, costs))
+
+
+def incumbent_text(rows: list[dict], settings: dict) -> str:
+    """Format the incumbent, or the Pareto front of several objectives, one network per line."""
+    found = best_rows(rows, settings["budgets"][-1])
+    texts = [f"{short(row['config'])}  {result_text(row['cost'], settings['objectives'])}" for row in found]
+    return "\n".join(f"incumbent: {text}" for text in texts) or "no incumbent yet at the highest budget"
+
+
+def write_csv(folder: Path, rows: list[dict], settings: dict) -> None:
+    """Write trials.csv, one row per trial."""
+    space = settings["space"]
+    names = ("top1", "loss", "parameters", "macs", "training_images_per_second", "amp", "error")
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*space, "budget", "seed", "status", "seconds", "elapsed", *names])
+    for row in rows:
+        times = [round(row["end"] - row["start"], 3), round(row["elapsed"], 3)]
+        results = [row["info"].get(name, "") for name in names]
+        config = [row["config"][name] for name in space]
+        table.writerow([*config, row["budget"], row["seed"], row["status"], *times, *results])
+    write_whole(folder / "trials.csv", text.getvalue())
+
+
+# --------------------------------------------------------------------------------------------------
 # The search
+
+
+def connect(address: str):
+    """Return a client of a Dask scheduler. Raises UsageError if none answers."""
+    from distributed import Client
+
+    try:
+        return Client(address, timeout=SCHEDULER_PATIENCE)
+    except (OSError, ValueError) as error:
+        reason = f"--scheduler {address}: no Dask scheduler answers there: {error}"
+        raise UsageError(reason.replace("\n", " ")) from None
 
 
 class Search:
@@ -850,47 +940,73 @@ class Search:
             "target": f"{target.__module__}:{target.__qualname__}", "data": o.data, "model": o.model,
             "batch": o.batch, "budgets": budgets[-1:] if o.sampler == "random" else budgets,
             "objectives": o.objectives.split(","), "sampler": o.sampler,
-            "points": points() if o.points and choices is None else {},
-            "seed": o.seed, "precision": None,
+            "points": points() if o.points and choices is None else {}, "seed": o.seed,
         }  # fmt: skip
-        self.devices = trial_devices(o)
+        self.devices = trial_devices(o)  # of trials that may start
+        self.slots = Counter(device for device, _ in self.devices)
         self.loaders = None if o.scheduler else max(1, cpu_count() // len(self.devices))  # per trial
         self.trials, self.seconds = o.trials or math.inf, seconds(o.walltime, "--walltime")
         self.time_limit, memory = seconds(o.time_limit, "--time-limit"), psutil.virtual_memory().total
-        self.memory_limit = o.memory_limit * 1e9 or 0.9 * memory / len(self.devices)
-        if self.default_target and not o.scheduler:  # raises UsageError if the data are missing
-            open_data(o.data, Plan(batch=o.batch), root=o.root, workers=0).close()
+        self.memory_limit = (o.memory_limit or 0.9 * memory / 1e9 / len(self.devices)) * 1e9
+        self.folder, self.cluster, self.lost = Path(o.out), set(), False
+        self.running: dict = {}  # future -> (trial, job, when it was submitted), see `submit`
+        self.signal, self.asked = 0, None
+        self.client = connect(o.scheduler) if o.scheduler else None
+        if self.default_target:
+            changes = {"data": o.data, "root": o.root, "model": o.model, "batch": o.batch}
+            changes["device"] = self.devices[0][0]
+            found = self.client.submit(trial_facts, changes).result() if self.client else trial_facts(changes)
+            self.settings |= found
+        self.failed = self.worst_costs()
+        self.open_folder()
+        self.replay()
+
+    def worst_costs(self) -> list[float]:
+        """Return the costs of a failed trial: no accuracy, and twice the size of NEXcepTion."""
         with torch.device("meta"):
-            network = create_model(network_config(points()["NEXcepTion"], o.model))
-        worst = {"top1": 0.0, "inference_images_per_second": 0.0}  # of a failure; twice NEXcepTion's size
+            network = create_model(network_config(points()["NEXcepTion"], self.options.model))
+        worst = {"top1": 0.0, "inference_images_per_second": 0.0}
         worst |= {"macs": 2 * count_macs(network), "parameters": 2 * count_parameters(network)}
-        self.failed = [OBJECTIVES[name][0](worst) for name in self.settings["objectives"]]
-        self.folder, self.client, self.lost, self.cluster = Path(o.out), None, False, set()
-        if o.scheduler:
-            try:
-                self.client = Client(o.scheduler, timeout=SCHEDULER_PATIENCE)
-            except (OSError, ValueError) as error:
-                reason = f"--scheduler {o.scheduler}: no Dask scheduler answers there: {error}"
-                raise UsageError(reason.replace("\n", " ")) from None
+        return [OBJECTIVES[name][0](worst) for name in self.settings["objectives"]]
+
+    def open_folder(self) -> None:
+        """Lock the run folder and write the settings. Raises UsageError if it holds something else."""
         try:
-            self.adopt_folder()
-            if self.default_target and not self.settings["precision"]:
-                # One precision for all trials, so that accuracies of unlike machines are comparable.
-                find = functools.partial(fastest_precision, o.model, self.devices[0][0])
-                self.settings["precision"] = self.client.submit(find).result() if self.client else find()
+            if rows_of(self.folder):
+                self.compare_settings()
+            names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+            if names and not names & {"trials.jsonl", "search.json"}:
+                raise UsageError(f"{self.folder} is not the folder of a search: give another --out")
             self.folder.mkdir(parents=True, exist_ok=True)
             self.journal = Journal(self.folder / "trials.jsonl")
         except OSError as error:
-            raise UsageError(f"--out {o.out}: {error.strerror}") from None
+            raise UsageError(f"--out {self.options.out}: {error.strerror}") from None
         write_whole(self.folder / "search.json", json.dumps(self.settings, indent=1))
-        self.running: dict = {}  # future -> (trial, job), see `submit`
+
+    def compare_settings(self) -> None:
+        """Take over the precision of the folder's trials. Raises UsageError if other settings differ."""
+        before, now = settings_of(self.folder), self.settings
+        if "amp" in now:
+            now["amp"] = before.get("amp")
+        before |= {"data": now["data"]} if not {before["data"], now["data"]} & {*SMALL_SETS} else {}
+        changed = differences(before, now)
+        if changed:
+            raise UsageError(f"{self.folder} holds another search ({'; '.join(changed)}): give another --out")
+
+    def replay(self) -> None:
+        """Create the sampler in the state given by the journal and its own last state."""
         self.rows = self.journal.rows
         self.kept = len(self.rows)  # trials of earlier starts
-        self.signal, self.asked = 0, None
-        state = read_json(self.folder / "state.json")
+        state = read_json(self.folder / "state.json") if self.rows else {}
         self.earlier = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in self.rows)])
         self.begun = time.monotonic()
-        self.restore(state.get("sampler"))
+        self.sampler = SAMPLERS[self.settings["sampler"]](self.folder, self.settings)
+        self.sampler.replay(self.rows, state.get("sampler"))
+        highest = self.settings["budgets"][-1]
+        had = [row["config"] for row in self.rows if row["budget"] == highest]
+        given = self.settings["points"].items()
+        self.given = [Trial(config, highest, name) for name, config in given if config not in had]
+        self.save()
         if self.rows:
             print(f"continuing {self.folder}: {len(self.rows)} trials finished in {clock(self.earlier)}")
 
@@ -899,59 +1015,35 @@ class Search:
         """Seconds of search so far, including earlier starts."""
         return self.earlier + time.monotonic() - self.begun
 
-    def adopt_folder(self) -> None:
-        """Take settings that have no option from the run folder. Raises UsageError if others differ."""
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return
-        before, now = settings_of(self.folder), self.settings
-        now["precision"] = before["precision"]
-        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        if changed:
-            lines = "; ".join(f"{name} was {before.get(name)}, is now {now.get(name)}" for name in changed)
-            raise UsageError(f"{self.folder} holds another search ({lines}): give another --out")
-
-    def restore(self, state: dict | None) -> None:
-        """Create a sampler in the state given by the journal and its own last state."""
-        self.sampler = SAMPLERS[self.settings["sampler"]](self.folder, self.settings)
-        self.sampler.replay(self.rows, state)
-        had = [row["config"] for row in self.rows if row["budget"] == self.settings["budgets"][-1]]
-        self.points = [
-            Trial(config, self.settings["budgets"][-1], name)
-            for name, config in self.settings["points"].items() if config not in had
-        ]  # fmt: skip
-        self.save()
-
     def save(self) -> None:
         """Write state.json and trials.csv."""
-        o, state = self.options, {"elapsed": self.elapsed, "sampler": self.sampler.state()}
-        state |= {"trials": o.trials, "walltime": o.walltime}
+        with writing(self.folder):
+            state = {"elapsed": self.elapsed, "sampler": self.sampler.state()}
+        state |= {"trials": self.options.trials, "walltime": self.options.walltime}
         write_whole(self.folder / "state.json", json.dumps(state))
         write_csv(self.folder, self.rows, self.settings)
 
     def run(self) -> int:
         """Search until the trials or the time are used up, compare, report; return the exit status."""
-        workers = len(self.devices)
-        self.executor = self.client.get_executor(pure=False) if self.client else ThreadPoolExecutor(workers)
+        self.executor = self.client.get_executor(pure=False) if self.client else None
         with self.signals():
             try:
                 while not self.signal:
-                    asked = self.fill()
+                    submitted = self.fill()
                     if not self.running:
                         break
-                    if self.collect() or asked:
+                    if self.collect() or submitted:
                         self.save()
                 self.running.clear()
                 if not self.signal:
                     self.conclude()
             finally:
-                close_trial_processes()
+                close_pools()
                 if self.client is not None:
                     with contextlib.suppress(Exception):  # a lost cluster must not hide the first error
                         if not self.lost:
-                            self.client.run(close_trial_processes)
+                            self.client.run(close_pools)
                         self.client.close(timeout=2)
-                else:
-                    self.executor.shutdown(wait=False)
         if not self.signal:
             return 0
         print(f"ended by signal {self.signal} after {len(self.rows)} trials; repeat the command to continue")
@@ -960,7 +1052,10 @@ class Search:
 
     @contextlib.contextmanager
     def signals(self):
-        """Handle SIGINT and SIGTERM: the first ends the search after the current step, the second at once."""
+        """Handle Ctrl-C, SIGTERM and SIGUSR1 (SLURM's): the first ends the search after the current step.
+
+        The second ends it at once.
+        """
 
         def receive(number, _frame):
             if self.signal:
@@ -969,7 +1064,7 @@ class Search:
 
         with contextlib.ExitStack() as stack:
             if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-                for number in (signal.SIGINT, signal.SIGTERM):
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                     stack.callback(signal.signal, number, signal.signal(number, receive))
             yield
 
@@ -985,19 +1080,22 @@ class Search:
                     print(f"nothing is left to try: {len(self.rows)} trials")
                 break
             limit = min(self.time_limit, self.seconds - self.elapsed)
-            self.submit(trial, trial.config, trial_seed(self.settings, trial.config), trial.budget, limit)
+            self.submit(trial, trial_seed(self.settings, trial.config), limit)
         return len(self.running) > before
 
     def next_trial(self) -> Trial | None:
-        """Return the next trial: a point of the paper, or the first of the sampler's that has not run yet."""
-        if self.points:
-            return self.points.pop(0)
+        """Return the next trial: a point of the paper, or the sampler's next one that has not run yet.
+
+        None: a running trial must finish first, or nothing is left.
+        """
+        if self.given:
+            return self.given.pop(0)
         for _ in range(1000):  # a sampler that proposes what it has been told so often has nothing else
             trial, self.asked = self.asked or self.sampler.ask(), None
             if trial is None:
                 return None
             what = trial.config, trial.budget
-            if any((other.config, other.budget) == what for other, _ in self.running.values()):
+            if any((other.config, other.budget) == what for other, *_ in self.running.values()):
                 self.asked = trial  # until the same trial has finished
                 return None
             row = next((row for row in self.rows if (row["config"], row["budget"]) == what), None)
@@ -1006,54 +1104,63 @@ class Search:
             self.sampler.tell(trial, row)
         return None
 
-    def submit(self, trial, config: dict, seed: int, budget: float, limit: float, split: str = "val") -> None:
-        """Submit a trial to a free worker; `finished` yields `trial` with its job and outcome."""
+    def submit(self, trial: Trial, seed: int, time_limit: float, split: str = "val") -> None:
+        """Submit a trial to a free worker; `finished` yields it with its job and outcome."""
         device, threads = self.devices.pop()
-        job = {"config": config, "seed": seed, "budget": budget, "settings": None, "time_limit": limit}
-        job |= {"device": device, "threads": threads, "memory_limit": self.memory_limit}
-        job["target"] = self.settings["target"]
+        settings, log = None, None if self.client else str(self.folder / "trials.log")
         if self.default_target:
-            names = ("data", "model", "batch", "objectives", "precision")
-            job["settings"] = {name: self.settings[name] for name in names} | {"workers": self.loaders}
-            job["settings"] |= {"root": self.options.root, "compile": self.options.compile}
-            job["settings"] |= {"device": device, "split": split}
-        self.running[self.executor.submit(run_trial, job)] = trial, job
+            names = ("data", "model", "batch", "recipe", "amp", "objectives")
+            settings = {name: self.settings[name] for name in names} | {"workers": self.loaders}
+            settings |= {"root": self.options.root, "compile": self.options.compile}
+            settings |= {"device": device, "split": split}
+        job = Job(
+            self.settings["target"], trial.config, seed, trial.budget, settings,
+            device, threads, time_limit, self.memory_limit, log,
+        )  # fmt: skip
+        if self.client is not None:
+            future = self.executor.submit(run_on_dask, job)
+        else:
+            future = schedule(job, self.slots[device])
+        self.running[future] = trial, job, time.monotonic()
 
     def finished(self):
         """Wait for up to 0.2 s; yield (trial, job, outcome) of each finished trial."""
+        killed = ()
         if self.client is not None:  # Dask moves the trials of a lost worker to others silently
+            from distributed import KilledWorker as killed
+
             cluster = set(self.client.scheduler_info(n_workers=-1)["workers"])
             for address in self.cluster - cluster:
                 print(f"lost the Dask worker at {address}: its trials run again on another, if there is one")
             self.cluster = cluster
         for future in wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED).done:
-            trial, job = self.running.pop(future)
-            self.devices.append((job["device"], job["threads"]))
+            trial, job, begun = self.running.pop(future)
+            self.devices.append((job.device, job.threads))
             try:
-                outcome = future.result()
-            except KilledWorker as error:
-                now = time.time()
-                outcome = {"status": "crashed", "info": {"error": str(error)}, "start": now, "end": now}
+                outcome = outcome_of(future, job)
+            except killed as error:
+                outcome = {"status": "crashed", "info": {"error": str(error)}}
             except (CancelledError, OSError, BrokenProcessPool) as error:
                 self.lost = True
-                what = "lost the Dask cluster" if self.client else "cannot start a trial process"
+                what = "lost the Dask cluster" if self.client else f"no trial process starts, see {job.log}"
                 why = " ".join(f"{type(error).__name__} {error}".split())
                 raise RunError(f"{what} ({why}); repeat the command to continue") from None
-            outcome.setdefault("cost", self.failed)
-            yield trial, job, outcome
+            took, now = time.monotonic() - begun, time.time()
+            yield trial, job, {"cost": self.failed, "start": now - took, "end": now, **outcome}
 
     def collect(self) -> bool:
         """Record finished trials in the journal, then tell the sampler; return whether there was one."""
         before = len(self.rows)
         for trial, job, outcome in self.finished():
-            cut = job["time_limit"] < self.time_limit  # by the end of --walltime
+            cut = job.time_limit < self.time_limit  # by the end of --walltime
             if outcome["status"] != "success" and (self.signal or (cut and outcome["status"] == "timeout")):
                 if not self.signal:
                     print("stopped a trial at the end of --walltime; it runs again if the search continues")
                 continue  # not a failure of the network
-            row = {"config": trial.config, "seed": job["seed"], "budget": trial.budget}
+            row = {"config": trial.config, "seed": job.seed, "budget": trial.budget}
             row |= {"elapsed": self.elapsed, "origin": trial.origin, **outcome}
-            self.journal.append(row)
+            with writing(self.folder):
+                self.journal.append(row)
             self.sampler.tell(trial, row)
             self.say(row)
             first = self.rows[self.kept :][:FAILURES_THAT_STOP]
@@ -1068,36 +1175,46 @@ class Search:
         """Print one line about a finished trial, with an estimate of the time left."""
         n, objectives = len(self.rows), self.settings["objectives"]
         best = best_rows(self.rows, self.settings["budgets"][-1])
-        failure = f"{row['status']}: {row['info'].get('error', '').split(chr(10))[0][:80]}"
+        failure = f"{row['status']}: {first_line(row['info'])}"
         result = result_text(row["cost"], objectives) if row["status"] == "success" else failure
         spent = clock(row["end"] - row["start"])
         done = f"{n}/{self.trials}" if self.trials < math.inf else f"{n}"
-        line = f"{done:>7} {short(row['config']):58} {row['budget']:3g} epochs {result:>8} {spent:>8}"
+        line = f"{done:>7} {short(row['config']):58} {epochs_text(row['budget']):>9} {result:>8} {spent:>8}"
         line += f"  best {result_text(best[0]['cost'][:1], objectives)}" if best else ""
         left = max(0.0, min(self.seconds - self.elapsed, self.elapsed / n * (self.trials - n)))
         print(f"{line}  left {clock(left)}", flush=True)
 
     def conclude(self) -> None:
         """Write the networks found for `train.py`, compare the best with the paper's points, and report."""
-        front = best_rows(self.rows, self.settings["budgets"][-1])
+        o, highest = self.options, self.settings["budgets"][-1]
+        front = best_rows(self.rows, highest)
         print(f"\n{len(self.rows)} trials in {clock(self.elapsed)}")
+        if not front:
+            hint = f"see python search.py status {self.folder}"
+            if self.elapsed >= self.seconds:
+                usual = defaults(o.data).walltime
+                hint = f"repeat the command with more than --walltime {o.walltime}; the default is {usual}"
+            raise RunError(f"no trial has succeeded after {epochs_text(highest)}: {hint}")
         print(incumbent_text(self.rows, self.settings))
         for path in self.folder.glob("front-*.json"):
             path.unlink()  # of a smaller search
-        ours, best = bool(front) and set(front[0]["config"]) == set(SPACE), "incumbent"
+        ours, best = set(front[0]["config"]) == set(SPACE), "incumbent"
         for number, row in enumerate(front if ours else [], start=1):
             self.write_network(row["config"], best if number == 1 else f"front-{number}")
-        if front and self.default_target:
+        if self.default_target:
             best = self.compare(front[0]["config"])
         if self.signal:
             return
-        try:
-            print(f"report: {report(self.folder)}")
-        except UsageError as error:
-            print(error)
+        print(f"report: {report(self.folder)}")
         if ours:
             network = self.write_network(points().get(best, front[0]["config"]), best.lower())
-            print(f"train it in full: python train.py --data {self.options.data} --model {network}")
+            if o.grow and o.data in SMALL_SETS:
+                size, pixels = count_parameters(create_model(network)) / 1e6, SMALL_SETS[o.data].size
+                print(f"note: {size:.1f} M parameters for images of {pixels} pixels (--grow {o.grow})")
+            command = ["python", "train.py", "--data", o.data, "--model", str(network)]
+            command += ["--out", str(self.folder / "full")]
+            command += ["--root", o.root] if o.root != Options.root else []
+            print(f"train it in full: {shlex.join(command)}")
 
     def write_network(self, config: dict, name: str) -> Path:
         """Write the network of a configuration, for `train.py --model`."""
@@ -1114,18 +1231,18 @@ class Search:
         scored = read_json(path)
         for repeat in range(1, REPEATS + 1):
             for config in (incumbent, *points().values()):
-                waiting[repeat_name(config, repeat)] = config, trial_seed(self.settings, config, repeat)
+                name = repeat_name(config, repeat)
+                waiting[name] = Trial(config, budget, name), trial_seed(self.settings, config, repeat)
         waiting = {name: job for name, job in waiting.items() if name not in scored}
         if waiting:
             compared = "training the incumbent and NEXcepTion's and Xception's choices"
             print(f"{compared}, {REPEATS} times {epochs_text(budget)} each", flush=True)
         while (waiting or self.running) and not self.signal:
             while waiting and self.devices:
-                name = next(iter(waiting))
-                self.submit(name, *waiting.pop(name), budget, self.time_limit, "test")
-            for name, job, outcome in self.finished():
+                self.submit(*waiting.pop(next(iter(waiting))), self.time_limit, "test")
+            for trial, job, outcome in self.finished():
                 if outcome["status"] == "success" or not self.signal:
-                    scored[name] = {"status": outcome["status"], "seed": job["seed"], **outcome["info"]}
+                    scored[trial.origin] = {"status": outcome["status"], "seed": job.seed, **outcome["info"]}
                     write_whole(path, json.dumps(scored, indent=1))
         text, best = comparison(self.folder, incumbent)
         print(text)
@@ -1138,8 +1255,8 @@ def trial_seed(settings: dict, config: dict, *repeat: int) -> int:
 
 
 def repeat_name(config: dict, repeat: int) -> str:
-    """Return the name of a run in the final comparison; the first has no number, as in earlier versions."""
-    return short(config) + (f" #{repeat}" if repeat > 1 else "")
+    """Return the name of a run in the final comparison."""
+    return f"{short(config)} #{repeat}"
 
 
 def comparison(folder: Path, incumbent: dict) -> tuple[str, str]:
@@ -1148,6 +1265,8 @@ def comparison(folder: Path, incumbent: dict) -> tuple[str, str]:
     The text has mean and deviation of each network, and Welch's t-test of the incumbent's difference from
     NEXcepTion's and Xception's choices.
     """
+    from scipy.stats import ttest_ind
+
     compared, scored = {"incumbent": incumbent, **points()}, read_json(folder / "final.json")
     width, lines, scores, splits = max(map(len, map(short, compared.values()))), [], {}, set()
     for name, config in compared.items():
@@ -1230,6 +1349,8 @@ def whole_space(sizes: tuple[int, ...]) -> np.ndarray:
 
 def effects(codes: np.ndarray, costs: np.ndarray, sizes: list, best: np.ndarray, trees: int) -> np.ndarray:
     """Return the estimates of `importances`, (3, P), from one forest; best: the incumbent's codes, (P,)."""
+    from sklearn.ensemble import RandomForestRegressor
+
     forest = RandomForestRegressor(trees, max_features=5 / 6, random_state=0)
     forest.fit(one_hot(codes, sizes), costs)
     choices, space = range(len(sizes)), whole_space(tuple(sizes))
@@ -1441,6 +1562,8 @@ def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
 
 def space_text(done: list[dict], highest: int) -> str:
     """Describe the space by random trials: quantiles, rank correlations, the paper's points."""
+    from scipy.stats import spearmanr  # SciPy's statistics take as long as PyTorch to import
+
     drawn = [row for row in done if row["origin"] not in points()]
     scores, curves = np.array([top1(row) for row in drawn]), [row["info"].get("curve", ()) for row in drawn]
     marks = ", ".join(f"{mark:.2f}%" for mark in np.quantile(scores, [0.1, 0.5, 0.9]))

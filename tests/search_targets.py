@@ -44,6 +44,19 @@ def loading(config, seed, budget):
     return formula(config, seed, budget)
 
 
+class Hoard(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        self.hoard = np.ones(250_000_000)  # 2 GB
+        time.sleep(60)
+
+
+def hoarding_loader(config, seed, budget):
+    next(iter(torch.utils.data.DataLoader(Hoard(), num_workers=1)))
+
+
 def two_costs(config, seed, budget):
     """Two objectives that prefer opposite kernels and the same block."""
     size = {"3": 0, "5": 1, "7": 2, "9": 3, "mixed": 4}[config["kernel"]]
@@ -101,7 +114,7 @@ def start(out, trials, workers, target="slow"):
 
 def finished_line(line):
     """Return configuration and budget from the line of a finished trial, None for other lines."""
-    found = re.match(r" *\d+/\d+ (.+?) epochs ", line)
+    found = re.match(r" *\d+/\d+ (.+?) epochs? ", line)
     return " ".join(found[1].split()) if found else None
 
 

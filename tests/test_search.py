@@ -1,11 +1,13 @@
 """search.py: the space, options, resuming, failures, the sampler, importance and report."""
 
 import csv
+import errno
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -17,11 +19,13 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import blocks
+import data
 import search
 from data import SMALL_SETS, UsageError, cpu_count
 from model import MODELS, create_model
 from search import Options, Search, read_json
-from train import RunError
+from train import RECIPES, RunError, parse
+from train import Options as TrainOptions
 
 import numpy as np
 import pytest
@@ -29,10 +33,10 @@ import search_targets as targets
 import torch
 from ConfigSpace import ConfigurationSpace
 from distributed import LocalCluster
+from PIL import Image
 from sklearn.ensemble import RandomForestRegressor
-from smac import Scenario
+from smac import HyperparameterOptimizationFacade, MultiFidelityFacade, RandomFacade, Scenario
 from smac.runhistory.runhistory import RunHistory
-from smac.runner.target_function_runner import TargetFunctionRunner
 
 
 def start(out, trials, target=targets.formula, choices=None, **options):
@@ -47,16 +51,17 @@ def told(opened, trials, target=targets.formula):
         cost, _ = target(trial.config, 1, trial.budget)
         costs, now = cost if isinstance(cost, list) else [cost], time.time()
         outcome = {"status": "success", "cost": costs, "info": {}, "start": now, "end": now}
-        opened.finished = lambda found=(trial, {"seed": 1, "time_limit": 1}, outcome): [found]
+        job = SimpleNamespace(seed=1, time_limit=1)
+        opened.finished = lambda found=(trial, job, outcome): [found]
         opened.collect()
         opened.save()
     return opened
 
 
-def jobs_of(opened):
+def jobs_of(opened, monkeypatch):
     """Return the jobs of the first trials that a search submits, without running them."""
     jobs = []
-    opened.executor = SimpleNamespace(submit=lambda function, job: jobs.append(job) or object())
+    monkeypatch.setattr(search, "schedule", lambda job, workers: jobs.append(job) or Future())
     opened.fill()
     return jobs
 
@@ -134,17 +139,17 @@ def test_defaults_depend_on_the_data(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--max-epochs", "10"], "9 and 27"),
+        (["--data", "digits", "--max-epochs", "10"], "9 and 27"),
         (["--walltime", "soon"], "90s, 10m, 12h or 3d"),
         (["--walltime", "0s"], "90s, 10m, 12h or 3d"),
         (["--objectives", "macs"], "accuracy first"),
         (["--objectives", "accuracy,beauty"], "throughput, macs, parameters"),
         (["--model", "resnet"], "invalid choice"),
-        (["--memory-limit", "-1"], "at least 0"),
+        (["--memory-limit", "-1"], "above 0"),
         (["--tirals", "3"], "unrecognized"),
         (["--data", "nowhere"], "nowhere"),
         (["--device", "gpu"], "--device gpu"),
-        (["--batch", "1"], "at least 2 images"),
+        (["--batch", "1"], "at least 2"),
         (["--scheduler", "tcp://127.0.0.1:9"], "no Dask scheduler"),
         (["--out", "file"], "--out file"),
         (["--out", "x" * 300], "name too long"),
@@ -202,10 +207,19 @@ def test_a_folder_of_another_search_or_of_none_is_refused(interrupted, tmp_path)
         options = {"min_epochs": 1, "max_epochs": 9, "model": "nexception_nano", **changed}
         with pytest.raises(UsageError, match="holds another search"):
             start(interrupted, 60, **options)
-    with pytest.raises(UsageError, match="space was"):
+    with pytest.raises(UsageError, match="space kernel now without 7, 9"):
         start(interrupted, 60, choices={**search.current_space(), "kernel": ["3", "5"]})
+    added = {**search.current_space(), "kernel": [*search.current_space()["kernel"], "11"]}
+    with pytest.raises(UsageError, match=r"another search \(space kernel now with 11; points"):
+        start(interrupted, 60, choices=added)
     (tmp_path / "last.pt").touch()
     with pytest.raises(UsageError, match="not the folder of a search"):
+        start(tmp_path, 3)
+    (tmp_path / "last.pt").rename(tmp_path / "trials.jsonl")  # as left by a kill at the start
+    start(tmp_path, 3).journal.file.close()
+    shutil.copy(interrupted / "trials.jsonl", tmp_path)
+    (tmp_path / "search.json").unlink()
+    with pytest.raises(UsageError, match=r"no readable search\.json"):
         start(tmp_path, 3)
     first = start(interrupted, 60)
     with pytest.raises(UsageError, match="another search is running"):
@@ -280,12 +294,13 @@ def test_ctrl_c_ends_with_the_incumbent(tmp_path):
 
 
 def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+    """SLURM's and the terminal's."""
     exits = []
     monkeypatch.setattr(os, "_exit", exits.append)
     opened, before = start(tmp_path / "run", 5), signal.getsignal(signal.SIGINT)
     with opened.signals():
-        signal.raise_signal(signal.SIGINT)
-        assert opened.signal == signal.SIGINT and not exits
+        signal.raise_signal(signal.SIGUSR1)
+        assert opened.signal == signal.SIGUSR1 and not exits
         signal.raise_signal(signal.SIGINT)
     assert exits == [130] and signal.getsignal(signal.SIGINT) == before
 
@@ -308,6 +323,21 @@ def test_every_failure_is_recorded_and_the_search_goes_on(tmp_path):
     assert "--memory-limit" in errors["9"] and "--time-limit" in errors["mixed"]
     text = search.status_text(tmp_path / "run")
     assert "5 failed" in text and "1 epoch: not finished within --time-limit" in text
+
+
+def test_loader_processes_count_for_the_memory_limit(tmp_path):
+    options = {"max_epochs": 1, "memory_limit": 1.2, "time_limit": "60s"}
+    opened = start(tmp_path / "run", 1, targets.hoarding_loader, workers=1, **options)
+    with pytest.raises(RunError, match="no trial has succeeded after 1 epoch: see"):
+        opened.run()
+    assert opened.rows[0]["status"] == "memoryout" and "--memory-limit" in opened.rows[0]["info"]["error"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    opened = start(tmp_path / "run", 3)
+    opened.journal.append = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(RunError, match=r"cannot write to .*/run: No space left"):
+        told(opened, 3)
 
 
 def test_a_search_whose_first_trials_all_fail_stops_with_the_first_error(tmp_path):
@@ -342,29 +372,30 @@ def test_lost_dask_workers_are_reported_and_a_lost_cluster_is_one_sentence(tmp_p
 
 
 def test_a_trial_ended_by_the_wall_time_is_not_recorded(tmp_path, capsys):
-    opened = start(tmp_path / "run", 0, targets.endless, walltime="2s", time_limit="1h", workers=1)
-    assert opened.run() == 0
+    opened = start(tmp_path / "run", None, targets.endless, walltime="2s", time_limit="1h", workers=1)
+    with pytest.raises(RunError, match=r"no trial has succeeded after 9 epochs: .*--walltime 2s; .* 7m"):
+        opened.run()
     assert opened.rows == [] and "runs again" in capsys.readouterr().out
-    assert opened.elapsed < search.START_LIMIT  # not the hour of --time-limit
     opened.journal.file.close()
     assert start(tmp_path / "run", 1, targets.endless).next_trial().origin == "NEXcepTion"
 
 
-def test_the_comparison_trains_each_network_three_times_and_resumes(tmp_path, capsys):
-    """Resumed, it repeats nothing; each training has a seed of its own; those of earlier versions count."""
+def test_the_comparison_trains_each_network_three_times_and_resumes(tmp_path, capsys, monkeypatch):
+    """Resumed, it repeats nothing; each training has a seed of its own."""
     opened, path, jobs = start(tmp_path / "run", 1, workers=2), tmp_path / "run/final.json", []
     best = {**search.points()["NEXcepTion"], "kernel": "9"}
     tops = {"9": [71.0, 71.5, 72.0], "5": [70.5, 72.0, 71.0], "3": [60.0, 61.0, 60.5]}
     tops = {kernel: itertools.cycle(values) for kernel, values in tops.items()}
 
-    def submit(function, job):
-        kernel, future = job["config"]["kernel"], Future()
-        jobs.append((kernel, job["seed"]))
+    def schedule(job, workers):
+        kernel, future = job.config["kernel"], Future()
+        jobs.append((kernel, job.seed))
         future.set_result({"status": "success", "info": {"top1": next(tops[kernel]), "split": split}})
         opened.signal = signal.SIGINT if len(jobs) == interrupt else 0
         return future
 
-    opened.executor, split, interrupt = SimpleNamespace(submit=submit), "test", 4
+    monkeypatch.setattr(search, "schedule", schedule)
+    split, interrupt = "test", 4
     opened.compare(best)
     assert len(read_json(path)) == len(jobs) == 4
     opened.signal, interrupt = 0, None
@@ -470,12 +501,12 @@ def test_a_sampler_of_ten_lines(tmp_path, monkeypatch):
     assert not (tmp_path / "smac").exists()
 
 
-def test_training_seeds_depend_on_configuration_and_search_seed(tmp_path):
+def test_training_seeds_depend_on_configuration_and_search_seed(tmp_path, monkeypatch):
     seeds = {}
     for seed in (0, 1):
         opened = start(tmp_path / str(seed), 12, seed=seed)
         opened.devices *= 12
-        seeds[seed] = {search.short(job["config"]): job["seed"] for job in jobs_of(opened)}
+        seeds[seed] = {search.short(job.config): job.seed for job in jobs_of(opened, monkeypatch)}
         assert len(set(seeds[seed].values())) == len(seeds[seed]) == 12
     both = set(seeds[0]) & set(seeds[1])
     assert both and all(seeds[0][name] != seeds[1][name] for name in both)
@@ -648,52 +679,99 @@ def test_the_report_of_a_random_search_maps_the_space(tmp_path):
 # Real folders and trainings
 
 
-def test_all_trials_use_the_precision_recorded_at_the_start(tmp_path):
+def test_all_trials_use_the_precision_recorded_at_the_start(tmp_path, monkeypatch):
     """Also on a machine that would choose another."""
-    start(tmp_path / "run", 1, search.train_config, device="cpu").journal.file.close()
+    opened = start(tmp_path / "run", 2, search.train_config, device="cpu")
+    told(opened, 1).journal.file.close()
     path = tmp_path / "run/search.json"
-    assert '"precision": "off"' in path.read_text()
-    path.write_text(path.read_text().replace('"precision": "off"', '"precision": "bf16"'))
-    (job,) = jobs_of(start(tmp_path / "run", 1, search.train_config, device="cpu", workers=1))
-    assert job["settings"]["precision"] == "bf16"
-    assert job["settings"]["workers"] == cpu_count()  # loader processes of the only concurrent trial
-    assert search.trial_options(job["settings"], 9, 1, torch.device("cpu")).amp == "bf16"
+    assert '"amp": "off"' in path.read_text()
+    path.write_text(path.read_text().replace('"amp": "off"', '"amp": "bf16"'))
+    opened = start(tmp_path / "run", 2, search.train_config, device="cpu", workers=1)
+    (job,) = jobs_of(opened, monkeypatch)
+    assert job.settings["amp"] == "bf16"
+    assert job.settings["workers"] == cpu_count()  # loader processes of the only concurrent trial
+    assert search.trial_options(job.settings, 9, 1, torch.device("cpu")).amp == "bf16"
 
 
-def test_the_target_works_for_smac_and_for_an_activation_added_at_run_time(monkeypatch):
-    """SMAC's own runner calls `train_config` with three arguments."""
+def test_trials_on_a_folder_use_the_recipe_of_train_py(tmp_path, monkeypatch):
+    """So few images do not get ImageNet's; the folder's path may change."""
+    for split, name in itertools.product(("train", "val"), ("ant", "bee")):
+        for i in range(4):
+            path = tmp_path / f"photos/{split}/{name}/{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (9 * i, 0, 0)).save(path)
+    options = {"out": tmp_path / "run", "trials": 2, "target": search.train_config, "batch": 2}
+    monkeypatch.chdir(tmp_path)
+    opened = told(start(**options, data="photos", min_epochs=1, max_epochs=1), 1)
+    assert opened.settings["recipe"] == "small-folder" and opened.settings["images"] == {"train": 8, "val": 8}
+    opened.journal.file.close()
+    (tmp_path / "photos").rename("elsewhere")
+    opened = start(**options, data="./elsewhere/", min_epochs=1, max_epochs=1, workers=1)
+    (job,) = jobs_of(opened, monkeypatch)
+    usual = search.trial_options(job.settings, 1, 0, torch.device("cpu"))
+    assert usual.lr == RECIPES["small-folder"].values["lr"] and usual.data == "./elsewhere/"
+    opened.journal.file.close()
+    (tmp_path / "elsewhere/val/bee/0.png").unlink()
+    with pytest.raises(UsageError, match=r"another search \(images val was 8, is now 7\)"):
+        start(**options, data="elsewhere", min_epochs=1, max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("facade", "budgets"),
+    [
+        (HyperparameterOptimizationFacade, {}),
+        (RandomFacade, {}),
+        (MultiFidelityFacade, {"min_budget": 0.3, "max_budget": 1}),
+    ],
+)
+def test_the_target_works_for_every_facade_and_for_an_activation_added_at_run_time(
+    facade, budgets, monkeypatch, tmp_path
+):
+    """Some pass no budget; at least one epoch is trained."""
+    monkeypatch.setattr(data, "CLUTTER_EPOCH", 64)
     before, values = search.configspace().estimate_size(), len(blocks.ACTIVATIONS)
     monkeypatch.setitem(blocks.ACTIVATIONS, "added", torch.nn.Hardswish)
-    space = search.configspace()
-    assert space.estimate_size() == before // values * (values + 1)
-    config = search.Configuration(space, search.points()["NEXcepTion"] | {"activation": "added"})
-    scenario = Scenario(space, deterministic=True, output_directory=None, min_budget=1, max_budget=9)
-    runner = TargetFunctionRunner(scenario, search.train_config, ["config", "seed", "budget"])
-    status, cost, _, _, info = runner.run(config, seed=1, budget=1)
-    assert status.name == "SUCCESS", info
-    assert 0 < cost == pytest.approx(1 - info["top1"] / 100)
-    assert info["precision"] == "off" or torch.cuda.is_available()
+    space = search.configspace({**search.current_space(), "activation": ["added"]})
+    assert search.configspace().estimate_size() == before // values * (values + 1)
+    scenario = Scenario(space, deterministic=True, output_directory=tmp_path, n_trials=1, **budgets)
+    smac = facade(scenario, search.train_config, overwrite=True, logging_level=False)
+    smac.optimize()
+    (outcome,) = smac.runhistory.values()
+    assert outcome.status.name == "SUCCESS", outcome.additional_info
+    assert 0 < outcome.cost == pytest.approx(1 - outcome.additional_info["top1"] / 100)
+    assert len(outcome.additional_info["curve"]) == (1 if budgets else 9)
+
+
+def test_unknown_settings_of_a_trial_are_refused_by_name():
+    with pytest.raises(UsageError, match="dat; they are data, root"):
+        search.train_config(search.points()["Xception"], settings={"dat": "digits"})
 
 
 def test_a_real_search_of_digits(tmp_path, monkeypatch, capsys):
-    """One trial of an epoch, the comparison on the test split, and the network for train.py."""
+    """Two trials of an epoch, the comparison on the test split, and the network for train.py."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["--data", "digits", "--trials", "1", "--max-epochs", "1", "--workers", "2", "--out", "run"]
-    arguments += ["--grow", "tp"]
+    arguments = ["--data", "digits", "--trials", "2", "--max-epochs", "1", "--workers", "2"]
+    arguments += ["--model", "nexception_pico"]
+    arguments += ["--grow", "tp", "--out", "my run"]
     assert search.main(arguments) == 0
     said = capsys.readouterr().out
-    (row,) = search.rows_of(Path("run"))
+    rows = search.rows_of(Path("my run"))
+    assert {row["origin"] for row in rows} == {"NEXcepTion", "Xception"}
+    row = search.best_rows(rows, 1)[0]
     info = row["info"]
-    network = create_model(search.network_config(row["config"], "nexception_nano"), num_classes=10)
+    network = create_model(search.network_config(row["config"], "nexception_pico"), num_classes=10)
     assert info["parameters"] == sum(p.numel() for p in network.parameters())
     assert info["top1"] == pytest.approx(100 - 100 * row["cost"][0])
     assert info["curve"][-1][1] == pytest.approx(info["top1"], abs=0.01)
     assert info["macs"] > 0 and info["training_images_per_second"] > 0 and info["peak_rss_mb"] > 100
-    scored = read_json(Path("run/final.json"))
-    assert {search.short(config) for config in search.points().values()} <= set(scored)
+    scored = read_json(Path("my run/final.json"))
+    assert {search.repeat_name(config, 2) for config in search.points().values()} <= set(scored)
     assert {score["split"] for score in scored.values()} == {"test"} and "on the test split" in said
-    assert "python train.py --data digits --model run/incumbent.json" in said
-    grown = create_model("run/incumbent.json", num_classes=10)
+    command = shlex.split(said[said.index("train it in full: ") :].splitlines()[0])[5:]
+    options = parse(TrainOptions, command[1:], command[0])
+    assert options.out == "my run/full" and "parameters for images of 32 pixels" in said
+    grown = create_model("my run/incumbent.json", num_classes=10)
     assert grown.config.layout == "pyramid" and grown.config.widths == MODELS["nexception_tp"].widths
+    assert create_model(options.model).config.widths == grown.config.widths
     assert search.main(arguments) == 0  # nothing left to do: trains nothing again
-    assert read_json(Path("run/final.json")) == scored
+    assert read_json(Path("my run/final.json")) == scored
