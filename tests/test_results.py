@@ -49,6 +49,34 @@ def test_evidence_beside_another_implementation(tmp_path):
             assert row["ratio"]["mean"] == pytest.approx(expected)
 
 
+def test_the_surrogate_is_that_of_the_trained_networks(tmp_path, monkeypatch):
+    """Each network of the table has its own place in the surrogate, which agrees with its training."""
+    space = importlib.import_module("results.space")
+    codes, top1 = space.load()
+    assert len(set(map(tuple, codes))) == len(codes) > 100
+    assert space.surrogate().size == 61_440
+    fitted = space.surrogate()[tuple(codes.T)]
+    assert np.corrcoef(fitted, top1)[0, 1] > 0.9
+    monkeypatch.setattr(space, "TABLE", tmp_path / "space.csv")
+    monkeypatch.setattr(space, "train_config", lambda _, seed, n: (0.5, {"curve": [[1.0, seed % 89]] * n}))
+    for count in (11, 12, 12):  # the second call continues, the third finds nothing to do
+        space.main(space.Options(networks=count))
+        assert [float(row["top1_9"]) for row in space.rows()] == [
+            int(row["seed"]) % 89 for row in space.rows()
+        ]
+        assert len(space.rows()) == count
+
+
+def test_samplers_are_compared_at_equal_epochs(tmp_path):
+    samplers = importlib.import_module("results.samplers")
+    assert run("samplers", "--searches", 2, "--epochs", 150, "--out", tmp_path) == 0
+    rows = json.loads((tmp_path / "samplers.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == list(samplers.ARMS)
+    curve = samplers.regrets("random", [9], 0, 150)
+    assert (np.diff(curve) <= 0).all() and curve[:8].min() == curve[0] > curve[-1] >= 0
+    assert rows[-1]["regrets"][0] == [pytest.approx(curve[149], abs=1e-4)]
+
+
 def verdicts(page: str) -> dict[str, str]:
     """Return the column of verdicts by line of the checklist."""
     cells = [line.split("|") for line in page.splitlines() if line.count("|") == 4]

@@ -1,0 +1,93 @@
+"""Compare samplers on the surrogate of the whole space (results/space.py), where a trial takes no time.
+
+    python -m results.samplers --out results    # 30 searches each of 900 epochs: half an hour of one core
+
+Regret is the top-1 of the best of the 61,440 networks minus that of the best one found at the highest budget,
+both according to the surrogate, in points. All samplers spend the same number of epochs.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import markdown_table, run_command, write_results
+from results.space import CHOICES, EPOCHS, code_of, surrogate
+from search import SAMPLERS
+from train import option, run_script, save_figure, subplots
+
+import numpy as np
+import torch
+from scipy.stats import wilcoxon
+
+ARMS = {  # name -> entry of SAMPLERS, budgets, colour and style of its line
+    "SMAC": ("smac", [9], "black", "-"),
+    "SMAC, 3 and 9 epochs": ("smac", [3, 9], "#d95f02", "--"),
+    "Hyperband, 3 and 9 epochs": ("hyperband", [3, 9], "#7570b3", "-."),
+    "random search": ("random", [9], "#66a61e", ":"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare samplers on the surrogate of the whole space."""
+
+    searches: int = option(30, "searches of each sampler", least=2)
+    epochs: int = option(900, "epochs per search, including trials at low budgets", least=150)
+    out: str = option("runs/bench", "folder of the results")
+
+
+def regrets(sampler: str, budgets: list[int], seed: int, epochs: int) -> np.ndarray:
+    """Return the regret of one search after each epoch spent, (epochs,)."""
+    truth = {budget: surrogate(f"top1_{budget}") for budget in budgets}
+    settings = {"space": CHOICES, "objectives": ["accuracy"], "budgets": budgets, "seed": seed}
+    spent, best, found = 0, 0.0, np.full(epochs, truth[EPOCHS].max())
+    with tempfile.TemporaryDirectory() as folder:
+        searcher = SAMPLERS[sampler](Path(folder), settings)
+        searcher.replay([], None)
+        while spent < epochs and (trial := searcher.ask()) is not None:
+            top1 = truth[trial.budget][code_of(trial.config)]
+            row = {"config": trial.config, "budget": trial.budget, "cost": [1 - top1 / 100], "info": {}}
+            searcher.tell(trial, row | {"status": "success", "start": spent, "end": spent + trial.budget})
+            spent += trial.budget
+            best = max(best, top1) if trial.budget == EPOCHS else best
+            found[spent - 1 :] = truth[EPOCHS].max() - best
+    return found
+
+
+def compare(options: Options) -> None:
+    """Run all searches; write their regrets, a figure, and paired tests of each sampler against random."""
+    n, curves = options.searches, {}
+    for name, (sampler, budgets, *_) in ARMS.items():
+        found = [regrets(sampler, budgets, seed, options.epochs) for seed in range(n)]
+        curves[name] = np.stack(found)
+    marks = np.arange(150, options.epochs + 1, 150)
+    figure, (axis,) = subplots(1, 6.5, 4)
+    values, base = [], curves["random search"]
+    for name, curve in curves.items():
+        *_, colour, style = ARMS[name]
+        at, mean = curve[:, marks - 1], curve.mean(0)
+        ends = 1.96 * at.std(axis=0, ddof=1) / n**0.5
+        # Bonferroni: three samplers are tested. Equal regrets have no test.
+        others = zip(at.T, base[:, marks - 1].T, strict=True)
+        p = [min(1, 3 * wilcoxon(a, b).pvalue) if (a != b).any() else 1 for a, b in others]
+        values.append({"label": name, "mean": mean[marks - 1], "interval": ends, "p": p, "regrets": at})
+        axis.plot(np.arange(1, options.epochs + 1), mean, style, color=colour, label=name)
+        axis.errorbar(marks, mean[marks - 1], ends, fmt="none", color=colour)
+    axis.set(xlabel="epochs spent", ylabel="regret, points of top-1", ylim=(0, 12), xlim=(0, None))
+    axis.legend(frameon=False, title=f"mean of {n} searches and its 95% interval")
+    table = [
+        [row["label"], *map("{:.2f} ± {:.2f} (p = {:.1g})".format, row["mean"], row["interval"], row["p"])]
+        for row in values
+    ]
+    text = markdown_table(["regret after", *(f"{mark} epochs" for mark in marks)], table)
+    print(text)
+    values = [{k: np.round(v, 5).tolist() if k != "label" else v for k, v in row.items()} for row in values]
+    write_results("samplers", options, torch.device("cpu"), text, values, epochs=marks.tolist())
+    save_figure(figure, Path(options.out, "samplers.png"))
+
+
+if __name__ == "__main__":
+    run_script(functools.partial(run_command, compare, Options, "results.samplers"))
