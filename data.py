@@ -29,6 +29,7 @@ import shutil
 import signal
 import sys
 import time
+import unicodedata
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -123,6 +124,17 @@ def to_rgb(image: Image.Image, exif: bool = False) -> Image.Image:
     return rgb
 
 
+def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str, pillow=False) -> torch.Tensor:
+    """Resize uint8 (3, H, W) to (3, *size) with antialiasing, by Pillow or, within a grey level, by torch."""
+    if pillow:
+        whole = Image.fromarray(image.permute(1, 2, 0).numpy())
+        resized = whole.resize(size[::-1], Image.Resampling[interpolation.upper()])
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    # torch's kernel is twice as fast on dense channels-last memory.
+    image = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(image, size, mode=interpolation, antialias=True)[0]
+
+
 @dataclass(frozen=True)
 class EvalTransform:
     """timm's evaluation transform: resize shorter side to floor(size / crop_pct), centre crop, normalize."""
@@ -138,28 +150,29 @@ class EvalTransform:
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
 
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) after resizing an image of this size."""
-        short = math.floor(self.size / self.crop_pct)
-        if height <= width:
-            return short, int(short * width / height)
-        return int(short * height / width), short
+    def crop(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        """Return the resized centre crop of a PIL image or uint8 (3, H, W), as uint8 (3, size, size).
 
-    def corner(self, height: int, width: int) -> tuple[int, int]:
-        """Return (top, left) of the centre crop of a resized image."""
-        return round((height - self.size) / 2), round((width - self.size) / 2)
-
-    def crop(self, image: Image.Image) -> torch.Tensor:
-        """Return the resized centre crop of a PIL image, uint8 (3, size, size)."""
-        image = to_rgb(image, self.exif)
-        height, width = self.resized(image.height, image.width)
-        image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        top, left = self.corner(height, width)
-        image = image.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        A PIL image is resized by Pillow.
+        """
+        size, pillow = self.size, isinstance(image, Image.Image)
+        if pillow:
+            image = torch.from_numpy(np.array(to_rgb(image, self.exif))).permute(2, 0, 1)
+        (_, rows, columns), short = image.shape, math.floor(size / self.crop_pct)
+        height, width = max(short, int(short * rows / columns)), max(short, int(short * columns / rows))
+        top, left = round((height - size) / 2), round((width - size) / 2)
+        fit = functools.partial(resize, interpolation=self.interpolation, pillow=pillow)
+        if height * width > 2**22:
+            # A line of 4000 pixels would grow to 221 megapixels. The same in two passes, as the kernels do:
+            # the columns of the crop, then its rows in strips.
+            strips = fit(image, (rows, width))[:, :, left : left + size].split(max(1, 2**22 // height), 2)
+            return torch.cat([fit(s, (height, s.shape[2]))[:, top : top + size] for s in strips], 2)
+        return fit(image, (height, width))[:, top : top + size, left : left + size].contiguous()
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Return (images / 255 - mean) / std of uint8 (B, 3, H, W), as float32 on the same device."""
+        if images.dtype != torch.uint8:
+            raise UsageError(f"data sets and policies give uint8 images, from 0 to 255, not {images.dtype}")
         constants = torch.tensor([self.mean, self.std], dtype=torch.float32) * 255
         mean, std = on_device(constants, images.device).view(2, 3, 1, 1)
         return images.float().sub_(mean).div_(std)
@@ -737,14 +750,23 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
+def class_name(folder: str) -> str:
+    """Return a folder's name as text that compares and prints everywhere.
+
+    In the Unicode form that keyboards enter (macOS decomposes é), with bytes that are no UTF-8 as \\xe9.
+    """
+    return unicodedata.normalize("NFC", os.fsencode(folder).decode(errors="backslashreplace"))
+
+
 def read_classes(source: str) -> list[str]:
     """Read class names in output order: sub-folders in natural order, or the lines of a file."""
     path = Path(source).expanduser()
     if path.is_dir():
-        names = sorted((entry.name for entry in path.iterdir() if entry.is_dir()), key=natural_key)
+        names = [class_name(entry.name) for entry in path.iterdir() if entry.is_dir()]
+        names.sort(key=natural_key)
     elif path.is_file():
-        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        names = [line.strip() for line in lines if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        names = [class_name(line.strip()) for line in lines if line.strip()]
         if all(re.match(r"n\d{8}\b", name) for name in names):  # ImageNet's lists: `n01440764 tench, ...`
             names = [name.split()[0] for name in names]
     else:
@@ -757,22 +779,35 @@ def read_classes(source: str) -> list[str]:
 class FileList:
     """The images in a folder of class folders, in natural order. Hidden files and folders are ignored.
 
+    classes: names of the classes, some of which may then have no image (default: all class folders).
+
     All names are one array of bytes, which the workers share. A list of strings would be copied to each
     worker page by page, as reference counts change.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, classes: tuple[str, ...] | None = None):
         def refuse(error: OSError) -> None:
             raise UsageError(f"cannot list {error.filename!r}: {error.strerror}")
 
-        names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
-        if not names:
+        folders: dict[str, str] = {}
+        for entry in os.scandir(folder):
+            if entry.is_dir() and entry.name[0] != ".":
+                if (label := class_name(entry.name)) in folders:
+                    raise UsageError(f"{str(folder)!r} has two folders {label!r} in different Unicode forms")
+                folders[label] = entry.name
+        if not folders:
             raise UsageError(f"{str(folder)!r} has no class folders: it needs a sub-folder for each class")
-        self.classes = tuple(sorted(names, key=natural_key))
+        self.classes = classes or tuple(sorted(folders, key=natural_key))
+        if unknown := sorted(folders.keys() - set(self.classes)):
+            raise UsageError(f"only {str(folder)!r} has the classes {unknown[:5]}: remove or add them")
         root, encoded, lengths, counts, skipped = os.path.join(folder, ""), [], [], [], []
         for label in self.classes:
-            files = []
-            for place, inner, names in os.walk(root + label, followlinks=True, onerror=refuse):
+            files, seen = [], {os.path.realpath(folder)}
+            top = root + folders.get(label, "")
+            for place, inner, names in os.walk(top, followlinks=True, onerror=refuse) if top != root else ():
+                if (real := os.path.realpath(place)) in seen:
+                    raise UsageError(f"{place!r} leads to {real!r} again: remove this link")
+                seen.add(real)
                 place = place.removeprefix(root)
                 inner[:] = [name for name in inner if name[0] != "."]
                 for name in (name for name in names if name[0] != "."):
@@ -782,11 +817,12 @@ class FileList:
             encoded.append(b"".join(files))
             lengths += map(len, files)
             counts.append(len(files))
-        if 0 in counts:
-            raise UsageError(
-                f"class folder {root + self.classes[counts.index(0)]!r} contains no image "
-                f"({', '.join(EXTENSIONS)}): fill or remove it"
-            )
+        empty = [label for label, count in zip(self.classes, counts, strict=True) if not count]
+        if empty and (classes is None or not lengths):
+            kinds = ", ".join(EXTENSIONS)
+            raise UsageError(f"class folder {root + empty[0]!r} has no image ({kinds}): fill or remove it")
+        if empty:
+            log.warning("%s has no images of %d classes, such as %s", folder, len(empty), empty[0])
         if skipped:
             log.warning("skipped %d non-image files in %s, such as %s", len(skipped), folder, skipped[0])
         self.folder = os.fsencode(folder)
@@ -826,12 +862,10 @@ def list_images(path: str | Path, train: bool = True) -> dict[str, FileList]:
             f"{str(folder)!r} needs train/ and one of val/, validation/ and test/, each with a "
             "sub-folder for each class"
         )
-    files = {}
+    files, classes = {}, None
     for split, place in places.items():
-        files[split] = FileList(place)
-        unlike = sorted(set(files[split].classes) ^ set(next(iter(files.values())).classes))
-        if unlike:
-            raise UsageError(f"{str(place)!r} has other classes than train/: only one has {unlike[:5]}")
+        files[split] = FileList(place, classes)
+        classes = files[split].classes
     return files
 
 
@@ -852,6 +886,8 @@ def find_images(source: str | Path | dict, train: bool = True, share=lambda find
         raise UsageError(f"a source has the splits train, val and perhaps test, not {', '.join(splits)}")
     splits = {split: splits[split] for split in (*wanted, "test") if split in splits}
     classes = tuple(splits["val"].classes)
+    if train and len(classes) < 2:
+        raise UsageError(f"only one class, {classes[0]!r}: are the class folders one level further down?")
     for split, images in splits.items():
         labels = np.asarray(images.labels)
         if tuple(images.classes) != classes:
@@ -881,7 +917,7 @@ def decode(image: bytes | Image.Image | torch.Tensor, exif: bool = False) -> tor
     """
     if isinstance(image, torch.Tensor):
         return image
-    if isinstance(image, bytes) and image[:3] == b"\xff\xd8\xff":
+    if not isinstance(image, Image.Image) and image[:3] == b"\xff\xd8\xff":
         from torchvision.io import ImageReadMode  # imported here because it takes a second
 
         with contextlib.suppress(RuntimeError):
@@ -889,17 +925,10 @@ def decode(image: bytes | Image.Image | torch.Tensor, exif: bool = False) -> tor
             content = torch.frombuffer(bytearray(image), dtype=torch.uint8)
             return torch.ops.image.decode_jpeg(content, ImageReadMode.RGB.value, exif)
     try:
-        opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+        opened = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))
         return torch.from_numpy(np.array(to_rgb(opened, exif))).permute(2, 0, 1)
     except Exception as error:  # Pillow's decoders raise almost any type for broken files
         raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """Resize uint8 (3, H, W) to (3, *size) with antialiasing, equal to PIL within about one grey level."""
-    # torch's kernel is twice as fast on dense channels-last memory.
-    image = image[None].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(image, size, mode=interpolation, antialias=True)[0]
 
 
 class ImageDataset(Dataset):
@@ -936,7 +965,7 @@ class ImageDataset(Dataset):
                         listed = isinstance(source, FileList)
                         bad.append((source.path(index) if listed else f"{job.split}[{index}]", str(error)))
                         continue
-                    crop = self.random_crop(image, draws[n]) if training else self.centre_crop(image)
+                    crop = self.random_crop(image, draws[n]) if training else self.transform.crop(image)
                     images[len(taken)] = crop
                     taken.append(index)
                     break
@@ -951,12 +980,6 @@ class ImageDataset(Dataset):
         image, size = image[:, top : top + height, left : left + width], self.transform.size
         image = resize(image, (size, size), "bicubic" if draws[22] < 0.5 else "bilinear")
         return image.flip(-1) if draws[23] < self.augment.flip else image
-
-    def centre_crop(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the resized centre crop of an image (3, H, W) as uint8 (3, S, S)."""
-        size, shape = self.transform.size, self.transform.resized(*image.shape[1:])
-        top, left = self.transform.corner(*shape)
-        return resize(image, shape, self.transform.interpolation)[:, top : top + size, left : left + size]
 
 
 def stop_workers(loader: DataLoader) -> None:
@@ -991,10 +1014,10 @@ class Data:
     (total time spent waiting for batches); bad_files (path -> reason, for the unreadable files seen so far).
     """
 
-    def __init__(self, dataset, classes: tuple[str, ...], plan: Plan, device, max_bad_files=0):
+    def __init__(self, dataset, classes: tuple[str, ...], plan: Plan, device, max_bad_files=0.0):
         self.dataset, self.classes, self.plan = dataset, tuple(classes), plan
         self.transform, self.device, self.splits = dataset.transform, device, tuple(dataset.counts)
-        self.max_bad_files, self.bad_files = max_bad_files, {}
+        self.max_bad_files, self.bad_files = max_bad_files * sum(dataset.counts.values()), {}
         self.wait_seconds, self.iteration = 0.0, 0
         self.jobs: list[Job] = []  # iterated over by the loader; refilled without restarting the workers
         self.loader: DataLoader | None = None  # unless the set is small
@@ -1008,6 +1031,8 @@ class Data:
 
     def count(self, split: str) -> int:
         """Return the number of images in a split, across all ranks."""
+        if split not in self.splits:
+            raise UsageError(f"there is no split {split!r}, only {', '.join(self.splits)}")
         return self.dataset.counts[split]
 
     def tensors(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1073,13 +1098,16 @@ class Data:
                     log.warning("cannot read %s (%s)", path, reason)
                     self.bad_files[path] = reason
             if len(self.bad_files) > self.max_bad_files:
-                names = ", ".join(self.bad_files)
-                raise UsageError(f"more than {self.max_bad_files} files cannot be read: {names}")
+                names = ", ".join(list(self.bad_files)[:5])
+                raise UsageError(f"{len(self.bad_files)} images cannot be read, too many to go on: {names}")
             images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
             self.wait_seconds += time.perf_counter() - started
             yield images, labels
             if self.loader is not None and current != self.iteration:
-                raise RuntimeError("another iteration over this data began before this one ended")
+                raise RuntimeError(
+                    "another iteration, such as an evaluation, has taken over the workers of this one: "
+                    "finish one before the next, or call open_data twice"
+                )
             started = time.perf_counter()
 
 
@@ -1095,7 +1123,7 @@ def open_data(
     device: str | torch.device = "cpu",
     workers: int | None = None,
     root: str = "data",
-    max_bad_files: int = 50,
+    max_bad_files: float = 0.01,
 ) -> Data:
     """Open a small set, an image folder or a source of one's own for training and evaluation.
 
@@ -1114,7 +1142,7 @@ def open_data(
         augment: augmentation (default: `default_augmentation(source)`).
         workers: data-loading processes (default: one per core, split between processes; 0: none).
         root: folder of the CIFAR files.
-        max_bad_files: number of unreadable files to tolerate.
+        max_bad_files: fraction of unreadable images to tolerate.
 
     Raises UsageError.
     """
@@ -1122,6 +1150,8 @@ def open_data(
     if augment.policy not in POLICIES:
         raise UsageError(f"there is no policy {augment.policy!r}: choose from {', '.join(POLICIES)}")
     if isinstance(source, str) and source in SMALL_SETS:
+        if os.path.isdir(source) and plan.rank == 0:
+            log.warning("%s is the built-in set: for the folder of that name, give ./%s", source, source)
         small = SMALL_SETS[source]
         transform = transform or EvalTransform(size or small.size, 1.0, "bilinear", small.mean, small.std)
         splits, classes = small.load(transform.size, root)

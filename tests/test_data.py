@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import unicodedata
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -239,8 +240,12 @@ def test_random_crops_are_resized_as_in_pil(photograph):
         assert nearly_equal(dataset.random_crop(as_tensor(photograph), draws), as_tensor(image))
 
 
+SIZES = [(500, 375), (375, 500), (300, 300), (40, 500), (60, 50), (236, 235)]
+THIN = [(1, 90), (90, 1), (3, 270), (290, 3)]  # cropped between the two passes of the resizing
+
+
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("size", [(500, 375), (375, 500), (300, 300), (40, 500), (60, 50), (236, 235)])
+@pytest.mark.parametrize("size", SIZES + THIN)
 def test_evaluation_transform_equals_timm(photograph, size, interpolation):
     from timm.data import create_transform
 
@@ -249,8 +254,13 @@ def test_evaluation_transform_equals_timm(photograph, size, interpolation):
     ours = EvalTransform(interpolation=interpolation)
     assert torch.allclose(ours(image), theirs(image), atol=1e-5)
     assert EvalTransform(**json.loads(json.dumps(asdict(ours)))) == ours
-    fast = data.ImageDataset({}, ours, PLAIN).centre_crop(as_tensor(image))
+    fast, (width, height) = ours.crop(as_tensor(image)), size
     assert nearly_equal(fast, ours.crop(image))
+    short, long = 235, int(235 * max(size) / min(size))
+    shape = (short, long) if height <= width else (long, short)
+    top, left = (round((side - 224) / 2) for side in shape)
+    whole = data.resize(as_tensor(image), shape, interpolation)
+    assert torch.equal(fast, whole[:, top : top + 224, left : left + 224])
 
 
 def test_small_crops_are_windows_of_the_padded_image():
@@ -356,7 +366,7 @@ def test_abandoned_iterations_are_harmless_and_concurrent_ones_refused(folder):
     first = opened.train_batches(1)
     next(first)
     assert sum(len(labels) for _, labels in opened.eval_batches()) == 14
-    with pytest.raises(RuntimeError, match="another iteration"):
+    with pytest.raises(RuntimeError, match="another iteration, such as an evaluation"):
         next(first)
     assert batches_equal(list(opened.train_batches(1)), epoch_of(folder, workers=0))
     assert opened.wait_seconds > 0
@@ -494,7 +504,7 @@ def test_exif_orientation_is_applied_on_request(photograph, tmp_path, kind):
     for exif in (False, True):
         opened = open_data(tmp_path, train=False, size=16, workers=0, exif=exif)
         images, _ = next(opened.eval_batches())
-        assert torch.equal(images[0], opened.dataset.centre_crop(data.decode(content, exif)))
+        assert torch.equal(images[0], opened.transform.crop(data.decode(content, exif)))
         assert nearly_equal(images[0], opened.transform.crop(Image.open(io.BytesIO(content))))
 
 
@@ -524,7 +534,7 @@ def test_unreadable_files_are_logged_replaced_and_counted(tmp_path, caplog, phot
     }
     for name, broken in bad.items():
         (tmp_path / name).write_bytes(broken)
-    opened = open_data(tmp_path, Plan(batch=5), size=16, workers=workers, augment=PLAIN)
+    opened = open_data(tmp_path, Plan(batch=5), size=16, workers=workers, augment=PLAIN, max_bad_files=0.17)
     batches = [batch for epoch in range(2) for batch in opened.train_batches(epoch)]
     evaluated = list(opened.eval_batches("val"))
     opened.close()
@@ -535,8 +545,8 @@ def test_unreadable_files_are_logged_replaced_and_counted(tmp_path, caplog, phot
     assert sum(len(images) for images, _ in evaluated) == 8
     assert opened.bad_files.keys() == {str(tmp_path / name) for name in bad}
     assert all(caplog.text.count(name) == 1 for name in bad)
-    again = open_data(tmp_path, Plan(batch=5), size=16, workers=workers, augment=PLAIN, max_bad_files=2)
-    with pytest.raises(UsageError, match=r"^more than 2 files cannot be read: .*red/3\.jpg"):
+    again = open_data(tmp_path, Plan(batch=5), size=16, workers=workers, augment=PLAIN, max_bad_files=0.07)
+    with pytest.raises(UsageError, match=r"^3 images cannot be read, too many to go on: .*red/3\.jpg"):
         list(again.train_batches(0))
     again.close()
 
@@ -592,6 +602,49 @@ def test_hidden_files_are_ignored_and_links_followed(tmp_path, caplog):
     assert "skipped 2 non-image files" in caplog.text and "such as blue/" in caplog.text
 
 
+def test_links_that_lead_back_are_refused(tmp_path):
+    make_folder(tmp_path, {"train": 2, "val": 1})
+    for place, target in (("blue", "."), ("blue", ".."), ("blue", "../.."), ("red", "../blue")):
+        link = tmp_path / "train" / place / "link"
+        link.symlink_to(target)
+        if target == "../blue":  # a link to another class is meant, unless that leads back
+            (tmp_path / "train/blue/link").symlink_to("../red")
+        assert_refused("train/(blue|red)/link.* again: remove this link", tmp_path)
+        link.unlink()
+
+
+def test_classes_are_those_of_training(tmp_path, caplog):
+    make_folder(tmp_path, {"train": 2, "val": 2})
+    for split, form in (("train", "NFC"), ("val", "NFD")):  # a Mac's file system
+        (tmp_path / split / "red").rename(tmp_path / split / unicodedata.normalize(form, "rosé"))
+    for rare in ("café".encode("latin1"), b"rare"):
+        (tmp_path / "train" / os.fsdecode(rare)).mkdir()
+        (tmp_path / "train" / os.fsdecode(rare) / "0.png").write_bytes(encode(Image.new("RGB", (9, 9))))
+    (tmp_path / "val/rare").mkdir()
+    opened = open_data(tmp_path, Plan(batch=2), size=16, workers=0)
+    assert opened.classes == ("blue", "caf\\xe9", "rare", "rosé")
+    assert opened.dataset.labels["train"].tolist() == [0, 0, 1, 2, 3, 3]
+    assert opened.dataset.labels["val"].tolist() == [0, 0, 3, 3]
+    assert "no images of 2 classes, such as caf" in caplog.text
+    assert sum(len(labels) for _, labels in opened.eval_batches()) == 4 and not opened.bad_files
+    (tmp_path / "val" / "rosé").mkdir()
+    assert_refused("two folders 'rosé'", tmp_path)
+
+
+def test_one_class_is_refused(tmp_path):
+    make_folder(tmp_path, {"train/images": 1, "val/images": 1})  # an archive's extra level
+    assert_refused("only one class, 'images': are the class folders one level further down", tmp_path)
+
+
+def test_a_folder_named_like_a_set_is_pointed_out(tmp_path, monkeypatch, caplog):
+    make_folder(tmp_path / "digits", {"val": 1})
+    monkeypatch.chdir(tmp_path)
+    assert len(open_data("digits", train=False).classes) == 10
+    assert "for the folder of that name, give ./digits" in caplog.text
+    for folder in ("./digits", Path("digits")):
+        assert open_data(folder, train=False, workers=0).classes == ("blue", "red")
+
+
 def test_evaluation_folders_have_one_of_three_names(tmp_path):
     for names in (("val",), ("validation",), ("test",), ("val", "test"), ("validation", "test")):
         root = make_folder(tmp_path / "-".join(names), {"train": 6, **dict.fromkeys(names, 3)})
@@ -643,7 +696,7 @@ def test_sources_of_ones_own(monkeypatch, tmp_path, workers):
     sources = [{"train": Source(kind, 12), "val": Source(kind, 8)} for kind in ("pil", "tensor", "bytes")]
     found = []
     for source in (*sources, "shades:pictures"):
-        opened = open_data(source, Plan(batch=4), size=16, workers=workers, max_bad_files=2)
+        opened = open_data(source, Plan(batch=4), size=16, workers=workers, max_bad_files=0.1)
         assert (opened.splits, opened.classes, opened.steps) == (("train", "val"), ("red", "blue"), 3)
         found.append([*opened.train_batches(0), *opened.eval_batches()])
         opened.close()
@@ -741,11 +794,16 @@ def test_user_errors(tmp_path):
     root = make_folder(tmp_path / "images", {"train": 4, "val": 4})
     assert_refused("8 training images are too few for one step of 1 x 64 x 2", root, Plan(accumulate=2))
     (root / "train/green").mkdir()
-    assert_refused(r"class folder '.*green' contains no image", root)
+    assert_refused(r"class folder '.*green' has no image", root)
     (root / "train/green").rmdir()
     (root / "val/red").rename(root / "val/green")
-    assert_refused(r"other classes than train/: only one has \['green', 'red'\]", root)
+    assert_refused(r"only '.*val' has the classes \['green'\]", root)
     assert_refused("has no class folders", root / "val/green", train=False)
+    evaluated = open_data("digits", train=False)
+    with pytest.raises(UsageError, match="there is no split 'vall', only val, test"):
+        next(evaluated.eval_batches("vall"))
+    with pytest.raises(UsageError, match="uint8 images, from 0 to 255, not torch"):
+        evaluated.transform.normalize(torch.rand(1, 3, 2, 2))
 
 
 def test_insufficient_shared_memory_is_a_user_error(monkeypatch, folder):
