@@ -31,7 +31,6 @@ import gc
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -425,7 +424,7 @@ OPTIMIZERS = {
 }
 
 
-def wandb(folder: Folder) -> typing.Callable[[dict, list[float]], None]:
+def log_to_wandb(folder: Folder) -> typing.Callable[[dict, list[float]], None]:
     """Log each line of `metrics.jsonl` to Weights & Biases. Raises UsageError."""
     import wandb
 
@@ -441,7 +440,7 @@ def wandb(folder: Folder) -> typing.Callable[[dict, list[float]], None]:
 # A new tracker is one entry: a function of the run's folder that returns a function, which is called in the
 # first process with each new line of `metrics.jsonl` and the losses of the epoch's steps. Anything that
 # follows the file itself needs no entry.
-TRACKERS = {"wandb": wandb}
+TRACKERS = {"wandb": log_to_wandb}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -632,20 +631,21 @@ def resolve(
         shorter = resolved.epochs // 4
         say(f"warm-up shortened from {resolved.warmup_epochs} to {shorter} of {resolved.epochs} epochs")
         resolved.warmup_epochs = shorter
-    if options.cooldown_epochs is None and resolved.epochs < recipe["epochs"]:
-        resolved.cooldown_epochs = recipe["cooldown_epochs"] * resolved.epochs // recipe["epochs"]
-        if resolved.cooldown_epochs < recipe["cooldown_epochs"]:
-            shorter = f"{recipe['cooldown_epochs']} to {resolved.cooldown_epochs}"
-            say(f"cool-down shortened from {shorter} epochs after {resolved.epochs}")
+    cooldown = recipe["cooldown_epochs"]
+    shorter = cooldown * resolved.epochs // recipe["epochs"]
+    if options.cooldown_epochs is None and shorter < cooldown:
+        say(f"cool-down shortened from {cooldown} to {shorter} epochs after {resolved.epochs}")
+        resolved.cooldown_epochs = shorter
     # What has no effect is refused if given, and not recorded, since a resumed run must match the record.
-    reasons = dict.fromkeys(("min_scale", "exif"), options.data) if options.data in SMALL_SETS else {}
-    reasons |= {"loss_threshold": "--loss soft_ce"} if resolved.loss == "soft_ce" else {}
-    without = resolved.policy in ("none", "trivial_augment")
-    reasons |= {"magnitude": f"--policy {resolved.policy}"} if without else {}
-    for idle, reason in reasons.items():
-        if getattr(options, idle) is not None:
-            raise UsageError(f"--{idle.replace('_', '-')} has no effect with {reason}: leave it out")
-        setattr(resolved, idle, None)
+    for option_name, idle, why in (
+        ("min_scale", small, options.data), ("exif", small, options.data),
+        ("loss_threshold", resolved.loss == "soft_ce", "--loss soft_ce"),
+        ("magnitude", resolved.policy in ("none", "trivial_augment"), f"--policy {resolved.policy}"),
+    ):  # fmt: skip
+        if idle and getattr(options, option_name) is not None:
+            raise UsageError(f"--{option_name.replace('_', '-')} has no effect with {why}: leave it out")
+        if idle:
+            setattr(resolved, option_name, None)
     if resolved.batch == 1 and config.norm == "batch" and not resolved.freeze:
         raise UsageError("--batch 1: batch norm needs at least 2 images")
     if resolved.freeze and not resolved.init_weights:
@@ -658,23 +658,19 @@ def resolve(
 
 
 def model_config(options: Options) -> ModelConfig:
-    """Return the config of --model, else of --init-weights, else of the recipe's model."""
+    """Return the config of --model or the recipe's model, else of the run to resume or of --init-weights."""
     model = default_model(options)
-    if model is None:
-        config = load_checkpoint(options.init_weights).config
-    else:
+    if model is not None:
         with torch.device("meta"):
             config = create_model(model).config
+    else:
+        try:  # a run is resumed without its initial weights
+            found = json.loads(Path(default_out(options), "config.json").read_bytes())["config"]
+            config = ModelConfig(**found)
+        except (OSError, ValueError, KeyError, TypeError):  # no run yet, or a damaged file
+            config = load_checkpoint(options.init_weights).config
     check_channels(config, model or options.init_weights)
     return config
-
-
-def config_of_run(out: str) -> ModelConfig | None:
-    """Return the config of the run in a folder, if any, which is thus resumed without its initial weights."""
-    try:
-        return ModelConfig(**json.loads(Path(out, "config.json").read_bytes())["config"])
-    except (OSError, ValueError, KeyError, TypeError):  # no run yet, or a damaged file
-        return None
 
 
 def check_channels(config: ModelConfig, name: str) -> None:
@@ -961,11 +957,11 @@ class Folder:
         return None
 
     def has_best(self) -> bool:
-        """Return whether `best.pt` can be read; print a warning if not."""
+        """Return whether the best weights so far can be read; print a warning if not."""
         try:
             return bool(read_checkpoint(self.best))
         except UsageError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            print(f"warning: {error}: the best weights so far are lost", file=sys.stderr)
             return False
 
     def compare(self, content: dict) -> None:
@@ -984,7 +980,8 @@ class Folder:
             differ = [f"{k} was {theirs.get(k)}, now {ours.get(k)}" for k in names]
             differ[9:] = ["..."] * (len(names) > 9)
             reason = f"{self.path} holds a run with other options or data ({'; '.join(differ)})"
-            raise UsageError(f"{reason}: restore them to resume it, or give another --out")
+            further = f"with --init-weights {self.best} to train further"
+            raise UsageError(f"{reason}: restore them to resume it, or give another --out ({further})")
 
     def save(self, training: Training, best: dict | None = None) -> None:
         """Write `last.pt` (plain types and tensors), `metrics.jsonl` and, once a minute, `curves.png`.
@@ -1107,7 +1104,7 @@ def fit(
         said = time.monotonic()  # when progress was last printed
         begun, waited = said - training.seconds, data.wait_seconds - training.waited
         lr = lr_at(epoch, options)
-        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr * group.get("scale", 1)
         losses = torch.zeros(data.steps, device=process.device)  # mean over this process's micro-batches
         first = done = 0 if training.losses is None else len(training.losses)
@@ -1192,10 +1189,13 @@ def fit(
             folder.save(training, best=result if better else None)
         if log is not None:
             log(row, values)
-        scores = f"val top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  " if result else ""
+        scores = ""
+        if result:
+            scores = (
+                f"val top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  best {training.best:.2f}%  "
+            )
         say(
             f"epoch {epoch + 1}/{epochs}  loss {row['train_loss']:.4f}  lr {lr:.2e}  {scores}"
-            f"best {training.best:.2f}%  "
             f"{row['images_per_second']:.0f} images/s  data wait {row['data_wait']:.0%}  "
             f"{datetime.timedelta(seconds=int(row['seconds'] * (epochs - epoch - 1)))} left"
         )
@@ -1204,7 +1204,8 @@ def fit(
 
 def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say, log) -> None:
     """Evaluate the best weights on the test split, once per run, and plot the curves."""
-    if "epoch" in training.metrics[-1] and "test" in data.splits and training.best >= 0:
+    untested = "test" in data.splits and "epoch" in training.metrics[-1]
+    if untested and training.process.from_first(folder.has_best):
         model = copy.deepcopy(training.model)
         model.load_state_dict(training.process.read(folder.best)["model"])
         result = evaluate(model, data, "test", training.amp, stop=stop)
@@ -1213,9 +1214,6 @@ def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say
         if log is not None:
             log(training.metrics[-1], [])
     folder.draw(training)
-    if training.best < 0:
-        say(f"{folder.best} is lost: its weights cannot be tested")
-        return
     say(f"best validation top-1 {training.best:.2f}%, weights in {folder.best}")
     final = training.metrics[-1]
     if "test_top1" in final:
@@ -1276,10 +1274,7 @@ def run(options: Options, process: Process) -> int:
     if options.data not in SMALL_SETS:
         source = find_images(options.data, share=process.from_first)
         images = len(source["train"])
-    config = None
-    if default_model(options) is None:
-        config = process.from_first(lambda: config_of_run(default_out(options)))
-    config = config or model_config(options)
+    config = process.from_first(lambda: model_config(options))
     options = resolve(options, process.world, images, say, config)
     data = open_data(
         source, process.plan(options), size=options.size, augment=augmentation(options),
@@ -1308,8 +1303,8 @@ def run(options: Options, process: Process) -> int:
     shown = "  ".join(f"{name}={value}" for name, value in asdict(options).items() if value is not None)
     say(textwrap.fill(shown, 110, break_on_hyphens=False))
     epochs = options.epochs + options.cooldown_epochs
-    groups = itertools.chain.from_iterable(optimizer.param_groups for optimizer in training.optimizers)
-    decayed = sum(p.numel() for group in groups if group["weight_decay"] for p in group["params"])
+    groups = (group for optimizer in training.optimizers for group in optimizer.param_groups)
+    decayed = sum(p.numel() for group in groups if group.get("weight_decay") for p in group["params"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
         f"{decayed:,} parameters with weight decay, {trained - decayed:,} without; {epochs} epochs of "
@@ -1317,8 +1312,8 @@ def run(options: Options, process: Process) -> int:
     )
     if checkpoint is not None:
         training.load_state(process.read(checkpoint))
-        untested = training.best >= 0 and "epoch" in training.metrics[-1]
-        if untested and not process.from_first(folder.has_best):
+        unfinished = training.best >= 0 and training.epoch < epochs
+        if unfinished and not process.from_first(folder.has_best):
             training.best = -1.0  # the best of the epochs to come takes its place
         step = 0 if training.losses is None else len(training.losses)
         where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {step + 1}"
