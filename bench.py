@@ -1,7 +1,7 @@
 """Reproduce the measurements of the paper and the README on this machine.
 
     python bench.py speed        # throughput of all models in Table 1, timed in turns
-    python bench.py accuracy CHECKPOINT imagenet=/data/imagenet/val imagenet-a=/data/imagenet-a
+    python bench.py accuracy MODEL imagenet=/data/imagenet/val imagenet-a=/data/imagenet-a
     python bench.py figures      # the paper's figures 2 and 3; with measured speed: results/speed-*.json
     python bench.py export CHECKPOINT
     python bench.py data FOLDER  # images/s of the input pipeline; workers needed to feed a GPU
@@ -754,6 +754,7 @@ def accuracy(options: AccuracyOptions) -> None:
         theirs = published.get(name.lower())
         rows.append({"set": name, "folder": path, "classes": len(columns), **found, "paper_top1": theirs})
         top1, top5 = f"{found['top1']:.2f}", f"{found['top5']:.2f}"
+        print(f"{name}: top-1 {top1}%, top-5 {top5}%", flush=True)
         cells.append([name, f"{found['count']:,}", str(len(columns)), top1, str(theirs or ""), top5])
         text = markdown_table(["set", "images", "classes", "top-1, %", "paper's", "top-5, %"], cells)
         text = f"{shown}\n\n{text}{table_3([row['set'].lower() for row in rows])}"
