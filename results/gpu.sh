@@ -13,11 +13,11 @@ set -u
 cd "$(dirname "$0")/.."
 export DEVICE=${DEVICE:-cuda} OUT=${OUT:-runs/gpu-$(date +%Y%m%d-%H%M%S)} PYTHON=${PYTHON:-python}
 if [ "$DEVICE" = cpu ]; then
-    export MODELS=nexception_nano SPEED="${SPEED:---models nexception_nano,convnext_tiny@32 --batch 2 --repetitions 2}"
+    export MODELS=nexception_nano AMPS="off bf16" SPEED="${SPEED:---models nexception_nano,convnext_tiny@32 --batch 2 --repetitions 2}"
     export LAMB="--model nexception_nano --repetitions 2" SHARED=cpu EPOCHS=3
     export DEPTHWISE="--shapes 16x7 --kernels 3,5 --batch 2 --repetitions 2"
 else
-    export MODELS="nexception_nano nexception_reduced nexception_tp" LAMB="" DEPTHWISE=""
+    export MODELS="nexception_nano nexception_reduced nexception_tp" AMPS="off bf16 fp16" LAMB="" DEPTHWISE=""
     export EPOCHS=6 SPEED="--models convnext_tiny,nexception_tp,nexception_t,xception,nexception_s,resnet50,swin_t --repetitions 15"
     # Two processes take a card each, if there are two; NCCL may refuse to share one.
     [ "$($PYTHON -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ] && export SHARED=cuda || export SHARED=cuda:0
@@ -59,9 +59,9 @@ part tests 60 '$PYTHON -m pytest -o addopts= --continue-on-collection-errors -m 
 part speed 50 '$PYTHON bench.py speed $SPEED --device $DEVICE --out "$OUT"'
 part train-speed 50 '$PYTHON bench.py speed $SPEED --device $DEVICE --out "$OUT" --train'
 part losses 80 '
-    for model in $MODELS; do # the four runs of a model side by side
+    for model in $MODELS; do # the runs of a model side by side
         $PYTHON $TRAIN --model $model --device cpu --amp off --out "$OUT/losses/$model-cpu" &
-        for amp in off bf16 fp16; do
+        for amp in $AMPS; do
             $PYTHON $TRAIN --model $model --device $DEVICE --amp $amp --out "$OUT/losses/$model-$amp" &
         done
         wait
