@@ -113,7 +113,7 @@ def to_rgb(image: Image.Image, exif: bool = False) -> Image.Image:
     pixels, as PIL does.
     """
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise UsageError("32-bit pixels have no defined range: convert the file to 8 or 16 bits")
+        raise ValueError("32-bit pixels have no defined range: convert the file to 8 or 16 bits")
     if image.mode[0] == "I":
         bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF's BitsPerSample
         pixels = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
@@ -781,7 +781,7 @@ class FileList:
 
     classes: names of the classes, some of which may then have no image (default: all class folders).
 
-    All names are one array of bytes, which the workers share. A list of strings would be copied to each
+    The names are one array of bytes, which the workers share. A list of strings would be copied to each
     worker page by page, as reference counts change.
     """
 
@@ -800,7 +800,7 @@ class FileList:
         self.classes = classes or tuple(sorted(folders, key=natural_key))
         if unknown := sorted(folders.keys() - set(self.classes)):
             raise UsageError(f"only {str(folder)!r} has the classes {unknown[:5]}: remove or add them")
-        root, encoded, lengths, counts, skipped = os.path.join(folder, ""), [], [], [], []
+        root, found, counts, skipped = os.path.join(folder, ""), [], [], []
         for label in self.classes:
             files, seen = [], {os.path.realpath(folder)}
             top = root + folders.get(label, "")
@@ -813,21 +813,17 @@ class FileList:
                 for name in (name for name in names if name[0] != "."):
                     listed = files if name.lower().endswith(EXTENSIONS) else skipped
                     listed.append(f"{place}/{name}")
-            files = [os.fsencode(file) for file in sorted(files, key=natural_key)]
-            encoded.append(b"".join(files))
-            lengths += map(len, files)
+            found += map(os.fsencode, sorted(files, key=natural_key))
             counts.append(len(files))
         empty = [label for label, count in zip(self.classes, counts, strict=True) if not count]
-        if empty and (classes is None or not lengths):
+        if empty and (classes is None or not found):
             kinds = ", ".join(EXTENSIONS)
             raise UsageError(f"class folder {root + empty[0]!r} has no image ({kinds}): fill or remove it")
         if empty:
             log.warning("%s has no images of %d classes, such as %s", folder, len(empty), empty[0])
         if skipped:
             log.warning("skipped %d non-image files in %s, such as %s", len(skipped), folder, skipped[0])
-        self.folder = os.fsencode(folder)
-        self.ends = np.cumsum(lengths)
-        self.names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.folder, self.names = os.fsencode(folder), np.array(found)
         self.labels = np.repeat(np.arange(len(counts)), counts)
 
     def __len__(self) -> int:
@@ -839,8 +835,7 @@ class FileList:
 
     def path(self, index: int) -> str:
         """Return the path of image `index`."""
-        start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.folder + b"/" + self.names[start : self.ends[index]].tobytes())
+        return os.fsdecode(os.path.join(self.folder, self.names[index]))
 
 
 def list_images(path: str | Path, train: bool = True) -> dict[str, FileList]:
@@ -885,26 +880,24 @@ def find_images(source: str | Path | dict, train: bool = True, share=lambda find
     if not set(wanted) <= set(splits) <= {"train", "val", "test"}:
         raise UsageError(f"a source has the splits train, val and perhaps test, not {', '.join(splits)}")
     splits = {split: splits[split] for split in (*wanted, "test") if split in splits}
-    classes = tuple(splits["val"].classes)
-    if train and len(classes) < 2:
-        raise UsageError(f"only one class, {classes[0]!r}: are the class folders one level further down?")
     for split, images in splits.items():
-        labels = np.asarray(images.labels)
+        if missing := [n for n in ("__len__", "__getitem__", "labels", "classes") if not hasattr(images, n)]:
+            raise UsageError(f"the images of {split} have no {', '.join(missing)}: see `open_data`")
+        labels, classes = np.asarray(images.labels), tuple(splits["val"].classes)
         if tuple(images.classes) != classes:
             raise UsageError(f"{split} has other classes than val, or in another order")
+        if train and len(classes) < 2:
+            raise UsageError(f"only one class, {classes[0]!r}: are the class folders one level further down?")
         if not labels.shape == (len(images),) != (0,) or not np.isin(labels, np.arange(len(classes))).all():
             last = len(classes) - 1
             raise UsageError(f"the {len(images)} images of {split} need a label each, from 0 to {last}")
         first = b"" if isinstance(images, FileList) else images[0]
-        found = type(first).__name__
-        if isinstance(first, torch.Tensor) and (first.dtype != torch.uint8 or first.shape[:-2] != (3,)):
-            found = f"{first.dtype} {tuple(first.shape)}"
-        elif isinstance(first, (torch.Tensor, Image.Image, bytes)):
-            continue
-        raise UsageError(
-            f"images of {split} must be PIL images, uint8 tensors (3, height, width) or the bytes of image "
-            f"files, not {found}"
-        )
+        kind, shape = getattr(first, "dtype", type(first).__name__), tuple(getattr(first, "shape", ()))
+        if not (isinstance(first, (bytes, Image.Image)) or (kind, *shape[:-2]) == (torch.uint8, 3)):
+            raise UsageError(
+                f"images of {split} must be PIL images, uint8 tensors (3, height, width) or the bytes of "
+                f"image files, not {kind} {shape or ''}"
+            )
     return splits
 
 

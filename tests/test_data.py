@@ -724,12 +724,16 @@ def test_sources_of_the_wrong_kind_are_refused(monkeypatch, tmp_path):
     assert_refused("splits train, val and perhaps test, not val$", {"val": right["val"]})
     for kind, what in (("float", r"torch.float32 \(3, 24, 20\)"), ("rows", r"torch.uint8 \(24, 20, 3\)")):
         assert_refused(f"images of val must be PIL images, .*, not {what}", right | {"val": Source(kind, 8)})
-    assert_refused("images of train must be .*, not ndarray", right | {"train": Source("array", 8)})
+    assert_refused(
+        r"images of train must be .*, not uint8 \(24, 20, 3\)", right | {"train": Source("array", 8)}
+    )
     for labels in ([0, 1], [2] * 8, ["red"] * 8, []):
         monkeypatch.setattr(right["val"], "labels", labels)
         monkeypatch.setattr(Source, "__len__", lambda source: 0 if source.labels == [] else 8)
         assert_refused("images of val need a label each, from 0 to 1", right, train=False)
     monkeypatch.undo()
+    torchvisions = torchvision.datasets.FakeData(8, (3, 9, 9))
+    assert_refused("the images of train have no labels, classes", right | {"train": torchvisions})
     right["val"].classes = ("blue", "red")
     assert_refused("train has other classes than val, or in another order", right)
     monkeypatch.chdir(tmp_path)
