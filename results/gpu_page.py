@@ -60,7 +60,7 @@ def judge(out: Path) -> str:
         return found.get("NEXcepTion-TP", 0) >= 1.27
 
     claims = [  # a line of the checklist and its part; what was found; whether that holds
-        ("`pytest -m gpu` passes", "tests", said("tests", r"\d+ passed.*"), lambda found: parts["tests"] == 0),
+        ("`pytest -m gpu` passes", "tests", said("tests", r"\d+ passed.*"), lambda _: parts["tests"] == 0),
         ("float32: the CPU's losses of the first epoch to 1e-3", "losses", first["off"], most(1e-3)),
         ("bf16: the same to 2e-2", "losses", first["bf16"], most(2e-2)),
         ("fp16: the same to 2e-2", "losses", first["fp16"], most(2e-2)),
