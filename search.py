@@ -137,10 +137,8 @@ def network_config(config: dict, base: str) -> ModelConfig:
 
 def configspace(space: dict | None = None, seed: int = 0):
     """Return a ConfigurationSpace for SMAC (default: `SPACE`, 61,440 configurations)."""
-    from ConfigSpace import (
-        CategoricalHyperparameter,
-        ConfigurationSpace,
-    )  # takes as long as PyTorch to import
+    # Here and below, what takes seconds to import is imported where it is used.
+    from ConfigSpace import CategoricalHyperparameter, ConfigurationSpace
 
     values = (space or current_space()).items()
     result = ConfigurationSpace(name="nexception", seed=seed)
@@ -205,17 +203,20 @@ class RandomSearch:
 
 
 class Smac:
-    """SMAC: random configurations, then those of a random forest; Hyperband allots several budgets.
+    """SMAC: random configurations, then a random forest's; Hyperband allots several budgets.
 
     Writes `smac/SEED`, a SMAC3 run folder. A space with fewer configurations than Hyperband's first bracket
     asks for runs each of them at the highest budget.
     """
 
+    forest = True
+
     def __init__(self, folder: Path, settings: dict):
         from ConfigSpace import Configuration
-        from smac import Scenario
+        from smac import HyperbandFacade, MultiFidelityFacade, Scenario
         from smac.initial_design import RandomInitialDesign
         from smac.main.config_selector import ConfigSelector
+        from smac.model.random_forest import RandomForest
         from smac.multi_objective.parego import ParEGO
 
         self.space, names = configspace(settings["space"], settings["seed"]), settings["objectives"]
@@ -235,7 +236,12 @@ class Smac:
         first = RandomSearch(folder, settings)
         drawn = filter(None, (first.ask() for _ in range(RANDOM_START)))
         start = [Configuration(self.space, trial.config, origin=trial.origin) for trial in drawn]
-        facade, parts = self.parts(scenario)
+        facade, parts = HyperbandFacade, {}
+        if self.forest:  # the facade's, but without threads and room for 2**20 leaves: seven times as fast
+            facade, parts["model"] = MultiFidelityFacade, RandomForest(
+                self.space, log_y=True, n_trees=10, ratio_features=1.0, min_samples_split=2,
+                min_samples_leaf=1, n_jobs=1, max_leaf_nodes=None, seed=settings["seed"],
+            )  # fmt: skip
         self.smac = facade(
             scenario, intensifier=exact_hyperband(scenario),
             initial_design=RandomInitialDesign(scenario, n_configs=0, additional_configs=start),
@@ -245,18 +251,6 @@ class Smac:
             multi_objective_algorithm=ParEGO(scenario) if len(names) > 1 else None,
             logging_level=False, overwrite=True, **parts,
         )  # fmt: skip
-
-    def parts(self, scenario) -> tuple:
-        """Return the facade and those of its parts that differ from its own."""
-        from smac import MultiFidelityFacade
-        from smac.model.random_forest import RandomForest
-
-        # The facade's forest, but without threads and without room for 2**20 leaves: seven times as fast.
-        forest = RandomForest(
-            self.space, log_y=True, n_trees=10, ratio_features=1.0, min_samples_split=2, min_samples_leaf=1,
-            n_jobs=1, max_leaf_nodes=None, seed=scenario.seed,
-        )  # fmt: skip
-        return MultiFidelityFacade, {"model": forest}
 
     def replay(self, rows: list[dict], state: dict | None) -> None:
         for row in rows:
@@ -309,10 +303,7 @@ class Smac:
 class PlainHyperband(Smac):
     """Hyperband with random configurations only."""
 
-    def parts(self, scenario) -> tuple:
-        from smac import HyperbandFacade
-
-        return HyperbandFacade, {}
+    forest = False
 
 
 def exact_hyperband(scenario):
@@ -546,7 +537,7 @@ def train_config(config: dict, seed: int = 0, budget: float | None = None, setti
     device = pick_device(s["device"])
     if device.type == "cpu":
         keep_large_buffers()
-    else:
+    elif device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # initializes CUDA; resetting its statistics needs that
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats(device)
@@ -1562,7 +1553,7 @@ def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
 
 def space_text(done: list[dict], highest: int) -> str:
     """Describe the space by random trials: quantiles, rank correlations, the paper's points."""
-    from scipy.stats import spearmanr  # SciPy's statistics take as long as PyTorch to import
+    from scipy.stats import spearmanr
 
     drawn = [row for row in done if row["origin"] not in points()]
     scores, curves = np.array([top1(row) for row in drawn]), [row["info"].get("curve", ()) for row in drawn]

@@ -86,7 +86,9 @@ def finished(tmp_path_factory):
 def interrupted(tmp_path_factory):
     """A search that stopped after 20 trials, in its second round of brackets."""
     out = tmp_path_factory.mktemp("interrupted") / "run"
-    told(start(out, 20), 20).journal.file.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "RANDOM_START", 40)  # no forest, which takes a second per trial
+        told(start(out, 20), 20).journal.file.close()
     return out
 
 
@@ -241,7 +243,8 @@ def test_a_folder_of_another_search_or_of_none_is_refused(interrupted, tmp_path)
         ("state.json", None),
     ],
 )
-def test_damage_is_repaired(file, damage, interrupted, tmp_path):
+def test_damage_is_repaired(file, damage, interrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "RANDOM_START", 40)
     out = tmp_path / "run"
     shutil.copytree(interrupted, out)
     before, path = search.rows_of(interrupted), out / file
@@ -729,6 +732,7 @@ def test_the_target_works_for_every_facade_and_for_an_activation_added_at_run_ti
 ):
     """Some pass no budget; at least one epoch is trained."""
     monkeypatch.setattr(data, "CLUTTER_EPOCH", 64)
+    monkeypatch.setattr(data, "CLUTTER_HELD_OUT", 64)
     before, values = search.configspace().estimate_size(), len(blocks.ACTIVATIONS)
     monkeypatch.setitem(blocks.ACTIVATIONS, "added", torch.nn.Hardswish)
     space = search.configspace({**search.current_space(), "activation": ["added"]})
