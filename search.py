@@ -11,9 +11,9 @@ Xception's, and the command that trains the network in full. A search may be kil
 command to resume it, with larger `--trials` or `--walltime` if needed.
 
 A run folder holds `search.json` (the settings), `trials.jsonl` (the finished trials, one per line),
-`trials.csv` (the same as a table), `state.json` (the sampler's), `smac/` (a SMAC3 run folder, for
-DeepCAVE), `incumbent.json` (the network found, for `train.py --model`), `final.json` (the comparison) and
-`report.md` with its figures.
+`trials.csv` (the same as a table), `trials.log` (what trials print), `state.json` (the sampler's state),
+`smac/` (a SMAC3 run folder, for DeepCAVE), `incumbent.json` (the network found, for `train.py --model`),
+`final.json` (the comparison) and `report.md` with its figures.
 """
 
 from __future__ import annotations
@@ -493,19 +493,18 @@ def trial_settings(changes: dict) -> dict:
     return usual | changes
 
 
-def trial_facts(settings: dict) -> dict:
+@functools.cache
+def trial_facts(data: str, root: str, model: str, batch: int, device: str) -> dict:
     """Return what all trials of a search share, found where they run: amp, recipe, classes and image counts.
 
     With one precision, accuracies of unlike machines are comparable. The recipe is the one that `train.py`
     would choose. Raises UsageError if the data cannot be opened.
     """
-    s = trial_settings(settings)
-    data = open_data(s["data"], Plan(s["batch"]), root=s["root"], workers=0)
-    images, classes = {split: data.count(split) for split in data.splits}, list(data.classes)
-    data.close()
-    recipe = resolve(TrainOptions(data=s["data"], model=s["model"]), images=images["train"]).recipe
-    amp = fastest_amp(s["model"], s["device"])
-    return {"amp": amp, "recipe": recipe, "classes": classes, "images": images}
+    opened = open_data(data, Plan(batch), root=root, workers=0)
+    images, classes = {split: opened.count(split) for split in opened.splits}, list(opened.classes)
+    opened.close()
+    recipe = resolve(TrainOptions(data=data, model=model), images=images["train"]).recipe
+    return {"amp": fastest_amp(model, device), "recipe": recipe, "classes": classes, "images": images}
 
 
 def train_config(config: dict, seed: int = 0, budget: float | None = None, settings: dict | None = None):
@@ -531,7 +530,7 @@ def train_config(config: dict, seed: int = 0, budget: float | None = None, setti
     """
     s = trial_settings(settings or {})
     if s["amp"] == "auto" or s["recipe"] is None:
-        facts = trial_facts(s)
+        facts = trial_facts(*(s[name] for name in ("data", "root", "model", "batch", "device")))
         s |= {name: facts[name] for name in ("amp", "recipe") if s[name] in ("auto", None)}
     epochs = max(1, round(budget or defaults(s["data"]).max_epochs))
     device = pick_device(s["device"])
@@ -944,10 +943,8 @@ class Search:
         self.signal, self.asked = 0, None
         self.client = connect(o.scheduler) if o.scheduler else None
         if self.default_target:
-            changes = {"data": o.data, "root": o.root, "model": o.model, "batch": o.batch}
-            changes["device"] = self.devices[0][0]
-            found = self.client.submit(trial_facts, changes).result() if self.client else trial_facts(changes)
-            self.settings |= found
+            find = functools.partial(trial_facts, o.data, o.root, o.model, o.batch, self.devices[0][0])
+            self.settings |= self.client.submit(find).result() if self.client else find()
         self.failed = self.worst_costs()
         self.open_folder()
         self.replay()
@@ -1585,7 +1582,8 @@ def report(folder: Path) -> Path:
     page = [
         f"# Search on {settings['data']}",
         f"- {len(rows)} trials in {clock(rows[-1]['elapsed'])}: {states}\n- proposed by: {origins}\n"
-        f"- sampler {settings['sampler']}, macro-architecture {settings['model']}, budgets: "
+        f"- sampler {settings['sampler']}, macro-architecture {settings['model']}, recipe "
+        f"{settings.get('recipe', 'of its own')}, budgets: "
         f"{', '.join(map(epochs_text, budgets))}, objectives: {', '.join(objectives)}",
     ]
     if (folder / "final.json").exists():

@@ -174,7 +174,7 @@ def main(command, out, *numbers):
     import search_targets  # the module name by which trial processes find the target
 
     trials, workers, target = numbers
-    options = search.Options(out=out, trials=int(trials), workers=int(workers))
+    options = search.Options(out=out, trials=int(trials), workers=int(workers), min_epochs=1, max_epochs=9)
     sys.exit(search.Search(options, target=getattr(search_targets, target)).run())
 
 
