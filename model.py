@@ -119,7 +119,7 @@ class ModelConfig(Design):
     def from_json(cls, path: str | os.PathLike) -> ModelConfig:
         """Read a file written by `to_json`. Raises UsageError with the file's name if it holds no config."""
         try:
-            return cls(**json.loads(Path(path).expanduser().read_text()))
+            return cls(**json.loads(Path(path).expanduser().read_bytes()))
         except (OSError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is not a model config: {error}") from None
 

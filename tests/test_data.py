@@ -627,6 +627,10 @@ def test_classes_are_those_of_training(tmp_path, caplog):
     assert opened.dataset.labels["val"].tolist() == [0, 0, 3, 3]
     assert "no images of 2 classes, such as caf" in caplog.text
     assert sum(len(labels) for _, labels in opened.eval_batches()) == 4 and not opened.bad_files
+    lines = "\ufeffblue\n".encode() + "café\n".encode("latin1") + "rare\nrose\u0301\n".encode()
+    (tmp_path / "names.txt").write_bytes(lines)
+    for source in ("train", "names.txt"):
+        assert data.read_classes(str(tmp_path / source)) == list(opened.classes)
     (tmp_path / "val" / "rosé").mkdir()
     assert_refused("two folders 'rosé'", tmp_path)
 

@@ -303,6 +303,9 @@ def test_config_travels_through_a_json_file(tmp_path):
     config.to_json(tmp_path / "found.json")
     assert create_model(tmp_path / "found.json").config == config
     assert create_model(str(tmp_path / "found.json"), num_classes=3).config.num_classes == 3
+    marked = b"\xef\xbb\xbf" + (tmp_path / "found.json").read_bytes()  # as some Windows editors save it
+    (tmp_path / "marked.json").write_bytes(marked)
+    assert create_model(tmp_path / "marked.json").config == config
     for broken in ('{"stem": "conv", "colour": 3}', "[3]", '{"stem": '):
         (tmp_path / "broken.json").write_text(broken)
         with pytest.raises(UsageError, match=r"broken.json is not a model config: "):
