@@ -1008,6 +1008,8 @@ class Search:
         with writing(self.folder):
             state = {"elapsed": self.elapsed, "sampler": self.sampler.state()}
         state |= {"trials": self.options.trials, "walltime": self.options.walltime}
+        running = [trial for trial, *_ in self.running.values()]
+        state["running"] = [f"{short(trial.config)}, {epochs_text(trial.budget)}" for trial in running]
         write_whole(self.folder / "state.json", json.dumps(state))
         write_csv(self.folder, self.rows, self.settings)
 
@@ -1289,29 +1291,35 @@ def first_line(info: dict) -> str:
     return info.get("error", "").partition("\n")[0][:100]
 
 
-def running_text(folder: Path) -> str:
-    """Say whether a search of this machine holds the lock of a run folder, without taking it."""
+def process_of(folder: Path) -> str | None:
+    """Return the id of the process of this machine that locks a run folder, without taking the lock.
+
+    Returns "" if there is none, and None where it cannot be told: Linux alone lists the locks.
+    """
     path, locks = folder / "trials.jsonl", Path("/proc/locks")
-    if not (path.exists() and locks.exists()):  # Linux alone lists the locks
-        return ""
+    if not (path.exists() and locks.exists()):
+        return None
     found = re.search(rf"ADVISORY +WRITE (\d+) \S+:{path.stat().st_ino} ", locks.read_text())
-    return f", running (process {found[1]})" if found else ", not running on this machine"
+    return found[1] if found else ""
 
 
 def status_text(folder: Path) -> str:
     """Format progress, incumbent and failures of a running or finished search; takes no lock."""
     settings, rows, state = settings_of(folder), rows_of(folder), read_json(folder / "state.json")
     budgets, failures = settings["budgets"], [row for row in rows if row["status"] != "success"]
+    process = process_of(folder)
+    runs = {None: "", "": ", not running on this machine"}.get(process, f", running as process {process}")
     of = [f" of {state[name]}" if state.get(name) else "" for name in ("trials", "walltime")]
     elapsed = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in rows)])
     succeeded = ", ".join(f"{len(successes(rows, b))} succeeded after {epochs_text(b)}" for b in budgets)
     lines = [
-        f"{folder}: {settings['sampler']} on {settings['data']}{running_text(folder)}",
+        f"{folder}: {settings['sampler']} on {settings['data']}{runs}",
         f"{len(rows)}{of[0]} trials in {clock(elapsed)}{of[1]}; {succeeded}, {len(failures)} failed",
         incumbent_text(rows, settings),
     ]
     if rows:
         lines.insert(2, f"the last one ended {clock(max(0, time.time() - rows[-1]['end']))} ago")
+    lines += [f"now: {trial}" for trial in state.get("running", []) if process]
     for row in failures[-5:]:
         where = f"{short(row['config'])}, {epochs_text(row['budget'])}"
         lines.append(f"  {row['status']}: {where}: {first_line(row['info'])}")
@@ -1582,9 +1590,9 @@ def report(folder: Path) -> Path:
     page = [
         f"# Search on {settings['data']}",
         f"- {len(rows)} trials in {clock(rows[-1]['elapsed'])}: {states}\n- proposed by: {origins}\n"
-        f"- sampler {settings['sampler']}, macro-architecture {settings['model']}, recipe "
-        f"{settings.get('recipe', 'of its own')}, budgets: "
-        f"{', '.join(map(epochs_text, budgets))}, objectives: {', '.join(objectives)}",
+        f"- sampler {settings['sampler']}, budgets: {', '.join(map(epochs_text, budgets))}, objectives: "
+        f"{', '.join(objectives)}\n- macro-architecture {settings['model']}, recipe "
+        f"{settings.get('recipe', 'of its own')}, batch {settings['batch']}",
     ]
     if (folder / "final.json").exists():
         text, _ = comparison(folder, front[0]["config"])

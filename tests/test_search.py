@@ -226,7 +226,7 @@ def test_a_folder_of_another_search_or_of_none_is_refused(interrupted, tmp_path)
     first = start(interrupted, 60)
     with pytest.raises(UsageError, match="another search is running"):
         start(interrupted, 60)
-    assert f"running (process {os.getpid()})" in search.status_text(interrupted)
+    assert f", running as process {os.getpid()}\n" in search.status_text(interrupted)
     first.journal.file.close()
     assert "not running on this machine" in search.status_text(interrupted)
 
@@ -288,6 +288,8 @@ def test_sigkill_loses_nothing(tmp_path):
 def test_ctrl_c_ends_with_the_incumbent(tmp_path):
     process = targets.start(tmp_path / "run", 1000, 2)
     lines = [process.stdout.readline() for _ in range(25)]
+    status = search.status_text(tmp_path / "run")
+    assert f"running as process {process.pid}\n" in status and "now: " in status
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     announced = sum(bool(targets.finished_line(line)) for line in [*lines, *rest.splitlines()])
