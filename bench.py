@@ -10,14 +10,13 @@
 sample, versions, hardware and the command line, and a Markdown table. On two CPU cores, all of Table 1 takes
 about half an hour in float32, most other commands a few minutes.
 
-Rows to be compared are timed alternately in one run (see `take_turns`), so that other load affects them
-alike; ratios are computed within each repetition.
+Rows to be compared take turns in one run, so that other load affects them alike; ratios are computed within
+each repetition.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -111,8 +110,8 @@ def stopwatch(device: torch.device | None) -> Callable:
     It synchronizes with the device before and after. device None: CPU time of this process, which other
     programs do not affect.
     """
-    read = time.process_time if device is None else time.perf_counter
-    asynchronous = device is not None and device.type != "cpu"
+    read = time.perf_counter if device else time.process_time
+    asynchronous = device and device.type != "cpu"
     wait = partial(torch.accelerator.synchronize, device) if asynchronous else lambda: None
 
     def timed(work):
@@ -166,8 +165,7 @@ def set_ratios(rows: list[Row]) -> None:
     samples = {row.label: row.samples for row in rows}
     for row in rows:
         if row.samples and samples.get(row.base):
-            pairs = zip(row.samples, samples[row.base], strict=True)
-            ratios = [ours / base for ours, base in pairs]
+            ratios = [ours / base for ours, base in zip(row.samples, samples[row.base], strict=True)]
             mean, deviation = mean_and_deviation(ratios)
             row.ratio = {"mean": mean, "deviation": deviation, "median": statistics.median(ratios)}
 
@@ -224,18 +222,15 @@ def write_results(name: str, options, device: torch.device, text: str, rows: lis
     Files with results of other options are not overwritten: the name then ends in -2, -3, ...
     """
     ours = json.loads(json.dumps(asdict(options)))
-    for number in itertools.count(1):
-        stem = name if number == 1 else f"{name}-{number}"
-        path = Path(options.out, f"{stem}.json")
-        if not path.exists() or entry_of(path, "options") == ours:
-            break
-    record = {"machine": machine(device), "options": ours, **more}
-    rows = [row if isinstance(row, dict) else vars(row) for row in rows]
-    # Of a Row, the fields that are set, without its functions.
-    record["rows"] = [
-        {k: v for k, v in row.items() if v not in (None, "", []) and not callable(v)} for row in rows
-    ]
-    table = path.with_name(f"{stem}.md")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    paths = (Path(options.out, f"{name}.json") for name in names)
+    path = next(path for path in paths if not path.exists() or entry_of(path, "options") == ours)
+    record = {"machine": machine(device), "options": ours, **more, "rows": []}
+    for row in rows:  # of a Row, the fields that are set, without its functions
+        row = row if isinstance(row, dict) else vars(row)
+        row = {k: v for k, v in row.items() if v not in (None, "", []) and not callable(v)}
+        record["rows"].append(row)
+    table = path.with_suffix(".md")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=1) + "\n")
     write_whole(table, f"`{record['machine']['command']}`\n\n{text}")
@@ -251,7 +246,7 @@ class Published:
     """A row of the paper's Table 1 (appendix): ImageNet-1K, one RTX 2080 Ti, batch 256, mixed precision."""
 
     label: str
-    kind: str  # "conv" | "transformer"
+    kind: str  # a key of COLOURS
     size: int  # input pixels per side
     parameters: str  # as printed, in millions
     macs: str  # as printed, in 10^9 multiply-accumulates ("FLOPs" there)
@@ -271,15 +266,15 @@ TABLE_1 = {
     "convnext_small_isotropic": Published("ConvNeXt-S (iso.)", "conv", 224, "22", "4.3", 1677, 77, 79.7),
     "nat_tiny": Published("NAT-T", "transformer", 224, "28", "4.3", 527, 1, 83.2),
     "swin_t": Published("Swin-T", "transformer", 224, "28", "4.5", 867, 7, 81.3),
-    "nexception_tp": Published("NEXcepTion-TP", "conv", 224, "26.6", "4.5", 1428, 9, 81.8),
+    "nexception_tp": Published("NEXcepTion-TP", "NEXcepTion", 224, "26.6", "4.5", 1428, 9, 81.8),
     "convnext_tiny": Published("ConvNeXt-T", "conv", 224, "29", "4.5", 1125, 5, 82.1),
     "vit_small": Published("ViT-S", "transformer", 224, "22", "4.6", 1330, 8, 79.8),
     "deit_small": Published("DeiT-S", "transformer", 224, "22", "4.6", 1332, 13, 79.8),
-    "nexception_t": Published("NEXcepTion-T", "conv", 224, "24.5", "4.7", 965, 6, 81.5),
+    "nexception_t": Published("NEXcepTion-T", "NEXcepTion", 224, "24.5", "4.7", 965, 6, 81.5),
     "nat_small": Published("NAT-S", "transformer", 224, "51", "7.8", 359, 1, 83.7),
     "resnet101": Published("ResNet-101", "conv", 224, "44.5", "7.9", 1157, 6, 81.5),
     "xception": Published("Xception", "conv", 299, "23.6", "8.4", 756, 5, 79.0),
-    "nexception_s": Published("NEXcepTion-S", "conv", 224, "43.4", "8.5", 772, 3, 82.0),
+    "nexception_s": Published("NEXcepTion-S", "NEXcepTion", 224, "43.4", "8.5", 772, 3, 82.0),
     "swin_s": Published("Swin-S", "transformer", 224, "50", "8.7", 472, 1, 83.0),
     "convnext_small": Published("ConvNeXt-S", "conv", 224, "50", "8.7", 753, 3, 83.1),
     "efficientnet_v2_s": Published("EfficientNetV2-S", "conv", 384, "22", "8.8", 543, 6, 83.9),
@@ -385,8 +380,9 @@ def find_model(spec: str, pretrained: bool = False) -> tuple[str, int, Callable[
     if name in HAND_BUILT:
         make = partial(HAND_BUILT[name], int(size or default))
     elif name in MODELS or name.endswith(".json"):
-        default = (MODELS.get(name) or ModelConfig.from_json(name)).input_size
-        make = partial(create_model, name)
+        config = MODELS.get(name) or ModelConfig.from_json(name)
+        default = int(size or config.input_size)
+        make = partial(create_model, replace(config, input_size=default))  # refuses too small a size
     elif ":" in name:
         make = import_function(name)
     elif name in torchvision.models.list_models(torchvision.models):
@@ -533,14 +529,7 @@ def speed(options: SpeedOptions) -> None:
     )
     if options.train and options.fuse:
         raise UsageError("--fuse is for evaluation: leave it out, or leave out --train")
-    rows, makers = [], []
-    for spec in options.models:  # look all up before building any
-        name, size, make = find_model(spec)
-        rows.append(ModelRow(spec, name=name, size=size))
-        makers.append(make)
-        if name in TABLE_1 and size == TABLE_1[name].size:
-            rows[-1].label, rows[-1].paper = TABLE_1[name].label, asdict(TABLE_1[name])
-
+    found = [find_model(spec) for spec in options.models]  # all, before building any
     if device.type == "cpu":
         keep_large_buffers()
     if options.compile and options.train:  # as in compile_frozen; halving the batch adds a shape
@@ -551,7 +540,12 @@ def speed(options: SpeedOptions) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # pick the fastest algorithms while warming up
         torch.backends.cuda.matmul.allow_tf32 = True  # in float32, as in cuDNN's convolutions by default
-    for row, make in zip(rows, makers, strict=True):
+    rows = []
+    for spec, (name, size, make) in zip(options.models, found, strict=True):
+        row = ModelRow(spec, name=name, size=size)
+        rows.append(row)
+        if name in TABLE_1 and size == TABLE_1[name].size:
+            row.label, row.paper = TABLE_1[name].label, asdict(TABLE_1[name])
         try:
             prepare(row, make, options)
         except Exception as error:  # the other models are still measured
@@ -565,8 +559,7 @@ def speed(options: SpeedOptions) -> None:
     set_ratios(rows)
 
     here, precision = machine(device), precision_of(options.amp, device)
-    products = " (products in TF32)" if device.type == "cuda" else ""
-    products = products if precision == "float32" else " (autocast)"
+    products = " (autocast)" if precision != "float32" else " (products in TF32)" * (device.type == "cuda")
     method = (
         f"{here.get('gpu', here['processor'])}, {here['threads']} CPU threads, torch {here['torch']}, "
         f"{precision}{products}, batch {options.batch}, channels last, "
@@ -722,6 +715,8 @@ def accuracy(options: AccuracyOptions) -> None:
     model, paper = trained_model(options.model, options.weights)
     asked = {"size": options.size, "crop_pct": options.crop_pct}
     transform = replace(model.transform, **{name: value for name, value in asked.items() if value})
+    if isinstance(model, NEXcepTion):
+        replace(model.config, input_size=transform.size)  # refuses too small a size
     classes = read_classes(options.classes) if options.classes else model.classes
     if model.classes and list(classes) != list(model.classes):
         raise UsageError(f"--classes {options.classes}: {options.model} has other class names; leave it out")
@@ -835,14 +830,13 @@ def draw(values: dict[str, float], title: str, stem: Path) -> tuple[list, np.nda
     """
     figure, (axes,) = subplots(1, 8.3, 5.6)
     figure.set_dpi(200)
-    kinds = {k: "NEXcepTion" if k.startswith("nexception") else row.kind for k, row in TABLE_1.items()}
     keys = sorted(values, key=lambda key: -float(TABLE_1[key].parameters))
-    areas = np.array([AREA_PER_MILLION * float(TABLE_1[key].parameters) for key in keys])
+    rows = [TABLE_1[key] for key in keys]
+    areas = AREA_PER_MILLION * np.array([float(row.parameters) for row in rows])
     points = np.array([(values[key], TABLE_1[key].top1) for key in keys])
-    colours = [COLOURS[kinds[key]] for key in keys]
+    colours = [COLOURS[row.kind] for row in rows]
     axes.scatter(*points.T, areas, colours, alpha=0.8, linewidths=0.8, edgecolors="white")
-    axes.set_xlabel(title, fontsize=10)
-    axes.set_ylabel("ImageNet-1K top-1, % (published)", fontsize=10)
+    axes.set(xlabel=title, ylabel="ImageNet-1K top-1, % (published)")
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.margins(0.09, 0.11)
@@ -853,9 +847,9 @@ def draw(values: dict[str, float], title: str, stem: Path) -> tuple[list, np.nda
     legend = {"loc": "outside upper center", "ncols": 6, "frameon": False, "fontsize": 9, "borderpad": 1.0}
     figure.legend(handles=handles, **legend)
     style = {"fontsize": 9, "ha": "center", "va": "center"}
-    texts = [axes.text(*point, TABLE_1[key].label, **style) for key, point in zip(keys, points, strict=True)]
-    for key, text in zip(keys, texts, strict=True):
-        text.set_weight("bold" if kinds[key] == "NEXcepTion" else "normal")
+    texts = [axes.text(*point, row.label, **style) for row, point in zip(rows, points, strict=True)]
+    for row, text in zip(rows, texts, strict=True):
+        text.set_weight("bold" if row.kind == "NEXcepTion" else "normal")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # nothing may move after labels are placed
     axes.autoscale(False)
@@ -925,6 +919,7 @@ def export(options: ExportOptions) -> None:
     """
     model = load_checkpoint(options.checkpoint, fuse=True).requires_grad_(False)
     size = options.size or model.transform.size
+    replace(model.config, input_size=size)  # refuses too small a size
     checkpoint = Path(options.checkpoint).resolve()
     stem = Path(options.out or checkpoint.parent) / checkpoint_name(options.checkpoint)
     facts_file = Path(f"{stem}.export.json")
@@ -938,7 +933,7 @@ def export(options: ExportOptions) -> None:
     torch.export.save(program, file)
     file.seek(0)
     reloaded = torch.export.load(file).module()
-    exported = {".pt2": (file.getvalue(), lambda x: reloaded(x).numpy())}
+    exported = {".pt2": (file.getvalue(), lambda x: reloaded(x).numpy())}  # content, what computes the logits
     packages = ("onnx", "onnxscript", "onnxruntime")
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         print(f"no ONNX file, which needs `pip install {' '.join(missing)}`")
@@ -992,9 +987,9 @@ def open_pipeline(path: str, workers: int = 0, **augment) -> Data:
     """
     folder = Path(path, "train")
     files = list_images(folder if folder.is_dir() else path, train=False)["val"]
-    plan, augmentation = Plan(batch=min(DATA_BATCH, len(files))), Augmentation(repeats=1, **augment)
-    settings = {"augment": augmentation, "workers": workers, "max_bad_files": 0}
-    return open_data({"train": files, "val": files}, plan, **settings)
+    source, plan = {"train": files, "val": files}, Plan(batch=min(DATA_BATCH, len(files)))
+    augment = Augmentation(repeats=1, **augment)
+    return open_data(source, plan, augment=augment, workers=workers, max_bad_files=0)
 
 
 def take_from(epochs: Callable[[int], Iterator]) -> Callable[[], int]:
@@ -1013,25 +1008,22 @@ def time_on_one_core(rows: list[Row], repetitions: int) -> None:
 
 def input_speed(options: DataOptions) -> None:
     """Time the input pipeline; print and write the table and the advice."""
-    cores, rows, speeds = cpu_count(), [], {}
+    cores, many = cpu_count(), {}
     counts = options.workers or sorted({2**n for n in range(8) if 2**n < cores} | {cores})
     keep_large_buffers()  # as training on a CPU does
     for n in counts:  # workers first, as they must be forked before this process starts threads
         with contextlib.closing(open_pipeline(options.path, n)) as data:
-            take, most = take_from(data.train_batches), 10 * data.count("train")
+            take = take_from(data.train_batches)
 
-            def turn(take=take, most=most) -> int:
-                """Take batches for some seconds, or from a small folder for ten epochs."""
-                end, images = time.perf_counter() + WORKER_SECONDS, take()
-                while images < most and time.perf_counter() < end:
+            def turn(take=take) -> int:
+                end, images = time.perf_counter() + WORKER_SECONDS, 0
+                while time.perf_counter() < end:
                     images += take()
                 return images
 
-            row = Row(f"training, {n} worker{'s' * (n > 1)}", turn)
-            print(f"{data.count('train'):,} images, {row.label}", flush=True)
-            take_turns([row], 5, stopwatch(torch.device("cpu")))
-        rows.append(row)
-        speeds[n] = statistics.fmean(row.samples)
+            many[n] = Row(f"training, {n} worker{'s' * (n > 1)}", turn)
+            print(f"{data.count('train'):,} images, {many[n].label}", flush=True)
+            take_turns([many[n]], 5, stopwatch(torch.device("cpu")))
 
     print("one core", flush=True)
     data, plain, scored = (open_pipeline(options.path, policy=p) for p in ("rand_augment", "none", "none"))
@@ -1041,11 +1033,12 @@ def input_speed(options: DataOptions) -> None:
         Row("evaluation", take_from(lambda _: scored.eval_batches())),
     ]
     time_on_one_core(single, options.repetitions)
-    rows = [*single, *rows]
+    rows = [*single, *many.values()]
     text = markdown_table(["", "images/s", "median"], [[row.label, *timing_cells(row)[:2]] for row in rows])
-    most, best = max(speeds.items(), key=lambda item: item[1])
-    enough = [n for n, speed in sorted(speeds.items()) if speed >= options.rate]
-    needed = enough[0] if enough else math.ceil(options.rate * most / best)
+    speeds = {n: statistics.fmean(row.samples) for n, row in many.items()}
+    most = max(speeds, key=speeds.get)
+    enough = [n for n, speed in speeds.items() if speed >= options.rate]
+    needed = min(enough) if enough else math.ceil(options.rate * most / speeds[most])
     text += f"\nA GPU that trains at {options.rate:,.0f} images/s needs --workers {needed}, "
     text += "as measured.\n" if enough else f"extrapolated from {most}.\n"
     print(f"\n{text}")
@@ -1067,11 +1060,11 @@ def run_command(command: Callable, options_class: type, prog: str, argv: list[st
     """Run one command; return 0, 1 (failure), 2 (usage error) or 130 (Ctrl-C)."""
     try:
         options = parse(options_class, argv, prog)
-        if options.out:  # to fail before measuring rather than after; made when there is something to write
-            out = Path(options.out).absolute()
+        if folder := getattr(options, "out", None):  # checked before measuring, made when there is a result
+            out = Path(folder).absolute()
             nearest = next(path for path in (out, *out.parents) if path.exists())
             if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-                raise UsageError(f"--out {options.out}: {nearest} is no folder that can be written to")
+                raise UsageError(f"--out {folder}: {nearest} is no folder that can be written to")
         command(options)
     except (UsageError, RunError, KeyboardInterrupt) as error:
         print(f"{prog}: {str(error) or 'stopped'}", file=sys.stderr)

@@ -102,7 +102,7 @@ class ModelConfig(Design):
         if not isinstance(self.drop_path, (int, float)) or not 0 <= self.drop_path < 1:
             raise UsageError(f"drop_path: {self.drop_path!r} is not a number in [0, 1)")
         if self.input_size < self.least_size:
-            least = f"this network needs at least {self.least_size} pixels per side (--size of train.py)"
+            least = f"this network needs at least {self.least_size} pixels per side (--size)"
             raise UsageError(f"input_size: {self.input_size}, but {least}")
 
     @property

@@ -39,7 +39,6 @@ class Options:
     networks: int = option(0, "train as many as are missing of this number of networks", least=0)
     part: int = option(0, "train networks PART, PART + PARTS, ... only: for several processes", least=0)
     parts: int = option(1, "processes that train parts of the networks", least=1)
-    out: str = option("", "unused: the table stays where it is")
 
 
 def rows() -> list[dict]:

@@ -365,7 +365,7 @@ def test_command_line_overrides_the_recipe():
         ("--no-exif", "--exif has no effect with digits"),
         ("--loss soft_ce --loss-threshold 0.3", "--loss-threshold has no effect with --loss soft_ce"),
         ("--model resnet50", "'resnet50'"),
-        ("--model nexception_tp --size 16", "at least 32 pixels per side (--size of train.py)"),
+        ("--model nexception_tp --size 16", "at least 32 pixels per side (--size)"),
         ("--data /nowhere", "/nowhere"),
         ("--out {weights}", "grey.pt: File exists"),
         ("--batch 5000", "too few for one step"),
