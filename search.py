@@ -718,7 +718,7 @@ def schedule(job: Job, workers: int, *key):
         multiprocessing.resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            assert _pools[key].active  # starts it
+            _ = _pools[key].active  # starts it
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return _pools[key].schedule(answer, (job,), timeout=job.time_limit)
