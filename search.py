@@ -206,7 +206,8 @@ class Smac:
     """SMAC: random configurations, then a random forest's; Hyperband allots several budgets.
 
     Writes `smac/SEED`, a SMAC3 run folder. A space with fewer configurations than Hyperband's first bracket
-    asks for runs each of them at the highest budget.
+    asks for runs each of them at the highest budget. The forest's proposals repeat for the same seed only if
+    PYTHONHASHSEED is set, too: SMAC's local search iterates over sets.
     """
 
     forest = True
