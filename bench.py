@@ -590,9 +590,9 @@ def speed_table(rows: list[ModelRow], base: ModelRow, batch: int) -> str:
         lowered = str(row.batch) if row.samples and row.batch < batch else ""
         memory = f"{row.memory / 2**20:.0f} MiB" if row.memory else ""
         both = row.samples and row.paper and base.paper
-        paper_ratio = f"{row.paper['speed'] / base.paper['speed']:.2f}" if both else ""
-        facts = [str(row.size), params, macs, paper, lowered, memory]
-        lines.append([row.label, *facts, *timing_cells(row), paper_ratio])
+        ratio = f"{row.paper['speed'] / base.paper['speed']:.2f}" if both else ""
+        facts = [row.label, str(row.size), params, macs, paper, lowered, memory]
+        lines.append([*facts, *timing_cells(row), ratio])
     return markdown_table([*header, f"× {base.label}", "paper's ×"], lines)
 
 
@@ -639,10 +639,9 @@ def trained_model(spec: str, weights: str | None) -> tuple[nn.Module, Published 
             raise UsageError(f"--weights: {spec} has weights of its own")
         model = load_checkpoint(spec, fuse=True)
         check_channels(model.config, spec)
-        plain = {"num_classes": 1000, "drop_path": 0.0}  # ignored in recognizing the paper's networks
-        ours = replace(model.config, **plain)
-        name = next((name for name, config in MODELS.items() if replace(config, **plain) == ours), "")
-        return model, TABLE_1.get(name)
+        ignored = {"num_classes": 1000, "drop_path": 0.0}  # the paper's networks are recognized without them
+        configs = {replace(config, **ignored): name for name, config in MODELS.items()}
+        return model, TABLE_1.get(configs.get(replace(model.config, **ignored)))
     name, size, make = find_model(spec, pretrained=weights is None)
     try:
         model = make()
@@ -699,12 +698,12 @@ def class_columns(classes, outputs: int, folder: str, names: tuple[str, ...]) ->
     return torch.tensor([classes.index(name) for name in names])
 
 
-def checkpoint_name(path: str) -> str:
-    """Return a name for the results of a checkpoint: that of its run, if it is one of a run's files."""
-    file = Path(path).absolute()
-    if file.stem not in ("best", "last", "previous") or not (file.parent / "config.json").exists():
-        return file.stem
-    return file.parent.name if file.stem == "best" else f"{file.parent.name}-{file.stem}"
+def results_name(model: str) -> str:
+    """Return a name for the results of a model: of a checkpoint among a run's files, that of the run."""
+    file = Path(model).absolute()
+    if file.stem in ("best", "last", "previous") and (file.parent / "config.json").exists():
+        return file.parent.name if file.stem == "best" else f"{file.parent.name}-{file.stem}"
+    return file.stem if file.is_file() else model
 
 
 def accuracy(options: AccuracyOptions) -> None:
@@ -733,8 +732,7 @@ def accuracy(options: AccuracyOptions) -> None:
         columns = class_columns(classes, outputs, path, folder.classes)
         sets.append((name, path, folder, columns.to(device)))
 
-    file_name = checkpoint_name(options.model) if Path(options.model).is_file() else options.model
-    file_name = re.sub(r"[^\w.]+", "-", f"accuracy-{file_name}")
+    file_name = re.sub(r"[^\w.]+", "-", f"accuracy-{results_name(options.model)}")
     shown = f"{options.model}: {transform.size} pixels, {transform.crop_pct:.3g} of the resized shorter "
     shown += f"side, {transform.interpolation}, {precision_of(options.amp, device)}"
     row = TABLE_3.get(paper.label, (paper.top1,)) if paper else ()
@@ -808,10 +806,10 @@ def measured(path: str) -> tuple[dict[str, float], str]:
             if row.get("samples") and row["name"] in TABLE_1
             if row["size"] == TABLE_1[row["name"]].size  # the paper's accuracy holds at this size only
         }
-        how = [f"batch {options['batch']}", record["precision"]]
+        where = here.get("gpu") or f"{here['threads']} CPU threads"
+        how = [where, f"batch {options['batch']}", record["precision"]]
         how += [word for word in ("compile", "fuse") if options.get(word)]
-        title = f"{'trained ' if options['train'] else ''}images/s (measured: "
-        title += f"{here.get('gpu') or str(here['threads']) + ' CPU threads'}, {', '.join(how)})"
+        title = f"{'trained ' * options['train']}images/s (measured: {', '.join(how)})"
         if missing := [row["label"] for row in record["rows"] if row.get("missing")]:
             title += f"\nnot measured: {', '.join(missing)}"
     except OSError as error:
@@ -841,8 +839,7 @@ def draw(values: dict[str, float], title: str, stem: Path) -> tuple[list, np.nda
     axes.set_axisbelow(True)
     axes.margins(0.09, 0.11)
     handles = [axes.scatter([], [], 70, colour, label=kind, alpha=0.8) for kind, colour in COLOURS.items()]
-    for millions in (10, 25, 50):
-        label = f"{millions}M" + " parameters" * (millions == 50)
+    for millions, label in (10, "10M"), (25, "25M"), (50, "50M parameters"):
         handles.append(axes.scatter([], [], millions * AREA_PER_MILLION, "0.75", label=label))
     legend = {"loc": "outside upper center", "ncols": 6, "frameon": False, "fontsize": 9, "borderpad": 1.0}
     figure.legend(handles=handles, **legend)
@@ -921,7 +918,7 @@ def export(options: ExportOptions) -> None:
     size = options.size or model.transform.size
     replace(model.config, input_size=size)  # refuses too small a size
     checkpoint = Path(options.checkpoint).resolve()
-    stem = Path(options.out or checkpoint.parent) / checkpoint_name(options.checkpoint)
+    stem = Path(options.out or checkpoint.parent) / results_name(options.checkpoint)
     facts_file = Path(f"{stem}.export.json")
     if facts_file.exists() and entry_of(facts_file, "checkpoint") != str(checkpoint):
         raise UsageError(f"{facts_file} is of another checkpoint: give another --out")
@@ -957,8 +954,8 @@ def export(options: ExportOptions) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
         print(f"{path}: logits within {relative:.1e} of the checkpoint's, relative to the largest")
-    facts = {"checkpoint": str(checkpoint), "classes": model.classes}
-    facts["transform"] = asdict(replace(model.transform, size=size))
+    transform = asdict(replace(model.transform, size=size))
+    facts = {"checkpoint": str(checkpoint), "classes": model.classes, "transform": transform}
     write_whole(facts_file, json.dumps(facts, indent=1) + "\n")
 
 
