@@ -341,22 +341,20 @@ class Lamb(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            for double in (False, True):  # the kernel takes tensors of one dtype
-                self._update(group, [p for p in params if (p.dtype == torch.float64) is double], clip)
+            if params:
+                self._update(group, params, clip)
         return loss
 
     def _update(self, group: dict, params: list[Tensor], clip: Tensor) -> None:
-        if not params:
-            return
-        wide = torch.promote_types(params[0].dtype, torch.float32)
+        # The kernel takes one dtype: dense tensors of dtype `wide` are updated in place, others as copies.
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
         shards = [local(p) for p in params]
         states = [local(self.state[p][name]) for name in ("exp_avg", "exp_avg_sq") for p in params]
-        # Dense tensors of dtype `wide` are updated in place, others as copies.
         moments = [state.to(wide) for state in states]
         first, second = moments[: len(params)], moments[len(params) :]
         values = [in_layout_of(m, p) for m, p in zip(first, shards, strict=True)]
         gradients = [in_layout_of(m, local(p.grad)) for m, p in zip(first, params, strict=True)]
-        if wide == torch.float64:  # the kernel would read the clipping factor as float32
+        if clip.dtype == torch.float64:  # the kernel would read the clipping factor as float32
             gradients, clip = torch._foreach_div(gradients, clip), None
         decay = group["weight_decay"]
         # With decay, Adam at lr = -1 adds its update to decay x parameter; without, it updates the parameter.
@@ -804,8 +802,8 @@ class Training:
 
     `options` are resolved. `model` is the network, `forward` the network as training calls it (compiled,
     wrapped in DDP), `ema` its averaged copy or None. `epoch` epochs are finished; `losses` are those of the
-    steps taken in the next one, float32 (steps,), or None, which took `seconds`, of which `waited` for data;
-    `metrics` has one dictionary per epoch, `best` is the best validation top-1.
+    steps taken in the next one, float32 (steps,), which took `seconds`, of which `waited` for data; `metrics`
+    has one dictionary per epoch, `best` is the best validation top-1. `scored` is the network to evaluate.
     """
 
     COUNTERS = ("epoch", "losses", "seconds", "waited", "metrics", "best")
@@ -824,18 +822,14 @@ class Training:
         self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if options.ema else None
+        self.scored = self.model if self.ema is None else self.ema
         self.forward = torch.compile(self.model) if options.compile else self.model
         if self.process.world > 1:
             # `fit` broadcasts the running statistics.
             wrap = nn.parallel.DistributedDataParallel
             self.forward = wrap(self.forward, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.epoch, self.losses, self.seconds, self.waited = 0, None, 0.0, 0.0
+        self.epoch, self.losses, self.seconds, self.waited = 0, torch.zeros(0), 0.0, 0.0
         self.metrics, self.best = [], -1.0
-
-    @property
-    def scored(self) -> nn.Module:
-        """The network to evaluate: the averaged one, if there is one."""
-        return self.model if self.ema is None else self.ema
 
     def state(self) -> dict:
         """Return the content of a checkpoint; ema is None and scaler empty when unused."""
@@ -1107,9 +1101,8 @@ def fit(
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr * group.get("scale", 1)
         losses = torch.zeros(data.steps, device=process.device)  # mean over this process's micro-batches
-        first = done = 0 if training.losses is None else len(training.losses)
-        if first:  # resumed in mid-epoch
-            losses[:first] = training.losses
+        first = done = len(training.losses)  # above 0 if resumed in mid-epoch
+        losses[:first] = training.losses
         model.train(not options.freeze)  # --freeze keeps batch norms in evaluation mode
         batches = data.train_batches(epoch, first)
         for step in range(first, data.steps):
@@ -1184,21 +1177,18 @@ def fit(
         better = bool(result) and result["top1"] > training.best
         training.best = result["top1"] if better else training.best
         training.metrics.append(row)
-        training.epoch, training.losses, training.seconds, training.waited = epoch + 1, None, 0.0, 0.0
+        training.epoch, training.losses = epoch + 1, torch.zeros(0)
+        training.seconds = training.waited = 0.0
         if folder is not None:
             folder.save(training, best=result if better else None)
         if log is not None:
             log(row, values)
-        scores = ""
+        line = f"epoch {epoch + 1}/{epochs}  loss {row['train_loss']:.4f}  lr {lr:.2e}  "
         if result:
-            scores = (
-                f"val top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  best {training.best:.2f}%  "
-            )
-        say(
-            f"epoch {epoch + 1}/{epochs}  loss {row['train_loss']:.4f}  lr {lr:.2e}  {scores}"
-            f"{row['images_per_second']:.0f} images/s  data wait {row['data_wait']:.0%}  "
-            f"{datetime.timedelta(seconds=int(row['seconds'] * (epochs - epoch - 1)))} left"
-        )
+            line += f"val top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  "
+            line += f"best {training.best:.2f}%  "
+        line += f"{row['images_per_second']:.0f} images/s  data wait {row['data_wait']:.0%}  "
+        say(f"{line}{datetime.timedelta(seconds=int(row['seconds'] * (epochs - epoch - 1)))} left")
     return training.metrics
 
 
@@ -1217,10 +1207,8 @@ def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say
     say(f"best validation top-1 {training.best:.2f}%, weights in {folder.best}")
     final = training.metrics[-1]
     if "test_top1" in final:
-        say(
-            f"test top-1 {final['test_top1']:.2f}%, top-5 {final['test_top5']:.2f}% on {final['test_count']} "
-            "images that were used neither for training nor for selection"
-        )
+        scores = f"test top-1 {final['test_top1']:.2f}%, top-5 {final['test_top5']:.2f}%"
+        say(f"{scores} on {final['test_count']} images used neither for training nor for selection")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1303,20 +1291,15 @@ def run(options: Options, process: Process) -> int:
     shown = "  ".join(f"{name}={value}" for name, value in asdict(options).items() if value is not None)
     say(textwrap.fill(shown, 110, break_on_hyphens=False))
     epochs = options.epochs + options.cooldown_epochs
-    groups = (group for optimizer in training.optimizers for group in optimizer.param_groups)
-    decayed = sum(p.numel() for group in groups if group.get("weight_decay") for p in group["params"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(
-        f"{decayed:,} parameters with weight decay, {trained - decayed:,} without; {epochs} epochs of "
-        f"{data.steps} steps of {process.world} x {options.accumulate} x {options.batch} images"
-    )
+    step = f"{process.world} x {options.accumulate} x {options.batch} images"
+    say(f"{trained:,} parameters to train in {epochs} epochs of {data.steps} steps of {step}")
     if checkpoint is not None:
         training.load_state(process.read(checkpoint))
         unfinished = training.best >= 0 and training.epoch < epochs
         if unfinished and not process.from_first(folder.has_best):
             training.best = -1.0  # the best of the epochs to come takes its place
-        step = 0 if training.losses is None else len(training.losses)
-        where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {step + 1}"
+        where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {len(training.losses) + 1}"
         say(f"{folder.path}: {'finished' if training.epoch == epochs else where}")
     log = None if options.tracker is None or not process.first else TRACKERS[options.tracker](folder)
     stop = StopSignal(process)
@@ -1326,7 +1309,7 @@ def run(options: Options, process: Process) -> int:
         return 0
     except Stopped:
         where = f"at the end of epoch {training.epoch}"
-        if training.losses is not None:
+        if len(training.losses):
             folder.save(training)
             where = f"in epoch {training.epoch + 1} after step {len(training.losses)}"
         number = stop.signal or signal.SIGTERM
