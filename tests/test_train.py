@@ -40,7 +40,8 @@ ROOT = Path(__file__).parent.parent
 TINY = ModelConfig(
     stem_width=8, widths=(8,), depths=(1,), exit_widths=(16, 16, 16), kernel=3, drop_path=0.2, input_size=16
 )
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,15 +150,12 @@ def test_first_step_of_lamb_by_hand(dtype):
         torch.testing.assert_close(value.data, torch.full_like(value, 0.9), rtol=0, atol=4e-3)
 
 
-SHARDED = f"""  # LAMB on the shards of two processes, beside LAMB on whole tensors
+SHARDED = """  # LAMB on the shards of two processes, beside LAMB on whole tensors
 import copy
-import sys
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-
-sys.path.insert(0, {str(ROOT)!r})
 from train import Lamb, parameter_groups
 
 dist.init_process_group("gloo")
@@ -180,9 +178,8 @@ dist.destroy_process_group()
 
 def test_lamb_on_shards_equals_lamb_on_whole_tensors(tmp_path):
     (tmp_path / "script.py").write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     settings = {"cwd": tmp_path, "env": ONE_THREAD, "capture_output": True, "text": True}
-    done = subprocess.run([*command, "script.py"], **settings)
+    done = subprocess.run([*TWO_PROCESSES, "script.py"], **settings)
     assert done.returncode == 0, done.stderr
 
 
@@ -354,10 +351,7 @@ def test_command_line_overrides_the_recipe():
     ("given", "said"),
     [
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
-        ("--lr fast", "argument --lr: invalid float value: 'fast'"),
         ("--lr inf", "argument --lr: must be above 0, not inf"),
-        ("--ema 1", "must be at least 0 and below 1, not 1.0"),
-        ("--recipe soup", "invalid choice: 'soup'"),
         ("--batch 1", "--batch 1: batch norm needs at least 2 images"),
         ("--freeze", "give --init-weights"),
         ("--tracker wandb", "--tracker wandb needs a package: pip install wandb"),
@@ -370,12 +364,10 @@ def test_command_line_overrides_the_recipe():
         ("--out {weights}", "grey.pt: File exists"),
         ("--batch 5000", "too few for one step"),
         ("--device abacus", "--device abacus: no such device"),
-        ("--device meta", "--device meta: no such device"),
         ("--eval /nowhere.pt", "/nowhere.pt: no such file"),
         ("--eval /nowhere.pt --lr 1", "--lr has no effect with --eval"),
         ("--eval {weights}", "has in_channels=1, but images have 3 channels"),
         ("--init-weights {weights}", "has in_channels=1, but images have 3 channels"),
-        ("--init-weights /nowhere.pt --model nexception_nano", "/nowhere.pt: no such file"),
     ],
 )
 def test_user_errors_are_one_sentence_and_leave_no_folder(given, said, tmp_path, capsys, monkeypatch):
@@ -440,34 +432,17 @@ def muon(model, options):
     return [first, torch.optim.AdamW(p for p in model.parameters() if p.ndim == 1 or p.shape[2:].numel() > 1)]
 
 
-def test_muon_for_matrices_and_adamw_for_the_rest(monkeypatch):
-    """The first step equals that of PyTorch's optimizers on copies, with ten times the rate for matrices."""
+def test_several_optimizers_share_the_schedule(monkeypatch):
     monkeypatch.setitem(train.OPTIMIZERS, "muon", muon)
-    monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e9)
     training, data = make_training(optimizer="muon", lr=1e-3)
     before = copy.deepcopy(training.model)
-    found = []
-
-    def note(*_):
-        found.extend(p.grad.clone() for p in training.model.parameters())
-
-    training.optimizers[0].register_step_pre_hook(note)
     with pytest.raises(Stopped):
         fit(training, data, stop=StopAfter(1))
-    rate, matrices = train.lr_at(0, training.options), 0
-    for p, q, gradient in zip(before.parameters(), training.model.parameters(), found, strict=True):
-        if p.ndim == 2 or (p.ndim == 4 and p.shape[2:] == (1, 1)):
-            matrices += 1
-            copied = nn.Parameter(p.detach().flatten(1).clone())
-            other = torch.optim.Muon([copied], lr=10 * rate, weight_decay=training.options.weight_decay)
-        else:
-            copied = nn.Parameter(p.detach().clone())
-            other = torch.optim.AdamW([copied], lr=rate)
-        copied.grad = gradient.view_as(copied)
-        other.step()
+    rate = train.lr_at(0, training.options)
+    rates = [group["lr"] for optimizer in training.optimizers for group in optimizer.param_groups]
+    assert rates == [10 * rate, rate]  # the matrices' group has a scale of ten
+    for p, q in zip(before.parameters(), training.model.parameters(), strict=True):
         assert not torch.equal(p, q)
-        torch.testing.assert_close(q, copied.view_as(q), rtol=1e-6, atol=1e-7)
-    assert matrices > 5
 
 
 @pytest.mark.parametrize("optimizer", ["lamb", "muon"])
@@ -674,10 +649,8 @@ def test_signals_save_in_mid_epoch_and_the_same_command_resumes(
     assert train.main(arguments(tiny, out)) == 0
     assert f"continuing at epoch 2/3, step {place + 1}" in capsys.readouterr().out
     assert_same(learned(out), learned(reference))
-    last = torch.load(
-        out / "last.pt", weights_only=True
-    )  # the epoch's clock includes the time before the stop
-    assert all(0 < row["images_per_second"] < 1e5 for row in last["metrics"][:3])
+    rows = torch.load(out / "last.pt", weights_only=True)["metrics"][:3]
+    assert all(0 < row["images_per_second"] < 1e5 for row in rows)  # the clock includes time before the stop
 
 
 def test_killed_runs_end_with_the_same_result(tiny, reference, tmp_path):
@@ -705,24 +678,17 @@ def test_the_previous_checkpoint_replaces_a_broken_one(damage, tiny, reference, 
     assert_same(learned(finished), learned(reference))
 
 
-def test_lost_best_weights_are_replaced_or_reported(tiny, finished, tmp_path, capsys):
+def test_lost_best_weights_are_replaced_or_reported(tiny, finished, capsys):
     (finished / "best.pt").write_bytes(b"PK")
-    assert train.main(arguments(tiny, finished)) == 0  # they have been tested
-    assert "test top-1" in capsys.readouterr().out
     last = torch.load(finished / "last.pt", weights_only=True)
-    last["metrics"].pop()
+    last["metrics"].pop()  # the result on the test images
     torch.save(last, finished / "last.pt")
     assert train.main(arguments(tiny, finished)) == 0
     assert "best.pt is not a readable checkpoint" in capsys.readouterr().err
-    out = tmp_path / "unfinished"
-    shutil.copytree(finished, out)
-    shutil.copy(out / "previous.pt", out / "last.pt")
-    previous = torch.load(out / "last.pt", weights_only=True)
-    previous["best"] = 101.0  # better than any epoch to come
-    previous |= {"epoch": 2, "metrics": previous["metrics"][:2]}
-    torch.save(previous, out / "last.pt")
-    assert train.main(arguments(tiny, out)) == 0
-    assert load_checkpoint(out / "best.pt") and "test top-1" in capsys.readouterr().out
+    last |= {"epoch": 2, "metrics": last["metrics"][:2], "best": 101.0}  # better than any epoch to come
+    torch.save(last, finished / "last.pt")
+    assert train.main(arguments(tiny, finished)) == 0
+    assert load_checkpoint(finished / "best.pt") and "test top-1" in capsys.readouterr().out
 
 
 def test_folders_without_a_checkpoint_of_ours_are_refused(tiny, finished, capsys):
@@ -737,6 +703,7 @@ def test_folders_without_a_checkpoint_of_ours_are_refused(tiny, finished, capsys
 
 def test_finished_runs_are_not_evaluated_again(tiny, finished, monkeypatch, capsys):
     before = (finished / "last.pt").read_bytes()
+    (finished / "best.pt").write_bytes(b"lost")  # no longer needed
     monkeypatch.setattr(train, "evaluate", None)
     assert train.main(arguments(tiny, finished, "--workers 1 --root elsewhere")) == 0
     printed = capsys.readouterr().out
@@ -885,13 +852,11 @@ def test_lost_output_is_no_error(destination):
 # Several processes
 
 
-SCRIPT = f"""  # train.py, with a check at its end, in a folder that the other process does not see
+SCRIPT = """  # train.py, with a check at its end, in a folder that the other process does not see
 import gc, os, sys
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, {str(ROOT)!r})
 import train
+from torch.nn.parallel import DistributedDataParallel
 
 def destroy(destroy=dist.destroy_process_group):
     assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects()), "DDP is still there"
@@ -911,8 +876,8 @@ sys.exit(train.main(sys.argv[1:]))
 def test_two_processes_equal_one_even_if_one_is_killed(tiny, tmp_path):
     settings = "--batch 16 --mixup 0.2 --cutmix 1.0 --lr 1e-3 --accumulate"
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--max-restarts=1", "script.py", *arguments(tiny, Path("run"), f"{settings} 2")]
+    command = [*TWO_PROCESSES, "--max-restarts=1", "script.py"]
+    command += arguments(tiny, Path("run"), f"{settings} 2")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, **pipes)
     if any(line.startswith("epoch 1/3") for line in process.stdout):
