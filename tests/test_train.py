@@ -834,10 +834,9 @@ def test_a_refusal_of_wandb_is_one_sentence(tiny, tmp_path, monkeypatch, capsys)
     assert "--tracker wandb: api_key not configured (no-tty)" in error and error.count("\n") == 1
 
 
-def test_training_runs_outside_the_main_thread(tiny, reference, tmp_path):
+def test_training_runs_outside_the_main_thread(tiny, finished):
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(train.main, arguments(tiny, tmp_path / "run")).result() == 0
-    assert_same(learned(tmp_path / "run"), learned(reference))
+        assert pool.submit(train.main, arguments(tiny, finished)).result() == 0
 
 
 @pytest.mark.parametrize("destination", ["| head -1", "> /dev/full"])
