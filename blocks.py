@@ -45,9 +45,7 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
-        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # to (B, H, W, C) and back
 
 
 # Functions of the number of channels; squeeze-and-excitation applies them to maps of 1 × 1. Group norm would
@@ -155,8 +153,8 @@ class MixedDepthwise(nn.Module):
 
     def __init__(self, channels: int, stride: int = 1):
         super().__init__()
-        share = channels // len(MIXED_KERNELS)
-        self.splits = [channels - share * (len(MIXED_KERNELS) - 1)] + [share] * (len(MIXED_KERNELS) - 1)
+        share, remainder = divmod(channels, len(MIXED_KERNELS))
+        self.splits = [share + remainder] + [share] * (len(MIXED_KERNELS) - 1)
         self.convs = nn.ModuleList(
             DepthwiseConv2d(width, kernel, stride)
             for width, kernel in zip(self.splits, MIXED_KERNELS, strict=True)
@@ -188,17 +186,16 @@ class SeparableConv(nn.Module):
 @torch.fx.wrap  # branches on its input, so it must be a leaf of symbolic traces
 def blur_pool(x: Tensor, training: bool) -> Tensor:
     """Blur x (B, C, H, W) with a fixed 3 × 3 filter, then subsample by 2. See `BlurPool`."""
-    mode = "reflect" if min(x.shape[-2:]) > 1 else "replicate"  # a single row cannot be reflected
+    (height, width), given = x.shape[-2:], x
+    # A single row cannot be reflected.
+    x = F.pad(x, (1, 1, 1, 1), mode="reflect" if min(height, width) > 1 else "replicate")
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not training:
         # The compiler fuses a sum of slices with the preceding max pool and padding. A convolution would be a
         # separate kernel that reads its input from memory.
-        height, width = x.shape[-2:]
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        x = F.pad(x, (1, 1, 1, 1), mode=mode)
         x = (x[..., :width:2] + x[..., 2::2]) * 0.25 + x[..., 1 : width + 1 : 2] * 0.5
         x = (x[..., :height:2, :] + x[..., 2::2, :]) * 0.25 + x[..., 1 : height + 1 : 2, :] * 0.5
+        channels_last = given.is_contiguous(memory_format=torch.channels_last)
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    x = F.pad(x, (1, 1, 1, 1), mode=mode)
     # Not a buffer: `to_empty` would leave a non-persistent buffer uninitialized.
     row = 0.5 - 0.25 * torch.arange(-1, 2, device=x.device, dtype=x.dtype).abs()  # [0.25, 0.5, 0.25]
     weight = torch.outer(row, row).expand(x.shape[1], 1, 3, 3)

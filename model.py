@@ -323,39 +323,38 @@ def count_macs(model: nn.Module, input_size: int | None = None, attention: bool 
     return sum(n for op, n in macs.items() if ("bmm" in op or "attention" in op) == attention)
 
 
-def foreign_keys(model: NEXcepTion) -> dict[str, dict[str, str]]:
-    """Map our state dict keys, always with a classifier's, to the authors' and to timm's.
+def key_schemes(model: NEXcepTion) -> dict[str, dict[str, str]]:
+    """Map our state dict keys, always with a classifier's, to "our" own, to "the authors'" and to "timm's".
 
     The authors' are valid for networks structured like -T, -S or -TP, timm's for networks structured like its
     `legacy_xception`.
     """
-    config, last = model.config, len(model.stages) - 1
-    # Paths of modules, ours to theirs; `places` are the authors' paths of the residual blocks, in order.
+    config, isotropic, last = model.config, model.config.layout == "isotropic", len(model.config.widths)
+    # Paths of modules, ours to theirs; `places` has those of the residual blocks, in order.
     authors, timm = {"stem.conv": "stem.0"}, {"head.fc": "fc"}
     timm |= {"stem.conv1": "conv1", "stem.norm1": "bn1", "stem.conv2": "conv2", "stem.norm2": "bn2"}
-    if config.layout == "isotropic":
+    if isotropic:
         authors |= {"stem.norm": "stem.2", "head.fc": "fc"}
-        places = [f"downsampling_block{i + 1}" for i in range(last)]
-        places += [*(f"middle_flow.{i}" for i in range(config.depths[0])), "exit_flow.0"]
+        places = {f"stages.{i}.0": f"downsampling_block{i + 1}" for i in range(last)}
+        places |= {f"stages.{last - 1}.{j + 1}": f"middle_flow.{j}" for j in range(config.depths[0])}
+        places |= {f"stages.{last}.0": "exit_flow.0"}
         for j in (1, 2):
             conv, norm = f"stages.{last}.{j}.conv", f"stages.{last}.{j}.norm"
             authors |= {conv: f"exit_flow.{3 * j - 2}", norm: f"exit_flow.{3 * j - 1}"}
             timm |= {conv: f"conv{j + 2}", norm: f"bn{j + 2}"}
     else:
         authors |= {"stem.norm": "stem.1"}
-        places = [f"stages.{i}.blocks.{j}" for i, depth in enumerate(config.depths) for j in range(depth)]
-        for i in range(1, last + 1):
-            authors |= {f"stages.{i}.0.norm": f"stages.{i}.downsample.0"}
-            authors |= {f"stages.{i}.0.conv": f"stages.{i}.downsample.1"}
+        authors |= {f"stages.{i}.0.norm": f"stages.{i}.downsample.0" for i in range(1, last)}
+        authors |= {f"stages.{i}.0.conv": f"stages.{i}.downsample.1" for i in range(1, last)}
+        blocks = [(i, j) for i, depth in enumerate(config.depths) for j in range(depth)]
+        places = {f"stages.{i}.{j + (i > 0)}": f"stages.{i}.blocks.{j}" for i, j in blocks}
 
     skip = {"skip": "skip", "skip_norm": "skipbn"}
     se = {"se.reduce": "block_end.fc1", "se.norm": "block_end.bn", "se.expand": "block_end.fc2"}
     middle = {f"conv{n}": f"sepconv{n}" for n in (1, 2, 3)} | {f"norm{n}": f"norm{n}" for n in (1, 2, 3)} | se
     downsampling = skip | {"conv1": "rep.0", "norm1": "rep.1", "conv2": "rep.3", "norm2": "rep.4"} | se
-    blocks = [(f"stages.{i}.{j}", m) for i, stage in enumerate(model.stages) for j, m in enumerate(stage)]
-    blocks = [(k, m) for k, m in blocks if not isinstance(m, (PyramidDownsample, ExitConv))]
-    for i, ((path, block), place) in enumerate(zip(blocks, places, strict=True)):
-        parts = downsampling if isinstance(block, DownsamplingBlock) else middle
+    for i, (path, place) in enumerate(places.items()):
+        parts = downsampling if isotropic and path.endswith(".0") else middle
         authors |= {f"{path}.{ours}": f"{place}.{theirs}" for ours, theirs in parts.items()}
         # timm's rep is a Sequential in which an activation precedes each convolution, except in block 1.
         first = min(i, 1)
@@ -373,6 +372,7 @@ def foreign_keys(model: NEXcepTion) -> dict[str, dict[str, str]]:
     keys = dict.fromkeys([*model.state_dict(), "head.fc.weight", "head.fc.bias"])
     convs = {"depthwise": "conv_dw", "pointwise": "conv_pw"}
     return {
+        "our": {key: key for key in keys},
         "the authors'": {key: renamed(key, authors, convs) for key in keys},
         "timm's": {key: renamed(key, timm, {"depthwise": "conv1"}) for key in keys},
     }
@@ -380,7 +380,7 @@ def foreign_keys(model: NEXcepTion) -> dict[str, dict[str, str]]:
 
 def export_official(model: NEXcepTion) -> dict[str, Tensor]:
     """The state dict with the authors' keys, in their order: the inverse of `load_weights`."""
-    keys = foreign_keys(model)["the authors'"]
+    keys = key_schemes(model)["the authors'"]
     return {keys[key]: value for key, value in model.state_dict().items()}
 
 
@@ -433,9 +433,7 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
     if not isinstance(content, dict):
         source, content = os.fspath(content), read_checkpoint(content)
     weights, own, classifier = weights_of(content), model.state_dict(), ("head.fc.weight", "head.fc.bias")
-    schemes = {"our": {key: key for key in (*own, *classifier)}}
-    if not own.keys() <= weights.keys():
-        schemes |= foreign_keys(model)
+    schemes = key_schemes(model)
     scheme = max(schemes, key=lambda name: len(weights.keys() & set(schemes[name].values())))
     theirs = schemes[scheme]
     found = {key: weights.pop(theirs[key]) for key in theirs if theirs[key] in weights}
@@ -510,7 +508,7 @@ def _recognize(path: str | os.PathLike, weights: dict[str, Tensor]) -> ModelConf
         with torch.device("meta"):
             model = NEXcepTion(config)
         own = model.state_dict()
-        for keys in ({key: key for key in own}, *foreign_keys(model).values()):
+        for keys in key_schemes(model).values():
             head = keys["head.fc.weight"]
             body = {keys[k]: v.shape for k, v in own.items() if not k.startswith("head.fc.")}
             if head in shapes and body.items() <= shapes.items():
