@@ -88,7 +88,7 @@ def with_statistics(model: torch.nn.Module, seed: int = 0):
     for name, value in model.state_dict().items():
         if name.endswith("running_var") or (value.dim() == 1 and name.endswith("weight")):
             value.uniform_(0.5, 1.5)
-        elif name.endswith("running_mean") or name.endswith("bias"):
+        elif name.endswith(("running_mean", "bias")):
             value.normal_(0, 0.1)
     return model.eval()
 
@@ -204,8 +204,9 @@ def test_load_weights_names_what_does_not_fit():
 
 
 def test_unsafe_and_truncated_files_are_refused(tmp_path):
+    weights = NEXcepTion(NANO).state_dict()
     torch.save({"model": NEXcepTion(NANO)}, tmp_path / "pickled.pt")
-    torch.save(NEXcepTion(NANO).state_dict(), tmp_path / "whole.pt")
+    torch.save(weights, tmp_path / "whole.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("some text")
     for name, reason in (
@@ -215,18 +216,15 @@ def test_unsafe_and_truncated_files_are_refused(tmp_path):
     ):
         with pytest.raises(UsageError, match=f"{name} is not a readable checkpoint: {reason}"):
             load_checkpoint(tmp_path / name)
-    weights = NEXcepTion(NANO).state_dict()
-    for content, reason in (
-        (torch.zeros(3), "foreign.pt is not a checkpoint: it holds no dictionary but a Tensor"),
-        ({"model": weights, "config": 3}, "foreign.pt holds no config or transform of a network"),
-        ({"model": weights, "config": {"layers": 3}}, "foreign.pt holds no .* argument 'layers'"),
-        (
-            {"model": weights, "config": asdict(NANO), "transform": [1]},
-            "foreign.pt holds no config or transform",
-        ),
+    content = {"model": weights, "config": asdict(NANO)}
+    for broken, reason in (
+        (torch.zeros(3), "is not a checkpoint: it holds no dictionary but a Tensor"),
+        (content | {"config": 3}, "holds no config or transform of a network"),
+        (content | {"config": {"layers": 3}}, "holds no .* argument 'layers'"),
+        (content | {"transform": [1]}, "holds no config or transform"),
     ):
-        torch.save(content, tmp_path / "foreign.pt")
-        with pytest.raises(UsageError, match=reason):
+        torch.save(broken, tmp_path / "foreign.pt")
+        with pytest.raises(UsageError, match=f"foreign.pt {reason}"):
             load_checkpoint(tmp_path / "foreign.pt")
     with pytest.raises(UsageError, match="a folder, not a checkpoint"):
         load_checkpoint(tmp_path)
@@ -253,35 +251,33 @@ assert main([]) == 0
 
 
 @pytest.mark.parametrize(
-    ("values", "field"),
+    ("field", "values"),
     [
-        ({"stem": "convolution"}, "stem"),
-        ({"kernel": 4}, "kernel"),
-        ({"activation_positions": (2, 1)}, "activation_positions"),
-        ({"widths": ()}, "widths"),
-        ({"widths": (64, 0)}, "widths"),
-        ({"layout": "pyramid", "exit_widths": (), "depths": (1, 1, 1)}, "widths"),
-        ({"widths": 64}, "widths"),
-        ({"kernel": 5.0}, "kernel"),
-        ({"kernel": "mixed", "stem_width": 3}, "stem_width"),
-        ({"depths": (3, 3)}, "depths"),
-        ({"depths": (-1,)}, "depths"),
-        ({"exit_widths": ()}, "exit_widths"),
-        ({"exit_widths": (8, 8, 0.5)}, "exit_widths"),
-        ({"expansion": 0}, "expansion"),
-        ({"drop_path": 1.0}, "drop_path"),
-        ({"drop_path": "0.1"}, "drop_path"),
-        ({"drop_path_spread": None}, "drop_path_spread"),
-        ({"in_channels": 0}, "in_channels"),
-        ({"num_classes": -1}, "num_classes"),
-        ({"num_classes": True}, "num_classes"),
-        ({"input_size": 224.0}, "input_size"),
-        ({"input_size": 1}, "input_size"),
+        ("stem", ["convolution"]),
+        ("kernel", [4, 5.0]),
+        ("activation_positions", [(2, 1)]),
+        ("widths", [(), (64, 0), 64]),
+        ("depths", [(3, 3), (-1,)]),
+        ("exit_widths", [(), (8, 8, 0.5)]),
+        ("expansion", [0]),
+        ("drop_path", [1.0, "0.1"]),
+        ("drop_path_spread", [None]),
+        ("in_channels", [0]),
+        ("num_classes", [-1, True]),
+        ("input_size", [224.0, 1]),
     ],
 )
-def test_impossible_configs_are_refused_by_field(values, field):
-    with pytest.raises(UsageError, match=rf"^{field}: "):
-        ModelConfig(**values)
+def test_impossible_configs_are_refused_by_field(field, values):
+    for value in values:
+        with pytest.raises(UsageError, match=rf"^{field}: "):
+            ModelConfig(**{field: value})
+
+
+def test_inconsistent_configs_are_refused():
+    with pytest.raises(UsageError, match=r"^widths: .* must equal stem_width, 96"):
+        ModelConfig(layout="pyramid", exit_widths=(), depths=(1, 1, 1))
+    with pytest.raises(UsageError, match=r"^stem_width: 3 .* at least 4"):
+        ModelConfig(kernel="mixed", stem_width=3)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -584,7 +580,8 @@ def test_a_model_from_the_meta_device_is_the_same():
     assert torch.equal(empty.eval()(x), model(x))
 
 
-def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
+def test_command_line_prints_the_table_and_classifies(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     main([])
     listed = capsys.readouterr().out
     assert all(f"{name} " in listed for name in MODELS) and "24,544,976" in listed and "8.357 G" in listed
@@ -593,31 +590,31 @@ def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
     model.head.fc.weight.data.mul_(100)  # for probabilities that differ between images
     content = {"model": model.state_dict(), "ema": None, "config": asdict(NANO), "classes": list("abcdef")}
     content["transform"] = asdict(replace(TRANSFORM, exif=True))
-    torch.save(content, tmp_path / "best.pt")
-    torch.save(content | {"classes": None}, tmp_path / "nameless.pt")
+    torch.save(content, "best.pt")
+    torch.save(content | {"classes": None}, "nameless.pt")
     broken = model.state_dict() | {"head.fc.bias": torch.full((6,), float("nan"))}
-    torch.save(content | {"model": broken}, tmp_path / "damaged.pt")
+    torch.save(content | {"model": broken}, "damaged.pt")
     for name in "uvwxyz":
-        (tmp_path / "names" / name).mkdir(parents=True)
-    (tmp_path / "five.txt").write_text("a\nb\nc\nd\ne\n")
+        Path("names", name).mkdir(parents=True)
+    Path("five.txt").write_text("a\nb\nc\nd\ne\n")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
-    photo.save(tmp_path / "photo.png")
+    photo.save("photo.png")
     # The same picture as stored by a camera held sideways, with an EXIF orientation.
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate clockwise by 90°
-    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "sideways.png", exif=exif)
-    main([str(tmp_path / name) for name in ("best.pt", "photo.png", "sideways.png")])
+    photo.transpose(Image.Transpose.ROTATE_90).save("sideways.png", exif=exif)
+    main(["best.pt", "photo.png", "sideways.png"])
     lines = capsys.readouterr().out.splitlines()
     most_likely = model(TRANSFORM(photo)[None]).argmax().item()
     assert len(lines) == 12 and lines[1].split()[-1] == "abcdef"[most_likely] and lines[7:] == lines[1:6]
 
-    main([str(tmp_path / "nameless.pt"), str(tmp_path / "photo.png"), "--classes", str(tmp_path / "names")])
+    main(["nameless.pt", "photo.png", "--classes", "names"])
     assert capsys.readouterr().out.splitlines()[1].split()[-1] == "uvwxyz"[most_likely]
-    assert main([str(tmp_path / "damaged.pt"), str(tmp_path / "photo.png")]) == 1
+    assert main(["damaged.pt", "photo.png"]) == 1
     assert re.search(r"damaged.pt gives logits that are not finite for .*photo.png$", capsys.readouterr().err)
 
     header = struct.pack("<IiiHHIIiiII", 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0)
-    (tmp_path / "bomb.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + header)
+    Path("bomb.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + header)
     for arguments, message in (
         (("best.pt", "bomb.bmp"), "bomb.bmp is not a readable image"),
         (("best.pt", "best.pt"), "not a readable image"),
@@ -627,7 +624,7 @@ def test_command_line_prints_the_table_and_classifies(tmp_path, capsys):
         (("names", "photo.png"), "a folder, not a checkpoint"),
         (("best.pt",), "name the photographs"),
     ):
-        assert main([name if name[0] == "-" else str(tmp_path / name) for name in arguments]) == 2
+        assert main(arguments) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
 
