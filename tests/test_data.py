@@ -635,11 +635,6 @@ def test_classes_are_those_of_training(tmp_path, caplog):
     assert_refused("two folders 'rosé'", tmp_path)
 
 
-def test_one_class_is_refused(tmp_path):
-    make_folder(tmp_path, {"train/images": 1, "val/images": 1})  # an archive's extra level
-    assert_refused("only one class, 'images': are the class folders one level further down", tmp_path)
-
-
 def test_a_folder_named_like_a_set_is_pointed_out(tmp_path, monkeypatch, caplog):
     make_folder(tmp_path / "digits", {"val": 1})
     monkeypatch.chdir(tmp_path)
@@ -799,6 +794,8 @@ def test_user_errors(tmp_path):
         root = make_folder(tmp_path / f"only-{split}", {split: 1})
         assert_refused("needs train/ and one of val/, validation/ and test/", root)
     assert_refused("no policy 'mine': choose from none, ", "digits", augment=replace(PLAIN, policy="mine"))
+    root = make_folder(tmp_path / "nested", {"train/images": 1, "val/images": 1})  # an archive's extra level
+    assert_refused("only one class, 'images': are the class folders one level further down", root)
     root = make_folder(tmp_path / "images", {"train": 4, "val": 4})
     assert_refused("8 training images are too few for one step of 1 x 64 x 2", root, Plan(accumulate=2))
     (root / "train/green").mkdir()
