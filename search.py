@@ -80,6 +80,7 @@ ETA = 3  # Hyperband promotes the best third of a stage to three times the epoch
 FAILURES_THAT_STOP = 5  # a search stops if its first trials all fail
 SCHEDULER_PATIENCE = 30  # seconds to connect to a Dask scheduler
 RANDOM_START = 8  # random configurations before the first forest is fitted
+CANDIDATES = 2000  # random configurations of which the forest proposes the best
 TREES, FEW_TREES = 100, 10  # per forest: for the importances; for their intervals and noise levels
 RESAMPLES, SHUFFLES = 100, 10  # bootstrap samples for the intervals; shuffles per choice for the noise levels
 REPEATS = 3  # training runs of each network in the final comparison
@@ -206,8 +207,7 @@ class Smac:
     """SMAC: random configurations, then a random forest's; Hyperband allots several budgets.
 
     Writes `smac/SEED`, a SMAC3 run folder. A space with fewer configurations than Hyperband's first bracket
-    asks for runs each of them at the highest budget. The forest's proposals repeat for the same seed only if
-    PYTHONHASHSEED is set, too: SMAC's local search iterates over sets.
+    asks for runs each of them at the highest budget.
     """
 
     forest = True
@@ -243,6 +243,7 @@ class Smac:
                 self.space, log_y=True, n_trees=10, ratio_features=1.0, min_samples_split=2,
                 min_samples_leaf=1, n_jobs=1, max_leaf_nodes=None, seed=settings["seed"],
             )  # fmt: skip
+            parts["acquisition_maximizer"] = best_of_many(self.space, settings["seed"])
         self.smac = facade(
             scenario, intensifier=exact_hyperband(scenario),
             initial_design=RandomInitialDesign(scenario, n_configs=0, additional_configs=start),
@@ -273,7 +274,7 @@ class Smac:
                 if info is not None:
                     self.smac.runhistory.add_running_trial(info)
                     self.seed = info.seed
-                    origin = "model" if "Maximizer" in (info.config.origin or "") else "random"
+                    origin = "model" if info.config.origin == "BestOfMany" else "random"
                     config = {name: str(info.config[name]) for name in self.space}
                     trial = Trial(config, round(info.budget), origin)
                     self.asked[str(trial)] = info
@@ -305,6 +306,27 @@ class PlainHyperband(Smac):
     """Hyperband with random configurations only."""
 
     forest = False
+
+
+def best_of_many(space, seed: int):
+    """Return an acquisition maximizer that draws CANDIDATES configurations and offers the best unknown ones.
+
+    SMAC's local search ends in the few local maxima of a space of choices. Once they are known, it offers
+    nothing, and most trials after the fiftieth are random; nor does it repeat with the seed.
+    """
+    from smac.acquisition.maximizer.abstract_acquisition_maximizer import AbstractAcquisitionMaximizer
+
+    class BestOfMany(AbstractAcquisitionMaximizer):
+        def _maximize(self, previous_configs, n_points):
+            known = {*previous_configs}
+            drawn = dict.fromkeys(self._configspace.sample_configuration(CANDIDATES))
+            drawn = [config for config in drawn if config not in known]
+            for config in drawn:
+                config.origin = type(self).__name__
+            values = self.acquisition_function(drawn).ravel() if drawn else []
+            return sorted(zip(values, drawn, strict=True), key=lambda pair: -pair[0])[:n_points]
+
+    return BestOfMany(space, seed=seed)
 
 
 def exact_hyperband(scenario):

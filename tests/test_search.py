@@ -515,10 +515,9 @@ def test_training_seeds_depend_on_configuration_and_search_seed(tmp_path, monkey
 
 
 def test_searches_repeat_under_any_hash_seed():
-    """Except for the forest's proposals: SMAC's local search iterates over sets."""
     program = (
         "import search, search_targets, tempfile\n"
-        "for trial in search_targets.play(tempfile.mkdtemp(), 'hyperband', trials=30)[1]:\n"
+        "for trial in search_targets.play(tempfile.mkdtemp(), trials=30)[1]:\n"
         "    print(search.short(trial.config), trial.budget)\n"
     )
     env = {"PYTHONPATH": f"{targets.REPOSITORY}:{targets.REPOSITORY / 'tests'}"}
