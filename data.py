@@ -1054,7 +1054,8 @@ class Data:
 
         Batches may be short, and their number may differ between ranks. Unreadable files are skipped.
         """
-        batch = self.plan.batch
+        # Without gradients, larger batches of a small set fit, and are faster on a CPU.
+        batch = self.plan.batch * (4 if self.loader is None else 1)
         indices = np.arange(self.plan.rank, self.count(split), self.plan.world)
         starts = range(0, len(indices), batch)
         yield from self._batches([Job(split, indices[start : start + batch], None) for start in starts])

@@ -41,7 +41,7 @@ class Options:
 
 def regrets(sampler: str, budgets: list[int], seed: int, epochs: int) -> np.ndarray:
     """Return the regret of one search after each epoch spent, (epochs,)."""
-    truth = {budget: surrogate(f"top1_{budget}") for budget in budgets}
+    truth = {budget: surrogate(budget) for budget in budgets}
     settings = {"space": CHOICES, "objectives": ["accuracy"], "budgets": budgets, "seed": seed}
     spent, best, found = 0, 0.0, np.full(epochs, truth[EPOCHS].max())
     with tempfile.TemporaryDirectory() as folder:

@@ -57,13 +57,15 @@ def test_the_surrogate_is_that_of_the_trained_networks(tmp_path, monkeypatch):
     fitted = space.surrogate()[tuple(codes.T)]
     assert np.corrcoef(fitted, top1)[0, 1] > 0.9
     monkeypatch.setattr(space, "TABLE", tmp_path / "space.csv")
-    monkeypatch.setattr(space, "train_config", lambda _, seed, n: (0.5, {"curve": [[1.0, seed % 89]] * n}))
+    monkeypatch.setattr(
+        space, "train_config", lambda _, seed, n: (0.5, {"top1": seed % 89, "losses": [1.5] * n})
+    )
     for count in (11, 12, 12):  # the second call continues, the third finds nothing to do
         space.main(space.Options(networks=count))
-        assert [float(row["top1_9"]) for row in space.rows()] == [
-            int(row["seed"]) % 89 for row in space.rows()
-        ]
-        assert len(space.rows()) == count
+        for kind in ((9, 0), (3, 0), (9, 1)):
+            found = space.rows(*kind)
+            assert [float(row["top1"]) for row in found] == [int(row["seed"]) % 89 for row in found]
+            assert {row["losses"] for row in found} == {" ".join(["1.5"] * kind[0])} and len(found) == count
 
 
 def test_samplers_are_compared_at_equal_epochs(tmp_path):
