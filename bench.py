@@ -34,6 +34,9 @@ from dataclasses import MISSING, asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
+if __name__ == "__main__":  # end without a traceback on Ctrl-C, also during the imports below
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+
 from data import (
     Augmentation,
     Data,
@@ -100,8 +103,8 @@ class Row:
     before: Callable[[], object] | None = None  # called before each turn, not timed
     base: str = ""  # label of the row to compare with
     missing: str = ""  # reason if there are no samples
-    samples: list[float] = field(default_factory=list)  # one per repetition
-    ratio: dict | None = None  # speed relative to `base`: mean, deviation, median
+    samples: list[float] = field(default_factory=list)  # units per second, one per repetition
+    ratio: dict | None = None  # `summary` of the speed relative to `base`
 
 
 def stopwatch(device: torch.device | None) -> Callable:
@@ -124,54 +127,48 @@ def stopwatch(device: torch.device | None) -> Callable:
     return timed
 
 
-def take_turns(rows: list[Row], repetitions: int, timed: Callable, *, warm_up=1) -> None:
-    """Time every row once per repetition, in random order; set the samples (units per second) and ratios.
+def take_turns(rows: list[Row], repetitions: int, timed: Callable) -> None:
+    """Time every row once per repetition, in random order; set the samples and the ratios.
 
-    timed: a `stopwatch`. warm_up: repetitions at the start that are not recorded. A row that fails is
-    dropped, with the reason in `missing`; only UsageError and RunError stop the run. Ctrl-C keeps the
-    finished repetitions.
+    timed: a `stopwatch`. One more repetition warms up. A row that fails is dropped, with the reason in
+    `missing`; only UsageError and RunError stop the run. Ctrl-C keeps the finished repetitions.
     """
-    order, done = random.Random(0), -warm_up
+    order, done = random.Random(0), 0  # finished repetitions
     tqdm.monitor_interval = 0  # its thread would be forked into data-loading processes
-    running = [row for row in rows if row.work and not row.missing]
+    running = [row for row in rows if not row.missing]
     try:
-        for _ in tqdm(range(repetitions + warm_up), disable=None, unit="repetition"):
-            measured = []
+        for _ in tqdm(range(repetitions + 1), disable=None, unit="repetition"):
             for row in order.sample(running, len(running)):
                 try:
                     if row.before:
                         row.before()
                     units, seconds = timed(row.work)
-                    measured.append((row, units / seconds))
+                    row.samples.append(units / seconds)
                 except (UsageError, RunError):
                     raise
                 except Exception as error:
-                    row.missing, row.samples = failure(error), []
+                    row.missing = failure(error)
                     running.remove(row)
             done += 1
-            for row, sample in measured if done > 0 else ():
-                row.samples.append(sample)
     except KeyboardInterrupt:
-        if done <= 0:
+        if done < 2:
             raise
-        print(f"stopped: {done} of {repetitions} repetitions are kept")
-    if not any(row.samples for row in rows):
+        print(f"stopped: {done - 1} of {repetitions} repetitions are kept")
+    if not running:
         raise RunError("; ".join(f"{row.label}: {row.missing}" for row in rows))
-    set_ratios(rows)
-
-
-def set_ratios(rows: list[Row]) -> None:
-    """Set each row's speed relative to its `base`, from the pairs of samples in each repetition."""
-    samples = {row.label: row.samples for row in rows}
     for row in rows:
-        if row.samples and samples.get(row.base):
-            ratios = [ours / base for ours, base in zip(row.samples, samples[row.base], strict=True)]
-            mean, deviation = mean_and_deviation(ratios)
-            row.ratio = {"mean": mean, "deviation": deviation, "median": statistics.median(ratios)}
+        row.samples = [] if row.missing else row.samples[1:done]
+    samples = {row.label: row.samples for row in running}
+    for row in running:
+        if row.base in samples:
+            pairs = zip(row.samples, samples[row.base], strict=True)
+            row.ratio = summary([ours / base for ours, base in pairs])
 
 
-def mean_and_deviation(samples: list[float]) -> tuple[float, float]:
-    return statistics.fmean(samples), statistics.stdev(samples) if len(samples) > 1 else 0.0
+def summary(samples: list[float]) -> dict[str, float]:
+    """Return mean, standard deviation and median."""
+    deviation = statistics.stdev(samples) if len(samples) > 1 else 0.0
+    return {"mean": statistics.fmean(samples), "deviation": deviation, "median": statistics.median(samples)}
 
 
 def failure(error: Exception) -> str:
@@ -201,11 +198,11 @@ def timing_cells(row: Row) -> list[str]:
     """Return mean ± standard deviation, median and ratio ± standard deviation, or why the row is missing."""
     if not row.samples:
         return [row.missing, "", ""]
-    mean, deviation = mean_and_deviation(row.samples)
-    digits = 0 if mean >= 100 else 1 if mean >= 10 else 2
-    median = f"{statistics.median(row.samples):,.{digits}f}"
+    found = summary(row.samples)
+    digits = 0 if found["mean"] >= 100 else 1 if found["mean"] >= 10 else 2
+    mean, deviation, median = (f"{value:,.{digits}f}" for value in found.values())
     ratio = "{mean:.2f} ± {deviation:.2f}".format(**row.ratio) if row.ratio else ""
-    return [f"{mean:,.{digits}f} ± {deviation:,.{digits}f}", median, ratio]
+    return [f"{mean} ± {deviation}", median, ratio]
 
 
 def entry_of(path: Path, key: str):
@@ -219,17 +216,17 @@ def entry_of(path: Path, key: str):
 def write_results(name: str, options, device: torch.device, text: str, rows: list, **more) -> None:
     """Write `name`.json (all measurements) and `name`.md (`text`) to `options.out`, and say so.
 
-    Files with results of other options are not overwritten: the name then ends in -2, -3, ...
+    rows: of Row or dict. Files with results of other options are not overwritten: the name then ends in -2,
+    -3, ...
     """
     ours = json.loads(json.dumps(asdict(options)))
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    paths = (Path(options.out, f"{name}.json") for name in names)
+    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (Path(options.out, f"{name}{ending}.json") for ending in endings)
     path = next(path for path in paths if not path.exists() or entry_of(path, "options") == ours)
     record = {"machine": machine(device), "options": ours, **more, "rows": []}
     for row in rows:  # of a Row, the fields that are set, without its functions
-        row = row if isinstance(row, dict) else vars(row)
-        row = {k: v for k, v in row.items() if v not in (None, "", []) and not callable(v)}
-        record["rows"].append(row)
+        fields = (row if isinstance(row, dict) else vars(row)).items()
+        record["rows"].append({k: v for k, v in fields if v not in (None, "", []) and not callable(v)})
     table = path.with_suffix(".md")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=1) + "\n")
@@ -298,7 +295,7 @@ TABLE_3 = {
 # Models: ours, the paper's peers, the user's own
 
 
-def isotropic_convnext(size: int) -> nn.Module:
+def isotropic_convnext(_: int) -> nn.Module:
     """ConvNeXt-S (isotropic): 16 × 16 stem, 18 blocks of width 384 ("A ConvNet for the 2020s", 3.3)."""
     from torchvision.models.convnext import CNBlock
 
@@ -307,42 +304,29 @@ def isotropic_convnext(size: int) -> nn.Module:
     return nn.Sequential(stem, *blocks, *head)
 
 
-class NatBlock(nn.Module):
-    """A block of "Neighborhood Attention Transformer": attention over 7 × 7 neighbours, then an MLP.
+def nat(depths: tuple[int, ...], width: int, mlp_ratio: float) -> nn.Module:
+    """NAT ("Neighborhood Attention Transformer", table 1): four stages after 3 × 3 convolutions of stride 2.
 
-    Without the relative position bias (0.02M parameters), which natten dropped in release 0.17.
+    Its blocks are Swin's with attention over 7 × 7 neighbours, here without the relative position bias (0.02M
+    parameters), which natten dropped in release 0.17.
     """
+    from natten import NeighborhoodAttention2D
+    from torchvision.models.swin_transformer import SwinTransformerBlock
+    from torchvision.ops import Permute
 
-    def __init__(self, width: int, mlp_ratio: float):
-        from natten import NeighborhoodAttention2D
+    def attention(width: int, window: list[int], shift: list[int], heads: int, **_) -> nn.Module:
+        return NeighborhoodAttention2D(width, num_heads=heads, kernel_size=7)
 
-        super().__init__()
-        hidden = int(width * mlp_ratio)
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = NeighborhoodAttention2D(width, num_heads=width // 32, kernel_size=7)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class Nat(nn.Sequential):
-    """NAT: four stages of `NatBlock`, each after 3 × 3 convolutions of stride 2 (its paper, table 1)."""
-
-    def __init__(self, depths: tuple[int, ...], width: int, mlp_ratio: float):
-        from torchvision.ops import Permute
-
-        layers = [nn.Conv2d(3, width // 2, 3, 2, 1), nn.Conv2d(width // 2, width, 3, 2, 1)]
-        for stage, depth in enumerate(depths):
-            if stage:
-                layers += [Permute([0, 3, 1, 2]), nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False)]
-                width *= 2
-            layers += [Permute([0, 2, 3, 1]), nn.LayerNorm(width)]
-            layers += [NatBlock(width, mlp_ratio) for _ in range(depth)]
-        layers += [nn.LayerNorm(width), Permute([0, 3, 1, 2])]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1000))
+    layers = [nn.Conv2d(3, width // 2, 3, 2, 1), nn.Conv2d(width // 2, width, 3, 2, 1)]
+    for stage, depth in enumerate(depths):
+        if stage:
+            layers += [Permute([0, 3, 1, 2]), nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False)]
+            width *= 2
+        layers += [Permute([0, 2, 3, 1]), nn.LayerNorm(width)]
+        block = partial(SwinTransformerBlock, width, width // 32, [7, 7], [0, 0], mlp_ratio)
+        layers += [block(attn_layer=attention) for _ in range(depth)]
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1000)
+    return nn.Sequential(*layers, nn.LayerNorm(width), Permute([0, 3, 1, 2]), *head)
 
 
 def small_vit(size: int) -> nn.Module:
@@ -356,9 +340,9 @@ HAND_BUILT = {  # key of Table 1 -> function of the input size
     "vit_small": small_vit,
     "deit_small": small_vit,
     "convnext_small_isotropic": isotropic_convnext,
-    "nat_mini": lambda size: Nat((3, 4, 6, 5), 64, 3.0),
-    "nat_tiny": lambda size: Nat((3, 4, 18, 5), 64, 3.0),
-    "nat_small": lambda size: Nat((3, 4, 18, 5), 96, 2.0),
+    "nat_mini": lambda size: nat((3, 4, 6, 5), 64, 3.0),
+    "nat_tiny": lambda size: nat((3, 4, 18, 5), 64, 3.0),
+    "nat_small": lambda size: nat((3, 4, 18, 5), 96, 2.0),
 }
 
 
@@ -413,10 +397,9 @@ class SpeedOptions:
     """
 
     models: tuple[str, ...] = option(
-        (),
-        "NAME or NAME@SIZE,...: keys of Table 1, our models, torchvision's, timm's, JSON configs, your own "
-        "MODULE:CALLABLE (default: all of Table 1)",
-    )
+        (), "NAME or NAME@SIZE,...: of Table 1 (default: all), ours, torchvision's, timm's, JSON configs, "
+        "your own MODULE:CALLABLE",
+    )  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     amp: str = option("auto", "mixed precision; auto: bf16 or fp16 on GPUs, off on CPUs", choices=AMP)
     batch: int | None = option(None, "images per batch, halved when out of memory (default: 256, CPU: 16)", 1)
@@ -434,7 +417,6 @@ class ModelRow(Row):
     name: str = ""  # key of Table 1 or MODELS, JSON file, timm's name, or MODULE:CALLABLE
     size: int = 0  # input pixels per side
     batch: int = 0
-    passes: int = 0  # per turn
     parameters: int = 0
     macs: int = 0  # of convolutions and linear layers, for one image
     attention_macs: int = 0  # of the matrix products inside attention
@@ -457,10 +439,13 @@ def prepare(row: ModelRow, make: Callable[[], nn.Module], options: SpeedOptions)
     """
     device = torch.device(options.device)
     amp = amp_dtype(options.amp, device)
+    images = random_images(options.batch, row.size, device)
+    on_gpu = device.type == "cuda"
+    held = torch.cuda.memory_allocated(device) if on_gpu else 0  # by images and the models before this one
     torch.manual_seed(0)
     model = make()
     row.parameters = count_parameters(model)
-    if not isinstance(model, Nat):  # natten's kernels do not run on the meta device, where MACs are counted
+    if not row.name.startswith("nat_"):  # natten does not run on the meta device, where MACs are counted
         row.macs, row.attention_macs = (count_macs(model, row.size, attention) for attention in (False, True))
     if options.fuse and isinstance(model, NEXcepTion):
         model = fuse(model)
@@ -474,45 +459,35 @@ def prepare(row: ModelRow, make: Callable[[], nn.Module], options: SpeedOptions)
         """Run one forward pass, or forward, backward and optimizer step."""
         autocast = torch.autocast(device.type, amp, enabled=amp is not None)
         with torch.set_grad_enabled(options.train), autocast:
-            logits = network(images)
+            logits = network(images[: row.batch])
         if options.train:
             bce_loss(logits, torch.zeros_like(logits), 0.2).backward()
             optimizer.step()
             optimizer.zero_grad()
 
     def turn() -> int:
-        for _ in range(row.passes):
+        for _ in range(passes):
             step()
-        return row.passes * row.batch
+        return passes * row.batch
 
     row.batch = options.batch
     while True:
         try:
-            images = random_images(row.batch, row.size, device)
             step()
-            if device.type == "cuda":
-                held = [*model.parameters(), *model.buffers()]
-                held += [t for state in optimizer.state.values() for t in state.values()] if optimizer else []
-                held = sum(t.nbytes for t in held if torch.is_tensor(t))
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
                 step()
-                row.memory = torch.cuda.max_memory_allocated(device) - before + held
+                row.memory = torch.cuda.max_memory_allocated(device) - held
             break
         except (RuntimeError, MemoryError) as error:
             # PyTorch's CPU allocator raises a plain RuntimeError.
             memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            if not memory and "DefaultCPUAllocator" not in str(error):
+            if row.batch == 1 or not (memory or "DefaultCPUAllocator" in str(error)):
                 raise
-        if row.batch == 1:
-            row.missing = "out of memory at batch 1"
-            return
         row.batch //= 2
         torch.cuda.empty_cache()  # does nothing on a CPU
-    if row.batch < options.batch:
-        print(f"{row.label}: out of memory at batch {options.batch}, measured at {row.batch}")
     seconds = min(stopwatch(device)(step)[1] for _ in range(2))
-    row.passes = max(1, math.ceil(TURN_SECONDS / seconds))
+    passes = max(1, math.ceil(TURN_SECONDS / seconds))
     # An untimed pass refills the caches after another model's turn.
     row.before, row.work = step, turn
 
@@ -550,28 +525,25 @@ def speed(options: SpeedOptions) -> None:
             prepare(row, make, options)
         except Exception as error:  # the other models are still measured
             row.missing = failure(error)
-        print(f"{row.label}: {row.missing or 'ready'}", file=sys.stderr)
-    take_turns(rows, options.repetitions, stopwatch(device), warm_up=0)
-    timed = [row for row in rows if row.samples]
-    base = next((row for row in timed if row.name == "convnext_tiny"), timed[0])
-    for row in timed:
+        print(f"{row.label}: {row.missing or f'ready, batch {row.batch}'}", file=sys.stderr)
+    base = min(rows, key=lambda row: (bool(row.missing), row.name != "convnext_tiny"))
+    for row in rows:
         row.base = base.label
-    set_ratios(rows)
-
+    take_turns(rows, options.repetitions, stopwatch(device))
+    text = f"{speed_table(rows, base, options.batch)}\n"
     here, precision = machine(device), precision_of(options.amp, device)
     products = " (autocast)" if precision != "float32" else " (products in TF32)" * (device.type == "cuda")
-    method = (
+    text += (
         f"{here.get('gpu', here['processor'])}, {here['threads']} CPU threads, torch {here['torch']}, "
         f"{precision}{products}, batch {options.batch}, channels last, "
         f"{'training step (LAMB)' if options.train else 'evaluation'}"
         f"{', compiled' if options.compile else ''}{', batch norms folded' if options.fuse else ''}; "
-        f"mean ± standard deviation of {len(base.samples)} repetitions in turns.\n"
+        f"mean ± standard deviation of {max(len(row.samples) for row in rows)} repetitions in turns.\n"
     )
-    text = f"{speed_table(rows, base, options.batch)}\n{method}"
+    print(f"\n{text}")
     where = re.sub(r"\W+", "-", here["gpu"].lower()) if "gpu" in here else device.type
     flags = [flag for flag in ("train", "compile", "fuse") if getattr(options, flag)]
     name = "-".join(["speed", where, precision, *flags])
-    print(f"\n{text}")
     write_results(name, options, device, text, rows, precision=precision, baseline=base.label)
 
 
@@ -587,7 +559,7 @@ def speed_table(rows: list[ModelRow], base: ModelRow, batch: int) -> str:
         macs = f"{row.macs / 1e9:.2f}G" if row.macs else ""
         macs += f" + {row.attention_macs / 1e9:.2f}G" if row.attention_macs else ""
         paper = "{parameters}M, {macs}G".format(**row.paper) if row.paper else ""
-        lowered = str(row.batch) if row.samples and row.batch < batch else ""
+        lowered = str(row.batch) if row.batch < batch and row.samples else ""
         memory = f"{row.memory / 2**20:.0f} MiB" if row.memory else ""
         both = row.samples and row.paper and base.paper
         ratio = f"{row.paper['speed'] / base.paper['speed']:.2f}" if both else ""
@@ -610,17 +582,13 @@ class AccuracyOptions:
     """
 
     model: str = option(
-        MISSING,
-        "checkpoint (train.py's, the authors' or timm's xception), model of torchvision or timm, or your own "
-        "MODULE:CALLABLE",
-        positional=True,
-    )
+        MISSING, "checkpoint (train.py's, the authors' or timm's xception), model of torchvision or timm, or "
+        "your own MODULE:CALLABLE", positional=True,
+    )  # fmt: skip
     folders: tuple[str, ...] = option(
-        MISSING,
-        "folders of class folders, PATH or NAME=PATH; the names imagenet, imagenet-a, imagenet-r and "
-        "imagenet-sketch add the paper's figures",
-        positional=True,
-    )
+        MISSING, "folders of class folders, PATH or NAME=PATH; the names imagenet, imagenet-a, imagenet-r "
+        "and imagenet-sketch add the paper's figures", positional=True,
+    )  # fmt: skip
     weights: str | None = option(None, "state dict to load into a model that is not a checkpoint")
     classes: str | None = option(None, "class names in output order: a folder of class folders, a text file")
     size: int | None = option(None, "input pixels per side (default: the model's)", 8, 4096)
@@ -679,25 +647,6 @@ def transform_of(name: str, model: nn.Module) -> EvalTransform:
     return EvalTransform(size, size / resized, preset.interpolation.value, preset.mean, preset.std)
 
 
-def class_columns(classes, outputs: int, folder: str, names: tuple[str, ...]) -> torch.Tensor:
-    """Return the output index of each class folder in `names`, int64.
-
-    classes: names of the outputs; None if unknown, and the folder must then hold all classes in output order.
-    """
-    if classes is None and len(names) != outputs:
-        raise UsageError(
-            f"{folder} has {len(names)} class folders and the model {outputs} outputs without names: "
-            "give --classes FOLDER_OR_FILE"
-        )
-    classes = list(classes or names)
-    if len(classes) != outputs:
-        raise UsageError(f"{len(classes)} class names for a model with {outputs} outputs: check --classes")
-    if unknown := [name for name in names if name not in classes]:
-        shown = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
-        raise UsageError(f"{folder}: no class of the model is called {shown}")
-    return torch.tensor([classes.index(name) for name in names])
-
-
 def results_name(model: str) -> str:
     """Return a name for the results of a model: of a checkpoint among a run's files, that of the run."""
     file = Path(model).absolute()
@@ -729,14 +678,24 @@ def accuracy(options: AccuracyOptions) -> None:
         if not path or "/" in name:
             name, path = Path(text).name, text
         folder = open_data(path, Plan(batch=options.batch), **settings)
-        columns = class_columns(classes, outputs, path, folder.classes)
-        sets.append((name, path, folder, columns.to(device)))
+        order = list(classes or folder.classes)  # without names, the folder must hold all in output order
+        if len(order) != outputs:
+            what = f"{options.classes or path} has {len(order)} classes and the model {outputs} outputs"
+            raise UsageError(f"{what}: give --classes FOLDER_OR_FILE with names for all")
+        if unknown := [label for label in folder.classes if label not in order]:
+            shown = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
+            raise UsageError(f"{path}: no class of the model is called {shown}")
+        columns = torch.tensor([order.index(label) for label in folder.classes], device=device)
+        sets.append((name, path, folder, columns))
 
     file_name = re.sub(r"[^\w.]+", "-", f"accuracy-{results_name(options.model)}")
     shown = f"{options.model}: {transform.size} pixels, {transform.crop_pct:.3g} of the resized shorter "
     shown += f"side, {transform.interpolation}, {precision_of(options.amp, device)}"
     row = TABLE_3.get(paper.label, (paper.top1,)) if paper else ()
     published = dict(zip(TABLE_3_SETS, row, strict=False))
+    lines = [[label, *(str(top1 or "not given") for top1 in row)] for label, row in TABLE_3.items()]
+    table_3 = f"\nThe paper's top-1, %:\n\n{markdown_table(['', *TABLE_3_SETS], lines)}"
+    table_3 += "\nRVT-S is in no package: give its own code as MODULE:CALLABLE.\n"
     rows, cells = [], []
     for name, path, folder, columns in sets:
         try:
@@ -750,19 +709,10 @@ def accuracy(options: AccuracyOptions) -> None:
         print(f"{name}: top-1 {top1}%, top-5 {top5}%", flush=True)
         cells.append([name, f"{found['count']:,}", str(len(columns)), top1, str(theirs or ""), top5])
         text = markdown_table(["set", "images", "classes", "top-1, %", "paper's", "top-5, %"], cells)
-        text = f"{shown}\n\n{text}{table_3([row['set'].lower() for row in rows])}"
+        text = f"{shown}\n\n{text}{table_3 if {row['set'].lower() for row in rows} & {*TABLE_3_SETS} else ''}"
         # Written after each set, so that results are kept if a later set fails.
         write_results(file_name, options, device, text, rows, transform=asdict(transform))
     print(f"\n{text}")
-
-
-def table_3(names: list[str]) -> str:
-    """Return the paper's rows for the sets called `names`, "" if it has none of them."""
-    columns = [i for i, name in enumerate(TABLE_3_SETS) if name in names]
-    lines = [[label, *(f"{row[i] or 'not given'}" for i in columns)] for label, row in TABLE_3.items()]
-    table = markdown_table(["", *(TABLE_3_SETS[i] for i in columns)], lines)
-    note = "RVT-S is in no package: give its own code as MODULE:CALLABLE."
-    return f"\nThe paper's top-1, %:\n\n{table}\n{note}\n" if columns else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -812,12 +762,10 @@ def measured(path: str) -> tuple[dict[str, float], str]:
         title = f"{'trained ' * options['train']}images/s (measured: {', '.join(how)})"
         if missing := [row["label"] for row in record["rows"] if row.get("missing")]:
             title += f"\nnot measured: {', '.join(missing)}"
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{path} is not a JSON file written by `bench.py speed`") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        speeds = {}
     if not speeds:
-        raise UsageError(f"{path} has no measured model of the paper's Table 1")
+        raise UsageError(f"{path} is no JSON file of `bench.py speed` with a model of the paper's Table 1")
     return speeds, title
 
 
@@ -843,16 +791,12 @@ def draw(values: dict[str, float], title: str, stem: Path) -> tuple[list, np.nda
         handles.append(axes.scatter([], [], millions * AREA_PER_MILLION, "0.75", label=label))
     legend = {"loc": "outside upper center", "ncols": 6, "frameon": False, "fontsize": 9, "borderpad": 1.0}
     figure.legend(handles=handles, **legend)
-    style = {"fontsize": 9, "ha": "center", "va": "center"}
-    texts = [axes.text(*point, row.label, **style) for row, point in zip(rows, points, strict=True)]
-    for row, text in zip(rows, texts, strict=True):
-        text.set_weight("bold" if row.kind == "NEXcepTion" else "normal")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # nothing may move after labels are placed
     axes.autoscale(False)
     radii = np.sqrt(areas / math.pi) * figure.dpi / 72  # pixels
     discs = np.column_stack([axes.transData.transform(points), radii])
-    place_labels(texts, discs)
+    texts = place_labels(axes, rows, discs)
     stem.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".svg", ".png"):
         save_figure(figure, Path(f"{stem}{suffix}"))
@@ -860,39 +804,33 @@ def draw(values: dict[str, float], title: str, stem: Path) -> tuple[list, np.nda
     return texts, discs
 
 
-def place_labels(texts: list, discs: np.ndarray) -> None:
-    """Move each label to the nearest place around its disc where it touches no label, disc or axis.
+def place_labels(axes, rows: list[Published], discs: np.ndarray) -> list:
+    """Label each disc at the nearest place that touches no disc, axis or label before it; return the labels.
 
-    Ten times in turn, each label takes its best place given the others'. One that is not next to its disc
-    gets a line to it. discs: (N, 3), centre and radius in pixels.
+    One that is not next to its disc gets a line to it. discs: (N, 3), centre and radius in pixels.
     """
-    axes, gap = texts[0].axes, 6.0  # pixels
-    centres, radii = discs[:, :2], discs[:, 2]
-    boxes = [text.get_window_extent() for text in texts]
-    halves = np.array([[box.width, box.height] for box in boxes]) / 2 + gap
-    low, high = axes.get_window_extent().get_points()
-    angles, away = np.meshgrid(np.arange(32) * math.tau / 32, np.arange(12) * 8.0)
-    angles, away = angles.ravel(), away.ravel()
-    directions = np.stack([np.cos(angles), np.sin(angles)], 1)
-    places = centres.copy()
-    for i in [*range(len(texts))] * 10:
-        choices = centres[i] + directions * (radii[i] + away[:, None] + halves[i])
-        others = np.arange(len(texts)) != i
-        apart = np.abs(choices[:, None] - places[others]) - halves[i] - halves[others] + gap
-        clash = np.sqrt(np.maximum(-apart, 0).prod(2)).sum(1)
-        outside = np.maximum(np.abs(choices[:, None] - centres) - halves[i], 0)  # of the label's box
-        clash += np.maximum(radii - np.hypot(*outside.transpose(2, 0, 1)), 0).sum(1)
-        beyond = np.maximum(low - choices + halves[i], choices + halves[i] - high)  # the axes
-        clash += np.maximum(beyond, 0).sum(1)
-        places[i] = choices[(away + 100 * clash).argmin()]
-    to_data = axes.transData.inverted().transform
-    for text, place, half, centre, radius in zip(texts, places, halves - gap, centres, radii, strict=True):
-        text.set_position(to_data(place))
-        near = np.clip(centre, place - half, place + half)  # the point of the label's box next to the disc
-        distance = np.hypot(*(near - centre))
-        if distance > radius + 2 * gap:
-            ends = to_data([centre + (near - centre) * radius / distance, near])
-            axes.plot(*ends.T, color="0.5", linewidth=0.6)
+    from matplotlib.transforms import Bbox
+
+    gap, frame, to_data = 6, axes.get_window_extent(), axes.transData.inverted().transform  # gap: pixels
+    taken, texts = [Bbox([disc[:2] - disc[2], disc[:2] + disc[2]]) for disc in discs], []
+    for row, (*centre, radius) in zip(rows, discs, strict=True):
+        weight = "bold" if row.kind == "NEXcepTion" else "normal"
+        texts.append(axes.text(0, 0, row.label, fontsize=9, ha="center", va="center", weight=weight))
+        half = texts[-1].get_window_extent().size / 2 + gap
+        for away, angle in itertools.product(range(0, 400, 8), np.arange(32) * math.tau / 32):
+            place = centre + (radius + away + half) * (math.cos(angle), math.sin(angle))
+            box = Bbox([place - half, place + half])
+            if all(frame.contains(*corner) for corner in (box.min, box.max)) and not box.count_overlaps(
+                taken
+            ):
+                break
+        taken.append(box.padded(-gap))
+        texts[-1].set_position(to_data(place))
+        if away > 2 * gap:
+            line = np.clip(centre, *taken[-1].get_points()) - centre  # from the disc's centre to the label
+            ends = centre + np.stack([line * radius / np.hypot(*line), line])
+            axes.plot(*to_data(ends).T, color="0.5", linewidth=0.6)
+    return texts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -922,8 +860,7 @@ def export(options: ExportOptions) -> None:
     facts_file = Path(f"{stem}.export.json")
     if facts_file.exists() and entry_of(facts_file, "checkpoint") != str(checkpoint):
         raise UsageError(f"{facts_file} is of another checkpoint: give another --out")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3, model.config.in_channels, size, size, generator=generator)
+    images = torch.randn(3, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     file = io.BytesIO()
@@ -943,8 +880,7 @@ def export(options: ExportOptions) -> None:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         exported[".onnx"] = content, lambda x: session.run(None, {"images": x.numpy()})[0]
 
-    with torch.no_grad():
-        wanted = model(images).numpy()
+    wanted = model(images).numpy()
     for suffix, (content, run) in exported.items():
         path = Path(f"{stem}{suffix}")
         difference = max(np.abs(run(images[:count]) - wanted[:count]).max() for count in (len(images), 1))
@@ -995,14 +931,6 @@ def take_from(epochs: Callable[[int], Iterator]) -> Callable[[], int]:
     return lambda: len(next(batches)[0])
 
 
-def time_on_one_core(rows: list[Row], repetitions: int) -> None:
-    """Time rows in turns by the CPU time of one thread, which other programs do not affect."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    take_turns(rows, repetitions, stopwatch(None))
-    torch.set_num_threads(threads)
-
-
 def input_speed(options: DataOptions) -> None:
     """Time the input pipeline; print and write the table and the advice."""
     cores, many = cpu_count(), {}
@@ -1023,21 +951,21 @@ def input_speed(options: DataOptions) -> None:
             take_turns([many[n]], 5, stopwatch(torch.device("cpu")))
 
     print("one core", flush=True)
+    torch.set_num_threads(1)
     data, plain, scored = (open_pipeline(options.path, policy=p) for p in ("rand_augment", "none", "none"))
     single = [
         Row("training", take_from(data.train_batches)),
         Row("training without RandAugment", take_from(plain.train_batches)),
         Row("evaluation", take_from(lambda _: scored.eval_batches())),
     ]
-    time_on_one_core(single, options.repetitions)
+    take_turns(single, options.repetitions, stopwatch(None))
     rows = [*single, *many.values()]
     text = markdown_table(["", "images/s", "median"], [[row.label, *timing_cells(row)[:2]] for row in rows])
     speeds = {n: statistics.fmean(row.samples) for n, row in many.items()}
     most = max(speeds, key=speeds.get)
-    enough = [n for n, speed in speeds.items() if speed >= options.rate]
-    needed = min(enough) if enough else math.ceil(options.rate * most / speeds[most])
-    text += f"\nA GPU that trains at {options.rate:,.0f} images/s needs --workers {needed}, "
-    text += "as measured.\n" if enough else f"extrapolated from {most}.\n"
+    enough = [f"{n}, as measured" for n in sorted(speeds) if speeds[n] >= options.rate]
+    enough.append(f"{math.ceil(options.rate * most / speeds[most])}, extrapolated from {most}")
+    text += f"\nA GPU that trains at {options.rate:,.0f} images/s needs --workers {enough[0]}.\n"
     print(f"\n{text}")
     write_results(f"data-{cores}-core", options, torch.device("cpu"), text, rows)
 

@@ -44,6 +44,7 @@ TIMM = {
 def compare(options: Options) -> None:
     """Let both pipelines make batches of the same files with the same recipe."""
     keep_large_buffers()  # as training on a CPU does
+    torch.set_num_threads(1)
     data, scored = bench.open_pipeline(options.path), bench.open_pipeline(options.path)
     batches = {"training": data.train_batches, "evaluation": lambda _: scored.eval_batches()}
     files, rng = data.dataset.splits["train"], np.random.default_rng(0)
@@ -60,7 +61,7 @@ def compare(options: Options) -> None:
 
         rows.append(bench.Row(use, bench.take_from(batches[use]), base=f"{use}, timm"))
         rows.append(bench.Row(f"{use}, timm", collate))
-    bench.time_on_one_core(rows, options.repetitions)
+    bench.take_turns(rows, options.repetitions, bench.stopwatch(None))
     header = ["", "images per CPU second", "median", "× timm"]
     text = bench.markdown_table(header, [[row.label, *bench.timing_cells(row)] for row in rows])
     size = statistics.fmean(os.path.getsize(files.path(n)) for n in range(min(2000, len(files))))
