@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import bench
+import search
 import train
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 ROOT = Path(bench.__file__).parent
 
@@ -70,12 +72,54 @@ def test_the_surrogate_is_that_of_the_trained_networks(tmp_path, monkeypatch):
 
 def test_samplers_are_compared_at_equal_epochs(tmp_path):
     samplers = importlib.import_module("results.samplers")
-    assert run("samplers", "--searches", 2, "--epochs", 150, "--out", tmp_path) == 0
+    assert run("samplers", "--searches", 2, "--epochs", 180, "--out", tmp_path) == 0
     rows = json.loads((tmp_path / "samplers.json").read_text())["rows"]
     assert [row["label"] for row in rows] == list(samplers.ARMS)
-    curve = samplers.regrets("random", [9], 0, 150)
+    curve = samplers.regrets(search.RandomSearch, [9], 0, 180)
     assert (np.diff(curve) <= 0).all() and curve[:8].min() == curve[0] > curve[-1] >= 0
-    assert rows[-1]["regrets"][0] == [pytest.approx(curve[149], abs=1e-4)]
+    assert rows[-1]["regrets"][0] == pytest.approx(curve[[89, 179]], abs=1e-4)
+
+
+def test_full_trainings_are_ranked_beside_their_trials(tmp_path, monkeypatch):
+    """With made-up accuracies, half of those of the trials: ranks agree, Welch's t-test is that by hand."""
+    full = importlib.import_module("results.full")
+    options = full.Options(epochs=1, out=str(tmp_path / "out"), runs=str(tmp_path))
+    found = full.networks(options)
+    assert len(found) == 22 and {*search.points()} < {*found}
+    name = "Xception"
+    top1 = full.train(options, name, found[name], 2)
+    record = json.loads((tmp_path / "Xception-2/run/config.json").read_text())
+    assert record["options"]["seed"] == 2 and record["config"]["widths"] == [48]
+    assert {k: record["config"][k] for k in ("stem", "block", "se")} == {
+        "stem": "conv", "block": "xception", "se": False,
+    }  # fmt: skip
+    assert f'"test_top1": {top1}' in (tmp_path / "Xception-2/run/metrics.jsonl").read_text()
+
+    noise = (0, 0, 0.1, -0.1)
+    monkeypatch.setattr(full, "train", lambda _, name, row, seed: float(row["top1"]) / 2 + noise[seed])
+    full.compare(options)
+    page = (tmp_path / "out/full.md").read_text()
+    assert "Spearman correlation of both: 1.00" in page
+    gap = (float(found["found 1"]["top1"]) - float(found[name]["top1"])) / 2
+    p = 2 * stats.t.sf(gap / (2 * 0.1**2 / 3) ** 0.5, 4)
+    assert f"found 1 - {name}: {gap:+.1f} points (Welch's t-test, p = {p:.2g})" in page
+
+
+def test_searches_are_compared_seed_by_seed(tmp_path, monkeypatch):
+    """With made-up accuracies; the paired t-test is that by hand."""
+    seeds = importlib.import_module("results.seeds")
+    made = [
+        {"SMAC": [90, 92], "random": [86], "NEXcepTion": [80], "Xception": [70]},
+        {"SMAC": [90], "random": [89], "NEXcepTion": [80], "Xception": [95]},
+    ]
+    monkeypatch.setattr(
+        seeds, "search", lambda seed, _: {"label": str(seed), "found": "", "by_model": 9, **made[seed - 1]}
+    )
+    seeds.compare(seeds.Options(seeds=2, out=str(tmp_path)))
+    page = (tmp_path / "seeds.md").read_text()
+    assert "better than both of the paper's in 1 of 2 searches" in page
+    p = 2 * stats.t.sf(3 / (8 / 2) ** 0.5, 1)  # differences 5 and 1: mean 3, variance 8
+    assert f"SMAC - random: +3.00 points on average (paired t-test, p = {p:.2g})" in page
 
 
 def verdicts(page: str) -> dict[str, str]:
@@ -129,8 +173,6 @@ def test_gpu_page_judges_what_it_finds(tmp_path):
 
 def parse_command(command: str) -> None:
     """Parse the command of a result as its script does; raises UsageError."""
-    import search
-
     words = shlex.split(command)
     script, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
     if script == "bench.py":

@@ -1,0 +1,101 @@
+"""Does the ranking of a search hold when networks are trained in full (section 4 of the paper)?
+
+    python -m results.full    # an hour of two cores; repeat to continue
+
+Trains, with nexception_nano's macro-architecture and train.py's own recipe, the ten best networks of a
+search, ten random ones (the first of results/space.csv), and NEXcepTion's and Xception's choices: the best of
+each ten and the paper's with three seeds, the others with one.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import markdown_table, run_command, write_results
+from results.space import choices, rows
+from search import network_config, points, short
+from train import RECIPES, option, run_script
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr, ttest_ind
+
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train networks of a search in full."""
+
+    search: str = option("results/search-clutter", "run folder of a search of clutter")
+    networks: int = option(10, "networks of the search, and random ones", least=1)
+    epochs: int = option(RECIPES["clutter"].values["epochs"], "epochs of a run", least=1)
+    workers: int = option(2, "runs at a time, with a thread each", least=1)
+    runs: str = option("runs/full", "folder of the runs")
+    out: str = option("runs/bench", "folder of the results")
+
+
+def networks(options: Options) -> dict[str, dict]:
+    """Return name -> row of a trial, as strings: the choices, and the top-1 on validation in percent."""
+    with open(Path(options.search, "trials.csv"), newline="") as file:
+        trials = [row for row in csv.DictReader(file) if row["status"] == "success"]
+    papers = {name: row for name, point in points().items() for row in trials if choices(row) == point}
+    found = sorted((row for row in trials if row not in papers.values()), key=lambda row: -float(row["top1"]))
+    drawn = sorted(rows()[: options.networks], key=lambda row: -float(row["top1"]))
+    result = {f"found {i}": row for i, row in enumerate(found[: options.networks], 1)}
+    return result | {f"random {i}": row for i, row in enumerate(drawn, 1)} | papers
+
+
+def train(options: Options, name: str, row: dict, seed: int) -> float:
+    """Train a network with train.py, or continue; return its top-1 on the test pictures."""
+    out = Path(options.runs, f"{name.replace(' ', '-')}-{seed}")
+    out.mkdir(parents=True, exist_ok=True)
+    network_config(choices(row), "nexception_nano").to_json(out / "network.json")
+    command = [sys.executable, "train.py", "--data", "clutter", "--model", str(out / "network.json")]
+    command += ["--out", str(out / "run"), "--seed", str(seed), "--epochs", str(options.epochs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    return json.loads((out / "run/metrics.jsonl").read_text().splitlines()[-1])["test_top1"]
+
+
+def compare(options: Options) -> None:
+    """Train all networks; write their accuracies, the rank correlation with the search, and tests."""
+    found, several = networks(options), ("found 1", "random 1", *points())
+    runs = [(*pair, seed) for seed in SEEDS for pair in found.items() if seed == 1 or pair[0] in several]
+    with ThreadPoolExecutor(options.workers) as workers:
+        top1 = list(workers.map(lambda run: train(options, *run), runs))
+    scores = {name: [top1[i] for i, run in enumerate(runs) if run[0] == name] for name in found}
+    order = sorted(found, key=lambda name: -np.mean(scores[name]))
+    table = [
+        [
+            name,
+            short(choices(found[name])),
+            f"{float(found[name]['top1']):.1f}",
+            ", ".join(f"{x:.1f}" for x in scores[name]),
+        ]
+        for name in order
+    ]
+    text = markdown_table(["network", "choices", "in a trial, validation", "in full, test"], table)
+    rank = spearmanr(
+        [float(found[name]["top1"]) for name in found], [np.mean(scores[name]) for name in found]
+    )
+    text += f"\nSpearman correlation of both: {rank.statistic:.2f}\n"
+    for name in several[1:]:
+        gap = np.mean(scores["found 1"]) - np.mean(scores[name])
+        p = ttest_ind(scores["found 1"], scores[name], equal_var=False).pvalue
+        text += f"\nfound 1 - {name}: {gap:+.1f} points (Welch's t-test, p = {p:.2g})\n"
+    print(text)
+    values = [{"label": name, **choices(found[name]), "top1": scores[name]} for name in order]
+    write_results("full", options, torch.device("cpu"), text, values)
+
+
+if __name__ == "__main__":
+    run_script(functools.partial(run_command, compare, Options, "results.full"))
