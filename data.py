@@ -231,7 +231,8 @@ def crop_and_flip(images: torch.Tensor, augment: Augmentation, rng: np.random.Ge
 # ----------------------------------------------------------------------------------------------------------
 # RandAugment: timm's 15 "increasing" operations on uint8 batches
 #
-# Each operation takes uint8 images (N, 3, H, W) and one argument per image, and returns new uint8 images.
+# Each operation takes uint8 images (N, 3, H, W), one argument per image, a fill colour, uint8 (3, 1, 1), and
+# whether to sample bicubically, and returns new uint8 images. Most need neither colour nor filter.
 # The arithmetic is Pillow's, including truncation in place of rounding. Bit masks and int16 positions replace
 # torch.where, comparisons and direct conversions, which are 5 to 20 times slower on a CPU.
 
@@ -264,7 +265,7 @@ def blend(degenerate: torch.Tensor, images: torch.Tensor, factors: list[float]) 
     return truncate(torch.lerp(degenerate, images, per_image(factors, images)))
 
 
-def auto_contrast(images: torch.Tensor, _: list[float]) -> torch.Tensor:
+def auto_contrast(images: torch.Tensor, *_) -> torch.Tensor:
     pixels = images.flatten(2)
     low, high = pixels.amin(2)[..., None, None].float(), pixels.amax(2)[..., None, None].float()
     flat = (low == high).float()  # a channel with a single value stays unchanged
@@ -272,7 +273,7 @@ def auto_contrast(images: torch.Tensor, _: list[float]) -> torch.Tensor:
     return truncate(images.float().sub_(low * (1 - flat)).mul_(scale))
 
 
-def equalize(images: torch.Tensor, _: list[float]) -> torch.Tensor:
+def equalize(images: torch.Tensor, *_) -> torch.Tensor:
     channels, device = images.shape[0] * 3, images.device
     values = torch.arange(256, device=device)
     offsets = torch.arange(channels, dtype=torch.int32, device=device)[:, None] * 256
@@ -285,43 +286,43 @@ def equalize(images: torch.Tensor, _: list[float]) -> torch.Tensor:
     return table.view(-1).index_select(0, cells).view(images.shape)
 
 
-def invert(images: torch.Tensor, _: list[float]) -> torch.Tensor:
+def invert(images: torch.Tensor, *_) -> torch.Tensor:
     return ~images
 
 
-def posterize(images: torch.Tensor, bits: list[float]) -> torch.Tensor:
+def posterize(images: torch.Tensor, bits: list[float], *_) -> torch.Tensor:
     return images & per_image([256 - 2 ** (8 - kept) for kept in bits], images, torch.uint8)
 
 
-def solarize(images: torch.Tensor, thresholds: list[float]) -> torch.Tensor:
+def solarize(images: torch.Tensor, thresholds: list[float], *_) -> torch.Tensor:
     above = images.short() - per_image(thresholds, images, torch.int16)
     return images ^ ~(above >> 15).byte()  # 0 below the threshold, 255 above; x ^ 255 = 255 - x
 
 
-def solarize_add(images: torch.Tensor, addends: list[float]) -> torch.Tensor:
+def solarize_add(images: torch.Tensor, addends: list[float], *_) -> torch.Tensor:
     below = 1 - (images >> 7)  # 1 below 128: at most 127 + 110, no overflow
     return images + below * per_image(addends, images, torch.uint8)
 
 
-def color(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
+def color(images: torch.Tensor, factors: list[float], *_) -> torch.Tensor:
     exact = images.float()
     red, green, blue = exact.split(1, dim=1)
     luma = (red * 19595 + 32768).add_(green, alpha=38470).add_(blue, alpha=7471).div_(65536).floor_()
     return blend(luma, exact, factors)
 
 
-def contrast(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
+def contrast(images: torch.Tensor, factors: list[float], *_) -> torch.Tensor:
     exact = images.float()
     # Pillow rounds each pixel's luma before averaging; the difference averages out.
     luma = (exact.flatten(2).mean(2) * exact.new_tensor([0.299, 0.587, 0.114])).sum(1)
     return blend(torch.floor(luma + 0.5).view(-1, 1, 1, 1), exact, factors)
 
 
-def brightness(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
+def brightness(images: torch.Tensor, factors: list[float], *_) -> torch.Tensor:
     return truncate(images.float().mul_(per_image(factors, images)))
 
 
-def sharpness(images: torch.Tensor, factors: list[float]) -> torch.Tensor:
+def sharpness(images: torch.Tensor, factors: list[float], *_) -> torch.Tensor:
     width = images.shape[3]
     planes = images.flatten(2)  # rows joined; sums across the end of a row are discarded
     wide = planes.short()
@@ -385,16 +386,20 @@ def shear_x(images: torch.Tensor, factors: list[float], fill: torch.Tensor, bicu
     return slide(images, np.array(factors)[:, None] * (np.arange(images.shape[2]) + 0.5), fill, bicubic)
 
 
-def shear_y(images: torch.Tensor, factors: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
-    return shear_x(images.transpose(2, 3), factors, fill, bicubic).transpose(2, 3)
-
-
 def translate_x(images: torch.Tensor, shares: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
     return slide(images, np.array(shares)[:, None] * images.shape[3], fill, bicubic)
 
 
-def translate_y(images: torch.Tensor, shares: list[float], fill: torch.Tensor, bicubic: bool) -> torch.Tensor:
-    return translate_x(images.transpose(2, 3), shares, fill, bicubic).transpose(2, 3)
+def transposed(operation: Callable) -> Callable:
+    """Return an operation that does in columns what `operation` does in rows."""
+
+    def turned(images: torch.Tensor, *arguments) -> torch.Tensor:
+        return operation(images.transpose(2, 3), *arguments).transpose(2, 3)
+
+    return turned
+
+
+shear_y, translate_y = transposed(shear_x), transposed(translate_x)
 
 
 def enhancement(magnitude: float, sign: int) -> float:
@@ -419,7 +424,7 @@ OPERATIONS = {
     "translate_x": (translate_x, lambda magnitude, sign: sign * magnitude / 10 * 0.45),  # of the width
     "translate_y": (translate_y, lambda magnitude, sign: sign * magnitude / 10 * 0.45),  # of the height
 }
-GEOMETRIC = (rotate, shear_x, shear_y, translate_x, translate_y)  # also take a fill colour and a filter
+GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")  # use fill colour and filter
 # The operations that RandAugment draws from, in the order of its draws: new operations do not change them.
 RAND_AUGMENT = (
     "auto_contrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color",
@@ -436,12 +441,6 @@ class Draws(NamedTuple):
     bicubic: np.ndarray  # bool
 
 
-def apply_operation(images: torch.Tensor, name: str, arguments: list, fill: torch.Tensor, bicubic: bool):
-    """Apply OPERATIONS[name] to uint8 (N, 3, H, W), one argument per image; fill: uint8 (3, 1, 1)."""
-    operation = OPERATIONS[name][0]
-    return operation(images, arguments, *([fill, bicubic] if operation in GEOMETRIC else []))
-
-
 def apply_draws(images: torch.Tensor, draws: Draws, fill: torch.Tensor) -> torch.Tensor:
     """Apply the drawn operations to uint8 (B, 3, H, W) in place and return it.
 
@@ -455,13 +454,13 @@ def apply_draws(images: torch.Tensor, draws: Draws, fill: torch.Tensor) -> torch
         groups: dict[tuple[str, bool], list[int]] = {}
         for n, name in enumerate(operation):
             if name:
-                groups.setdefault((name, bicubic[n] and OPERATIONS[name][0] in GEOMETRIC), []).append(n)
+                groups.setdefault((name, bicubic[n] and name in GEOMETRIC), []).append(n)
         for (name, smooth), group in groups.items():
+            apply, argument = OPERATIONS[name]
             for members in (group[start : start + at_once] for start in range(0, len(group), at_once)):
-                arguments = [OPERATIONS[name][1](magnitude[n], sign[n]) for n in members]
+                arguments = [argument(magnitude[n], sign[n]) for n in members]
                 where = members if len(members) > 1 else slice(members[0], members[0] + 1)
-                chosen = torch.as_tensor(pixels[where])
-                pixels[where] = apply_operation(chosen, name, arguments, fill, smooth)
+                pixels[where] = apply(torch.as_tensor(pixels[where]), arguments, fill, smooth)
     return images
 
 
@@ -564,13 +563,6 @@ class SmallDataset:
         return POLICIES[self.augment.policy](images, self.augment, rng, self.fill), labels, []
 
 
-def resize_all(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize uint8 (N, 3, H, W) to (N, 3, size, size): bilinear, antialiased."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-
-
 def digits_by_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return scikit-learn's digits, float64 (N, 8, 8) in 0..16, and labels in fixed, stratified splits."""
     from sklearn import datasets
@@ -591,7 +583,8 @@ def load_digits(size: int, _root: str) -> tuple[dict, tuple[str, ...]]:
     splits = {}
     for split, (images, labels) in digits_by_split().items():
         images = torch.from_numpy(images * (255 / 16)).round().byte()[:, None].repeat(1, 3, 1, 1)
-        splits[split] = resize_all(images, size), torch.from_numpy(labels).long()
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        splits[split] = images, torch.from_numpy(labels).long()
     return splits, tuple(str(d) for d in range(10))
 
 
@@ -686,28 +679,28 @@ def load_cifar(name: str, size: int, root: str) -> tuple[dict, tuple[str, ...]]:
     """
     from torchvision import datasets
 
-    def read(download: bool) -> list:
-        return [getattr(datasets, name)(root, train=part, download=download) for part in (True, False)]
-
+    make = functools.partial(getattr(datasets, name), root)
     try:
         try:
-            train, test = read(download=False)  # needs neither the lock nor write permission
+            train, test = make(train=True), make(train=False)  # needs neither lock nor write permission
         except RuntimeError:
             Path(root).mkdir(parents=True, exist_ok=True)
             with open(Path(root, ".lock"), "w") as file:
                 lock_file(file, wait=True)
-                train, test = read(download=True)
+                train, test = make(train=True, download=True), make(train=False)
     except (OSError, RuntimeError) as error:
         raise UsageError(
             f"{name.lower()} is not in {root!r} and cannot be downloaded ({error}): put torchvision's files "
             "there, or name their folder with --root"
         ) from error
-    images, tested = (
-        resize_all(torch.from_numpy(part.data.transpose(0, 3, 1, 2).copy()), size) for part in (train, test)
-    )
-    labels = torch.tensor(train.targets)
+    found = []
+    for part in (train, test):
+        images = torch.from_numpy(part.data.transpose(0, 3, 1, 2).copy())
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        found.append((images, torch.tensor(part.targets)))
+    (images, labels), tested = found
     splits = {"train": (images[:-5000], labels[:-5000]), "val": (images[-5000:], labels[-5000:])}
-    return splits | {"test": (tested, torch.tensor(test.targets))}, tuple(train.classes)
+    return splits | {"test": tested}, tuple(train.classes)
 
 
 @dataclass(frozen=True)
@@ -758,19 +751,29 @@ def class_name(folder: str) -> str:
     return unicodedata.normalize("NFC", os.fsencode(folder).decode(errors="backslashreplace"))
 
 
+def class_folders(folder: str | Path) -> dict[str, str]:
+    """Return the names of a folder's sub-folders by class, in natural order. Hidden ones are ignored."""
+    found: dict[str, str] = {}
+    for name in (entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."):
+        if class_name(name) in found:
+            raise UsageError(
+                f"{str(folder)!r} has two folders {class_name(name)!r} in different Unicode forms"
+            )
+        found[class_name(name)] = name
+    return {label: found[label] for label in sorted(found, key=natural_key)}
+
+
 def read_classes(source: str) -> list[str]:
     """Read class names in output order: sub-folders in natural order, or the lines of a file."""
     path = Path(source).expanduser()
     if path.is_dir():
-        names = [class_name(entry.name) for entry in path.iterdir() if entry.is_dir()]
-        names.sort(key=natural_key)
-    elif path.is_file():
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-        names = [class_name(line.strip()) for line in lines if line.strip()]
-        if all(re.match(r"n\d{8}\b", name) for name in names):  # ImageNet's lists: `n01440764 tench, ...`
-            names = [name.split()[0] for name in names]
-    else:
+        return list(class_folders(path))
+    if not path.is_file():
         raise UsageError(f"--classes {source}: neither a folder nor a file")
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    names = [class_name(line.strip()) for line in lines if line.strip()]
+    if all(re.match(r"n\d{8}\b", name) for name in names):  # ImageNet's lists: `n01440764 tench, ...`
+        names = [name.split()[0] for name in names]
     if len(set(names)) < len(names):
         raise UsageError(f"--classes {source}: a name appears twice")
     return names
@@ -789,21 +792,15 @@ class FileList:
         def refuse(error: OSError) -> None:
             raise UsageError(f"cannot list {error.filename!r}: {error.strerror}")
 
-        folders: dict[str, str] = {}
-        for entry in os.scandir(folder):
-            if entry.is_dir() and entry.name[0] != ".":
-                if (label := class_name(entry.name)) in folders:
-                    raise UsageError(f"{str(folder)!r} has two folders {label!r} in different Unicode forms")
-                folders[label] = entry.name
+        folders = class_folders(folder)
         if not folders:
             raise UsageError(f"{str(folder)!r} has no class folders: it needs a sub-folder for each class")
-        self.classes = classes or tuple(sorted(folders, key=natural_key))
+        self.classes = classes or tuple(folders)
         if unknown := sorted(folders.keys() - set(self.classes)):
             raise UsageError(f"only {str(folder)!r} has the classes {unknown[:5]}: remove or add them")
         root, found, counts, skipped = os.path.join(folder, ""), [], [], []
         for label in self.classes:
-            files, seen = [], {os.path.realpath(folder)}
-            top = root + folders.get(label, "")
+            files, seen, top = [], {os.path.realpath(folder)}, root + folders.get(label, "")
             for place, inner, names in os.walk(top, followlinks=True, onerror=refuse) if top != root else ():
                 if (real := os.path.realpath(place)) in seen:
                     raise UsageError(f"{place!r} leads to {real!r} again: remove this link")
@@ -851,7 +848,7 @@ def list_images(path: str | Path, train: bool = True) -> dict[str, FileList]:
     places = {"train": folder / "train"} if train else {}
     places["val"] = held_out[0] if held_out else folder
     if len(held_out) > 1 and held_out[-1].name == "test":  # ImageNet's has no classes
-        places |= {"test": held_out[-1]} if any(map(os.DirEntry.is_dir, os.scandir(held_out[-1]))) else {}
+        places |= {"test": held_out[-1]} if class_folders(held_out[-1]) else {}
     if train and not (held_out and places["train"].is_dir()):
         raise UsageError(
             f"{str(folder)!r} needs train/ and one of val/, validation/ and test/, each with a "
@@ -1028,11 +1025,6 @@ class Data:
             raise UsageError(f"there is no split {split!r}, only {', '.join(self.splits)}")
         return self.dataset.counts[split]
 
-    def tensors(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images uint8 (N, 3, H, W) and labels int64 (N,) of a small set (`clutter`: of epoch 0)."""
-        parts = self.dataset.splits[split]
-        return parts if len(parts) > 1 else parts[0].compose((self.plan.seed, 0), np.arange(len(parts[0])))
-
     def train_batches(self, epoch: int, first_step: int = 0) -> Batches:
         """Yield the augmented micro-batches of an epoch, uint8 (B, 3, H, W) and int64 (B,), on the device.
 
@@ -1098,10 +1090,8 @@ class Data:
             self.wait_seconds += time.perf_counter() - started
             yield images, labels
             if self.loader is not None and current != self.iteration:
-                raise RuntimeError(
-                    "another iteration, such as an evaluation, has taken over the workers of this one: "
-                    "finish one before the next, or call open_data twice"
-                )
+                what = "another iteration, such as an evaluation, has taken over the workers of this one"
+                raise RuntimeError(f"{what}: finish one before the next, or call open_data twice")
             started = time.perf_counter()
 
 
