@@ -25,12 +25,11 @@ fi
 export TRAIN="train.py --data digits --seed 1 --epochs 2 --warmup-epochs 1" SEARCH="search.py --seed 1
     --min-epochs 1 --max-epochs 1 --trials 6 --time-limit 2m --device $DEVICE"
 export PICTURES="
-import pathlib, sys, numpy, PIL.Image
+import pathlib, sys, PIL.Image
 for i in range(320):
     path = pathlib.Path(sys.argv[1], ('val', 'train')[i >= 64], ('dark', 'bright')[i % 2], f'{i}.jpg')
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = numpy.random.default_rng(i).integers(0, 128, (96, 128, 3)) + 127 * (i % 2)
-    PIL.Image.fromarray(pixels.astype('uint8')).save(path)"
+    PIL.Image.effect_noise((128, 96), 32).point(lambda value: value // 2 + 120 * (i % 2)).convert('RGB').save(path)"
 mkdir -p "$OUT"
 : >"$OUT/parts.txt"
 [ -n "${WHEELS:-}" ] && $PYTHON -m pip install --no-index --find-links "$WHEELS" -r requirements.txt >"$OUT/wheels.txt" 2>&1
@@ -73,8 +72,7 @@ part resume 30 '
         "$OUT/resume/stopped" $PYTHON $TRAIN --epochs $EPOCHS --device $DEVICE'
 part folder 30 '
     $PYTHON -c "$PICTURES" "$OUT/pictures"
-    $PYTHON train.py --data "$OUT/pictures" --model nexception_nano --size 32 --epochs 2 --batch 32 \
-        --device $DEVICE --out "$OUT/folder"'
+    $PYTHON train.py --data "$OUT/pictures" --model nexception_nano --size 32 --epochs 2 --batch 32 --device $DEVICE --out "$OUT/folder"'
 part two 50 '
     $PYTHON $TRAIN --epochs $EPOCHS --accumulate 2 --device $DEVICE --out "$OUT/two/one" && stop_and_resume \
         "$OUT/two/both" $PYTHON -m torch.distributed.run --nproc_per_node=2 $TRAIN --epochs $EPOCHS --device $SHARED'

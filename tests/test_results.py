@@ -161,7 +161,7 @@ def test_gpu_page_judges_what_it_finds(tmp_path):
     write("search-1/trials.jsonl", {"status": "success"}, {"status": "timeout"})
     found = verdicts(judge(tmp_path))
     assert {claim.partition(":")[0]: verdict for claim, verdict in found.items() if verdict != "open"} == {
-        "`pytest -m gpu` passes": "**fails**",
+        "`pytest -m gpu`": "**fails**",
         "float32": "incomplete",
         "bf16": "**fails**",
         "fp16": "incomplete",
