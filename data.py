@@ -536,33 +536,6 @@ def train_stream(count: int, repeats: int, seed: int, epoch: int, rank: int, wor
 # Small sets
 
 
-class SmallDataset:
-    """A small set, stored as uint8 tensors on the device and augmented there.
-
-    splits: name -> (images, labels), or (Clutter,), which composes new images in each epoch.
-    """
-
-    def __init__(self, splits: dict, transform: EvalTransform, augment: Augmentation, device: torch.device):
-        self.splits = {split: [part.to(device) for part in parts] for split, parts in splits.items()}
-        self.counts = {split: len(parts[-1]) for split, parts in splits.items()}
-        self.transform, self.augment, self.device = transform, augment, device
-        self.fill = fill_colour(transform.mean).to(device)
-
-    def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list]:
-        """Return images uint8 (B, 3, S, S), labels int64 (B,) and unreadable files (none)."""
-        parts = self.splits[job.split]
-        if isinstance(parts[0], Clutter):
-            images, labels = parts[0].compose(job.key[:2], job.indices)
-        else:
-            indices = on_device(torch.from_numpy(job.indices), self.device)
-            images, labels = (part.index_select(0, indices) for part in parts)
-        if job.key is None:
-            return images, labels, []
-        rng = np.random.default_rng((*job.key, AUGMENTATION))
-        images = crop_and_flip(images, self.augment, rng)
-        return POLICIES[self.augment.policy](images, self.augment, rng, self.fill), labels, []
-
-
 def digits_by_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return scikit-learn's digits, float64 (N, 8, 8) in 0..16, and labels in fixed, stratified splits."""
     from sklearn import datasets
@@ -667,8 +640,7 @@ def load_clutter(size: int, _root: str) -> tuple[dict, tuple[str, ...]]:
     found: dict = {"train": (Clutter(*splits.pop("train"), size, CLUTTER_EPOCH),)}
     for split, digits in splits.items():
         clutter = Clutter(*digits, size, CLUTTER_HELD_OUT)
-        parts = [clutter.compose((0, 0), part) for part in np.arange(clutter.count).reshape(-1, 100)]
-        found[split] = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        found[split] = clutter.compose((0, 0), np.arange(len(clutter)))
     return found, tuple(str(digit) for digit in range(10))
 
 
@@ -922,47 +894,63 @@ def decode(image: bytes | Image.Image | torch.Tensor, exif: bool = False) -> tor
 
 
 class ImageDataset(Dataset):
-    """Batches of an image folder, or another source, made in DataLoader workers.
+    """Makes the batches of a source: of a small set on the device, of all others in DataLoader workers.
 
-    RandAugment runs here too: it is a fifth of the work per batch (`python bench.py data`), and on the device
-    it would be some 300 small kernels per batch that delay the model's and do not scale with the workers.
+    RandAugment runs in the workers, too: it is a fifth of the work per batch (`python bench.py data`), and on
+    the device it would be some 300 small kernels per batch that delay the model's.
+
+    splits: name -> map-style object (see `open_data`); of a small set (images, labels), or (Clutter,), which
+    composes new images in each epoch.
     """
 
-    def __init__(self, splits: dict, transform: EvalTransform, augment: Augmentation):
-        self.splits, self.counts = splits, {split: len(images) for split, images in splits.items()}
-        self.labels = {split: np.asarray(images.labels, np.int64) for split, images in splits.items()}
-        self.transform, self.augment = transform, augment
-        self.fill = fill_colour(transform.mean)
+    def __init__(self, splits: dict, transform: EvalTransform, augment: Augmentation, device: torch.device):
+        self.splits, self.transform, self.augment = splits, transform, augment
+        self.counts = {split: len(s[-1] if isinstance(s, tuple) else s) for split, s in splits.items()}
+        own = {split: source for split, source in splits.items() if not isinstance(source, tuple)}
+        self.labels = {split: np.asarray(source.labels, np.int64) for split, source in own.items()}
+        self.fill = fill_colour(transform.mean).to(device)
 
     def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, str]]]:
         """Return images uint8 (B, 3, S, S), labels int64 (B,) and the (path, reason) of unreadable images.
 
         Evaluation skips unreadable images; training replaces them by the next readable of the 20 that follow.
         """
-        source, size, training = self.splits[job.split], self.transform.size, job.key is not None
-        taken, bad = [], []
-        images = torch.empty(len(job.indices), 3, size, size, dtype=torch.uint8)
-        if training:
-            rng = np.random.default_rng((*job.key, AUGMENTATION))
-            draws = rng.random((len(images), CROP_DRAWS)).tolist()
-        with torch.inference_mode():  # 2% faster
-            for n, first in enumerate(job.indices.tolist()):
-                for index in range(first, first + (21 if training else 1)):  # until one is readable
-                    index %= len(source)
-                    try:
-                        image = decode(source[index], self.transform.exif)
-                    except OSError as error:
-                        listed = isinstance(source, FileList)
-                        bad.append((source.path(index) if listed else f"{job.split}[{index}]", str(error)))
-                        continue
-                    crop = self.random_crop(image, draws[n]) if training else self.transform.crop(image)
-                    images[len(taken)] = crop
-                    taken.append(index)
-                    break
-            if training:
+        small = isinstance(self.splits[job.split], tuple)
+        rng = None if job.key is None else np.random.default_rng((*job.key, AUGMENTATION))
+        with torch.inference_mode(not small):  # 2% faster
+            images, labels, bad = (self.stored if small else self.decoded)(job, rng)
+            if rng is not None:
                 images = POLICIES[self.augment.policy](images, self.augment, rng, self.fill)
-        labels = self.labels[job.split][np.array(taken, dtype=np.int64)]
-        return images[: len(taken)], torch.from_numpy(labels), bad
+        return images, torch.as_tensor(labels), bad
+
+    def stored(self, job: Job, rng: np.random.Generator | None) -> tuple[torch.Tensor, torch.Tensor, list]:
+        parts = self.splits[job.split]
+        if isinstance(parts[0], Clutter):
+            images, labels = parts[0].compose(job.key[:2], job.indices)
+        else:
+            indices = on_device(torch.from_numpy(job.indices), parts[0].device)
+            images, labels = (part.index_select(0, indices) for part in parts)
+        return images if rng is None else crop_and_flip(images, self.augment, rng), labels, []
+
+    def decoded(self, job: Job, rng: np.random.Generator | None) -> tuple[torch.Tensor, np.ndarray, list]:
+        source, size = self.splits[job.split], self.transform.size
+        images = torch.empty(len(job.indices), 3, size, size, dtype=torch.uint8)
+        draws = None if rng is None else rng.random((len(images), CROP_DRAWS)).tolist()
+        taken, bad = [], []
+        for n, first in enumerate(job.indices.tolist()):
+            for index in range(first, first + (21 if draws else 1)):  # until one is readable
+                index %= len(source)
+                try:
+                    image = decode(source[index], self.transform.exif)
+                except OSError as error:
+                    path = source.path(index) if isinstance(source, FileList) else f"{job.split}[{index}]"
+                    bad.append((path, str(error)))
+                    continue
+                crop = self.random_crop(image, draws[n]) if draws else self.transform.crop(image)
+                images[len(taken)] = crop
+                taken.append(index)
+                break
+        return images[: len(taken)], self.labels[job.split][np.array(taken, np.int64)], bad
 
     def random_crop(self, image: torch.Tensor, draws: list[float]) -> torch.Tensor:
         """Return the randomly resized, cropped and flipped image (3, H, W) as uint8 (3, S, S)."""
@@ -1139,8 +1127,9 @@ def open_data(
         small = SMALL_SETS[source]
         transform = transform or EvalTransform(size or small.size, 1.0, "bilinear", small.mean, small.std)
         splits, classes = small.load(transform.size, root)
-        splits = {split: tensors for split, tensors in splits.items() if train or split != "train"}
-        return Data(SmallDataset(splits, transform, augment, device), classes, plan, device)
+        wanted = [split for split in splits if train or split != "train"]
+        splits = {split: tuple(part.to(device) for part in splits[split]) for split in wanted}
+        return Data(ImageDataset(splits, transform, augment, device), classes, plan, device)
     transform = transform or EvalTransform(size or 224, exif=exif)
     splits = find_images(source, train)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world))  # on this machine, set by torchrun
@@ -1152,7 +1141,7 @@ def open_data(
             f"{total} workers need {needed / 2**20:.0f} MiB in /dev/shm, more than is free: use fewer "
             "(--workers of train.py and bench.py), or start the container with a larger --shm-size"
         )
-    dataset = ImageDataset(splits, transform, augment)
+    dataset = ImageDataset(splits, transform, augment, torch.device("cpu"))
     data = Data(dataset, splits["val"].classes, plan, device, max_bad_files)
     import torchvision.io  # noqa: F401, once for all workers
 

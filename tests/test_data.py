@@ -229,7 +229,7 @@ def test_random_crops_have_timms_distribution(size):
 
 
 def test_random_crops_are_resized_as_in_pil(photograph):
-    dataset = data.ImageDataset({}, EvalTransform(size=96), Augmentation())
+    dataset = data.ImageDataset({}, EvalTransform(size=96), Augmentation(), "cpu")
     for seed in range(20):
         draws = np.random.default_rng(seed).random(data.CROP_DRAWS).tolist()
         top, left, height, width = data.crop_box(photograph.height, photograph.width, Augmentation(), draws)
