@@ -493,11 +493,6 @@ POLICIES = {
 }
 
 
-def fill_colour(mean: tuple[float, float, float]) -> torch.Tensor:
-    """Return the mean colour of a data set, uint8 (3, 1, 1)."""
-    return torch.tensor([min(255, round(255 * m)) for m in mean], dtype=torch.uint8).view(3, 1, 1)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Sampling
 
@@ -908,7 +903,8 @@ class ImageDataset(Dataset):
         self.counts = {split: len(s[-1] if isinstance(s, tuple) else s) for split, s in splits.items()}
         own = {split: source for split, source in splits.items() if not isinstance(source, tuple)}
         self.labels = {split: np.asarray(source.labels, np.int64) for split, source in own.items()}
-        self.fill = fill_colour(transform.mean).to(device)
+        mean = [min(255, round(255 * value)) for value in transform.mean]
+        self.fill = torch.tensor(mean, dtype=torch.uint8, device=device).view(3, 1, 1)  # the mean colour
 
     def __getitem__(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, str]]]:
         """Return images uint8 (B, 3, S, S), labels int64 (B,) and the (path, reason) of unreadable images.

@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
 auto_augment = pytest.importorskip("timm.data.auto_augment")
-FILL = data.fill_colour(data.IMAGENET_MEAN)
+FILL = data.ImageDataset({}, EvalTransform(), Augmentation(), "cpu").fill
 PLAIN = Augmentation(policy="none", flip=0, repeats=1)
 
 
@@ -550,16 +550,17 @@ def test_unreadable_files_are_logged_replaced_and_counted(tmp_path, caplog, phot
     again.close()
 
 
-def test_augmentation_errors_are_not_unreadable_files(monkeypatch, folder):
+def test_errors_of_ones_own_code_are_not_unreadable_files(monkeypatch, folder):
     def mine(*_):
         raise KeyError("my own mistake")
 
-    monkeypatch.setattr(data, "crop_box", mine)
-    opened = open_data(folder, Plan(batch=4), size=16, workers=1)
-    with pytest.raises(KeyError, match=r"(?s)in mine.*my own mistake"):  # with the worker's traceback
-        list(opened.train_batches(0))
-    assert not opened.bad_files
-    opened.close()
+    for source, place, name in ((folder, data, "crop_box"), (pictures(), Source, "__getitem__")):
+        opened = open_data(source, Plan(batch=4), size=16, workers=1)
+        monkeypatch.setattr(place, name, mine)
+        with pytest.raises(KeyError, match=r"(?s)in mine.*my own mistake"):  # with the worker's traceback
+            list(opened.train_batches(0))
+        assert not opened.bad_files
+        opened.close()
 
 
 def test_file_order_equals_timm(tmp_path):
@@ -707,13 +708,6 @@ def test_sources_of_ones_own(monkeypatch, tmp_path, workers):
     for images, labels in found[0][3:]:
         assert (images[:, 2].amax((1, 2)) > 0).long().tolist() == labels.tolist()
     assert all(batches_equal(batches, found[0]) for batches in found[1:])
-
-
-def test_errors_of_a_source_keep_their_type(monkeypatch):
-    monkeypatch.setattr(Source, "__getitem__", lambda _, index: [Image.new("RGB", (9, 9))][index])
-    opened = open_data(pictures(), Plan(batch=4), size=16, workers=0)
-    with pytest.raises(IndexError):
-        list(opened.train_batches(0))
 
 
 def test_sources_of_the_wrong_kind_are_refused(monkeypatch, tmp_path):
