@@ -820,9 +820,8 @@ def place_labels(axes, rows: list[Published], discs: np.ndarray) -> list:
         for away, angle in itertools.product(range(0, 400, 8), np.arange(32) * math.tau / 32):
             place = centre + (radius + away + half) * (math.cos(angle), math.sin(angle))
             box = Bbox([place - half, place + half])
-            if all(frame.contains(*corner) for corner in (box.min, box.max)) and not box.count_overlaps(
-                taken
-            ):
+            inside = frame.contains(*box.min) and frame.contains(*box.max)
+            if inside and not box.count_overlaps(taken):
                 break
         taken.append(box.padded(-gap))
         texts[-1].set_position(to_data(place))
