@@ -155,10 +155,8 @@ class MixedDepthwise(nn.Module):
         super().__init__()
         share, remainder = divmod(channels, len(MIXED_KERNELS))
         self.splits = [share + remainder] + [share] * (len(MIXED_KERNELS) - 1)
-        self.convs = nn.ModuleList(
-            DepthwiseConv2d(width, kernel, stride)
-            for width, kernel in zip(self.splits, MIXED_KERNELS, strict=True)
-        )
+        pairs = zip(self.splits, MIXED_KERNELS, strict=True)
+        self.convs = nn.ModuleList(DepthwiseConv2d(width, kernel, stride) for width, kernel in pairs)
 
     def forward(self, x: Tensor) -> Tensor:
         groups = x.split(self.splits, dim=1)
@@ -323,76 +321,48 @@ class PyramidDownsample(nn.Module):
         return self.conv(self.pool(self.norm(x)))
 
 
-class DownsamplingBlock(nn.Module):
-    """Block of the entry or exit flow: two separable convolutions, pooling, SE and stochastic depth; the skip
-    connection is a 1 × 1 convolution of stride 2 followed by a norm (appendix, tables 5 and 6). H becomes
-    ceil(H / 2).
+class ResidualBlock(nn.Module):
+    """Block of the three flows: separable convolutions, SE and stochastic depth, added to the input (paper,
+    Figure 1; appendix, tables 5 and 6).
 
-    `widths`: channels of the input, of convolution 1 and of the output. `after_activation` omits the
-    activation before convolution 1, because Xception's stem ends in one.
+    `widths`: channels of the input and after convolution 1, 2, ... A `down` block, of the entry or exit flow,
+    pools after the convolutions, and its skip connection is a 1 × 1 convolution of stride 2 followed by a
+    norm: H becomes ceil(H / 2). `after_activation` omits the activation before convolution 1, because
+    Xception's stem ends in one.
     """
 
     def __init__(
-        self, widths: tuple[int, int, int], design: Design, drop_path: float, after_activation: bool = False
+        self, widths: tuple[int, ...], design: Design, drop_path: float, down=False, after_activation=False
     ):
         super().__init__()
-        in_channels, hidden, out_channels = widths
-        self.skip = nn.Conv2d(in_channels, out_channels, 1, 2, bias=False)
-        self.skip_norm = NORMS[design.norm](out_channels)
-        self.act1 = nn.Identity() if after_activation else design.activation_before(1)
-        self.conv1 = SeparableConv(in_channels, hidden, design.kernel)
-        self.norm1 = design.norm_after(1, hidden)
-        self.act2 = design.activation_before(2)
-        self.conv2 = SeparableConv(hidden, out_channels, design.kernel)
-        self.norm2 = design.norm_after(2, out_channels)
-        self.pool = POOLINGS[design.pooling](out_channels)
-        self.se = SqueezeExcite(out_channels, design) if design.se else nn.Identity()
+        first, last = widths[0], widths[-1]
+        self.skip = nn.Conv2d(first, last, 1, 2, bias=False) if down else nn.Identity()
+        self.skip_norm = NORMS[design.norm](last) if down else nn.Identity()
+        self.positions = range(1, len(widths))
+        for i in self.positions:
+            omitted = i == 1 and after_activation
+            self.add_module(f"act{i}", nn.Identity() if omitted else design.activation_before(i))
+            self.add_module(f"conv{i}", SeparableConv(widths[i - 1], widths[i], design.kernel))
+            self.add_module(f"norm{i}", design.norm_after(i, widths[i]))
+        self.pool = POOLINGS[design.pooling](last) if down else nn.Identity()
+        self.se = SqueezeExcite(last, design) if design.se else nn.Identity()
         self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         skip = self.skip_norm(self.skip(x))
-        x = self.norm1(self.conv1(self.act1(x)))
-        x = self.norm2(self.conv2(self.act2(x)))
-        x = self.se(self.pool(x))
-        return self.drop_path(x) + skip
-
-
-class MiddleBlock(nn.Module):
-    """Block of the middle flow: three separable convolutions, SE and stochastic depth, added to the input
-    (paper, Figure 1). Keeps the resolution.
-
-    Convolution 1 widens to `expansion` × `channels`, convolution 2 returns to `channels`.
-    """
-
-    def __init__(self, channels: int, expansion: int, design: Design, drop_path: float):
-        super().__init__()
-        hidden = channels * expansion
-        self.act1 = design.activation_before(1)
-        self.conv1 = SeparableConv(channels, hidden, design.kernel)
-        self.norm1 = design.norm_after(1, hidden)
-        self.act2 = design.activation_before(2)
-        self.conv2 = SeparableConv(hidden, channels, design.kernel)
-        self.norm2 = design.norm_after(2, channels)
-        self.act3 = design.activation_before(3)
-        self.conv3 = SeparableConv(channels, channels, design.kernel)
-        self.norm3 = design.norm_after(3, channels)
-        self.se = SqueezeExcite(channels, design) if design.se else nn.Identity()
-        self.drop_path = StochasticDepth(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
-        x = self.norm1(self.conv1(self.act1(x)))
-        x = self.norm2(self.conv2(self.act2(x)))
-        x = self.norm3(self.conv3(self.act3(x)))
-        return self.drop_path(self.se(x)) + shortcut
+        for i in self.positions:
+            act, conv, norm = (getattr(self, f"{name}{i}") for name in ("act", "conv", "norm"))
+            x = norm(conv(act(x)))
+        return self.drop_path(self.se(self.pool(x))) + skip
 
 
 # Residual blocks of the middle flow, which keep the shape (B, C, H, W): functions of the number of channels,
-# the expansion, the design and the rate of stochastic depth. Xception's block is a bottleneck that does not
-# widen.
+# the expansion (of the bottleneck's convolution 1), the design and the rate of stochastic depth.
 BLOCKS: dict[str, Callable[[int, int, Design, float], nn.Module]] = {
-    "xception": lambda channels, expansion, design, drop_path: MiddleBlock(channels, 1, design, drop_path),
-    "bottleneck": MiddleBlock,
+    "xception": lambda channels, expansion, design, rate: ResidualBlock((channels,) * 4, design, rate),
+    "bottleneck": lambda channels, expansion, design, rate: ResidualBlock(
+        (channels, channels * expansion, channels, channels), design, rate
+    ),
 }
 
 

@@ -35,11 +35,10 @@ from blocks import (
     SPACE,
     ConvStem,
     Design,
-    DownsamplingBlock,
     ExitConv,
-    MiddleBlock,
     PatchifyStem,
     PyramidDownsample,
+    ResidualBlock,
     RunError,
     SqueezeExcite,
     UsageError,
@@ -131,28 +130,13 @@ MODELS: dict[str, ModelConfig] = {  # one entry per network
     "nexception_t": NEXCEPTION_T,
     "nexception_s": replace(NEXCEPTION_T, widths=(128, 256, 752)),
     "nexception_tp": replace(
-        NEXCEPTION_T,
-        pooling="conv",
-        layout="pyramid",
-        stem_stride=4,
-        widths=(96, 192, 384, 768),
-        depths=(3, 4, 9, 3),
-        exit_widths=(),
-        drop_path_spread="linear",
+        NEXCEPTION_T, pooling="conv", layout="pyramid", stem_stride=4, widths=(96, 192, 384, 768),
+        depths=(3, 4, 9, 3), exit_widths=(), drop_path_spread="linear",
     ),
     "xception": ModelConfig(
-        stem="conv",
-        kernel=3,
-        pooling="max",
-        block="xception",
-        se=False,
-        activation="relu",
-        activation_positions=(1, 2, 3),
-        norm_positions=(1, 2, 3),
-        stem_width=64,
-        widths=(128, 256, 728),
-        drop_path=0.0,
-        input_size=299,
+        stem="conv", kernel=3, pooling="max", block="xception", se=False, activation="relu",
+        activation_positions=(1, 2, 3), norm_positions=(1, 2, 3), stem_width=64, widths=(128, 256, 728),
+        drop_path=0.0, input_size=299,
     ),
     # The paper's search network (section 3): one entry block, four middle blocks.
     "nexception_reduced": REDUCED,
@@ -160,7 +144,7 @@ MODELS: dict[str, ModelConfig] = {  # one entry per network
     "nexception_nano": replace(REDUCED, stem_width=24, widths=(48,), exit_widths=(96, 128, 192)),
     # Narrower and shallower still, for a search within minutes.
     "nexception_pico": replace(REDUCED, stem_width=16, widths=(32,), depths=(2,), exit_widths=(64, 96, 128)),
-}
+}  # fmt: skip
 # The points of the search space that the paper compares.
 POINTS = {"NEXcepTion": MODELS["nexception_t"], "Xception": MODELS["xception"]}
 
@@ -213,8 +197,8 @@ class NEXcepTion(nn.Module):
         stages: list[list[nn.Module]] = []
         for i, out in enumerate(config.widths):
             if isotropic:
-                after_activation = i == 0 and config.stem == "conv"
-                stage = [DownsamplingBlock((width, out, out), config, next(rates), after_activation)]
+                widths, activated = (width, out, out), i == 0 and config.stem == "conv"
+                stage = [ResidualBlock(widths, config, next(rates), down=True, after_activation=activated)]
                 depth = config.depths[0] if i == len(config.widths) - 1 else 0
             else:
                 stage = [PyramidDownsample(width, out, config)] if i > 0 else []
@@ -225,7 +209,7 @@ class NEXcepTion(nn.Module):
             width = out
         if isotropic:
             first, second, third = config.exit_widths
-            stage = [DownsamplingBlock((width, width, first), config, next(rates))]
+            stage = [ResidualBlock((width, width, first), config, next(rates), down=True)]
             stages.append([*stage, ExitConv(first, second, config), ExitConv(second, third, config)])
             width = third
         self.stages = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
@@ -329,12 +313,12 @@ def key_schemes(model: NEXcepTion) -> dict[str, dict[str, str]]:
     The authors' are valid for networks structured like -T, -S or -TP, timm's for networks structured like its
     `legacy_xception`.
     """
-    config, isotropic, last = model.config, model.config.layout == "isotropic", len(model.config.widths)
-    # Paths of modules, ours to theirs; `places` has those of the residual blocks, in order.
-    authors, timm = {"stem.conv": "stem.0"}, {"head.fc": "fc"}
-    timm |= {"stem.conv1": "conv1", "stem.norm1": "bn1", "stem.conv2": "conv2", "stem.norm2": "bn2"}
-    if isotropic:
-        authors |= {"stem.norm": "stem.2", "head.fc": "fc"}
+    config, last = model.config, len(model.config.widths)
+    # Paths of modules, ours to theirs; `places` has the authors' of the residual blocks, in order.
+    timm = {"stem.conv1": "conv1", "stem.norm1": "bn1", "stem.conv2": "conv2", "stem.norm2": "bn2"}
+    timm |= {"head.fc": "fc"}
+    if config.layout == "isotropic":
+        authors = {"stem.conv": "stem.0", "stem.norm": "stem.2", "head.fc": "fc"}
         places = {f"stages.{i}.0": f"downsampling_block{i + 1}" for i in range(last)}
         places |= {f"stages.{last - 1}.{j + 1}": f"middle_flow.{j}" for j in range(config.depths[0])}
         places |= {f"stages.{last}.0": "exit_flow.0"}
@@ -343,33 +327,38 @@ def key_schemes(model: NEXcepTion) -> dict[str, dict[str, str]]:
             authors |= {conv: f"exit_flow.{3 * j - 2}", norm: f"exit_flow.{3 * j - 1}"}
             timm |= {conv: f"conv{j + 2}", norm: f"bn{j + 2}"}
     else:
-        authors |= {"stem.norm": "stem.1"}
-        authors |= {f"stages.{i}.0.norm": f"stages.{i}.downsample.0" for i in range(1, last)}
-        authors |= {f"stages.{i}.0.conv": f"stages.{i}.downsample.1" for i in range(1, last)}
-        blocks = [(i, j) for i, depth in enumerate(config.depths) for j in range(depth)]
-        places = {f"stages.{i}.{j + (i > 0)}": f"stages.{i}.blocks.{j}" for i, j in blocks}
+        authors, places = {"stem.conv": "stem.0", "stem.norm": "stem.1"}, {}
+        for i, depth in enumerate(config.depths):
+            start = f"stages.{i}"
+            if i > 0:
+                authors |= {
+                    f"{start}.0.norm": f"{start}.downsample.0",
+                    f"{start}.0.conv": f"{start}.downsample.1",
+                }
+            places |= {f"{start}.{j + (i > 0)}": f"{start}.blocks.{j}" for j in range(depth)}
 
     skip = {"skip": "skip", "skip_norm": "skipbn"}
     se = {"se.reduce": "block_end.fc1", "se.norm": "block_end.bn", "se.expand": "block_end.fc2"}
     middle = {f"conv{n}": f"sepconv{n}" for n in (1, 2, 3)} | {f"norm{n}": f"norm{n}" for n in (1, 2, 3)} | se
     downsampling = skip | {"conv1": "rep.0", "norm1": "rep.1", "conv2": "rep.3", "norm2": "rep.4"} | se
     for i, (path, place) in enumerate(places.items()):
-        parts = downsampling if isotropic and path.endswith(".0") else middle
+        parts = middle if "middle" in place or "blocks" in place else downsampling
         authors |= {f"{path}.{ours}": f"{place}.{theirs}" for ours, theirs in parts.items()}
         # timm's rep is a Sequential in which an activation precedes each convolution, except in block 1.
-        first = min(i, 1)
-        parts = skip | {f"conv{n + 1}": f"rep.{first + 3 * n}" for n in range(3)}
-        parts |= {f"norm{n + 1}": f"rep.{first + 3 * n + 1}" for n in range(3)}
+        first, parts = min(i, 1), skip
+        for n in range(3):
+            parts = parts | {
+                f"conv{n + 1}": f"rep.{first + 3 * n}",
+                f"norm{n + 1}": f"rep.{first + 3 * n + 1}",
+            }
         timm |= {f"{path}.{ours}": f"block{i + 1}.{theirs}" for ours, theirs in parts.items()}
 
     def renamed(key: str, paths: dict[str, str], convs: dict[str, str]) -> str:
-        for ours, theirs in paths.items():
-            if key.startswith(ours + "."):
-                key = theirs + key.removeprefix(ours)
-                break
+        ours = next((path for path in paths if key.startswith(path + ".")), "")
+        key = paths.get(ours, "") + key.removeprefix(ours)
         return ".".join(convs.get(part, part) for part in key.split("."))
 
-    keys = dict.fromkeys([*model.state_dict(), "head.fc.weight", "head.fc.bias"])
+    keys = [*model.state_dict(), *([] if config.num_classes else ["head.fc.weight", "head.fc.bias"])]
     convs = {"depthwise": "conv_dw", "pointwise": "conv_pw"}
     return {
         "our": {key: key for key in keys},
@@ -439,21 +428,19 @@ def load_weights(model: NEXcepTion, path_or_state_dict: str | os.PathLike | dict
     found = {key: weights.pop(theirs[key]) for key in theirs if theirs[key] in weights}
     notes = []  # printed if all tensors fit
 
-    if model.num_classes == 0:
-        found = {key: value for key, value in found.items() if key not in classifier}
-    elif classifier[0] in found and (classes := len(found[classifier[0]])) != model.num_classes:
-        found |= {key: own[key] for key in classifier}
-        notes.append(f"{classes} classes; the classifier starts untrained for {model.num_classes} classes")
-
+    classes = len(found[classifier[0]]) if classifier[0] in found else model.num_classes
+    if classes != model.num_classes:
+        found |= {key: own.get(key) for key in classifier}
+        if model.num_classes:
+            notes = [f"{classes} classes; the classifier starts untrained for {model.num_classes} classes"]
+    found = {key: value for key, value in found.items() if key in own}  # without a classifier if it has none
     stem = "stem.conv.weight" if model.config.stem == "patchify" else "stem.conv1.weight"
     channels = model.config.in_channels
     if stem in found and found[stem].shape[1] == 3 != channels:
-        filters = found[stem].double()
-        if channels == 1:
-            filters = filters.sum(1, keepdim=True)
-        else:  # repeat the RGB filters and keep the scale of their sum
-            filters = filters.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
-        found[stem] = filters.to(found[stem].dtype)
+        rgb = found[stem].double()
+        # Several channels repeat the RGB filters and keep the scale of their sum.
+        repeated = rgb.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
+        found[stem] = (rgb.sum(1, keepdim=True) if channels == 1 else repeated).to(found[stem].dtype)
         notes.append(f"the stem's RGB filters are adapted to in_channels {channels}")
 
     problems = [f"{theirs[key]} is missing" for key in own if key not in found]
@@ -528,14 +515,13 @@ def fuse(model: NEXcepTion) -> NEXcepTion:
 
 
 # Pairs of a convolution and a norm in each block, in data-flow order; not folded if a module between them is
-# anything but an identity.
+# anything but an identity. A residual block that down-samples has no third convolution.
 _FOLDABLE: dict[type, tuple[tuple[str, ...], ...]] = {
     PatchifyStem: (("conv", "act", "norm"),),
     ConvStem: (("conv1", "norm1"), ("conv2", "norm2")),
     SqueezeExcite: (("reduce", "norm"),),
     PyramidDownsample: (("norm", "pool", "conv"),),
-    DownsamplingBlock: (("skip", "skip_norm"), ("conv1.pointwise", "norm1"), ("conv2.pointwise", "norm2")),
-    MiddleBlock: tuple((f"conv{i}.pointwise", f"norm{i}") for i in (1, 2, 3)),
+    ResidualBlock: (("skip", "skip_norm"), *((f"conv{i}.pointwise", f"norm{i}") for i in (1, 2, 3))),
     ExitConv: (("conv.pointwise", "norm"),),
     Head: (("norm", "fc"),),
 }
@@ -545,10 +531,11 @@ _FOLDABLE: dict[type, tuple[tuple[str, ...], ...]] = {
 def _fold_norms(model: NEXcepTion) -> NEXcepTion:
     """Fold the batch norms of `model` in place, computing in float64."""
     for module in list(model.modules()):
+        parts = dict(module.named_modules())
         for first, *between, last in _FOLDABLE.get(type(module), ()):
             norm_first = first == "norm"
             norm_path, layer_path = (first, last) if norm_first else (last, first)
-            norm, layer = module.get_submodule(norm_path), module.get_submodule(layer_path)
+            norm, layer = parts.get(norm_path), parts.get(layer_path)
             apart = any(not isinstance(getattr(module, name), nn.Identity) for name in between)
             if apart or not isinstance(norm, nn.BatchNorm2d) or not isinstance(layer, (nn.Conv2d, nn.Linear)):
                 continue
@@ -620,23 +607,24 @@ def register_with_timm() -> None:
     except ModuleNotFoundError:
         raise UsageError("register_with_timm needs a package: pip install timm") from None
 
-    def build(name: str, pretrained: bool = False, features_only: bool = False, **fields) -> nn.Module:
+    def build(
+        name: str, pretrained=False, features_only=False, out_indices=None, drop_rate=0.0, global_pool="avg",
+        pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **fields,
+    ) -> nn.Module:  # fmt: skip
+        # timm gives every model the last three, which say nothing about these.
         if pretrained:
             raise UsageError(f"{name}: pretrained=True is not supported; load a checkpoint with load_weights")
-        if fields.pop("drop_rate", 0):
+        if drop_rate:
             raise UsageError("drop_rate: there is no dropout before the classifier, only drop_path_rate")
-        if (pooling := fields.pop("global_pool", "avg")) != "avg":
-            raise UsageError(f"global_pool: {pooling!r}, but these networks have average pooling only")
-        indices = fields.pop("out_indices", None)
-        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # passed to every model
-            fields.pop(key, None)
+        if global_pool != "avg":
+            raise UsageError(f"global_pool: {global_pool!r}, but these networks have average pooling only")
         model = create_model(name, **fields)
         size, channels = model.config.input_size, model.config.in_channels
         config = {"architecture": name, "input_size": (channels, size, size), "classifier": "head.fc"}
         config |= asdict(published_transform(model.config))  # crop_pct, interpolation, mean, std
         if features_only:
-            indices = indices or tuple(range(len(model.feature_info)))
-            model = timm.models.FeatureListNet(model, indices, flatten_sequential=True)
+            out_indices = out_indices or tuple(range(len(model.feature_info)))
+            model = timm.models.FeatureListNet(model, out_indices, flatten_sequential=True)
         model.pretrained_cfg = config
         return model
 
