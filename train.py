@@ -99,15 +99,8 @@ def option(default, help, least=-math.inf, most=math.inf, *, above=-math.inf, be
     `positional=True` makes it a positional argument, required if `default` is MISSING. Other settings, such
     as choices, are passed to argparse.
     """
-
-    def check(value: float | str) -> None:
-        # Infinities and NaN fail, too.
-        if not isinstance(value, str) and not (least <= value <= most and above < value < below):
-            bounds = {"at least": least, "above": above, "at most": most, "below": below}
-            wanted = [f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound)]
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(wanted) or 'finite'}, not {value}")
-
-    return field(default=default, metadata={"help": help, "check": check, **settings})
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    return field(default=default, metadata={"help": help, "bounds": bounds, **settings})
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,43 +114,44 @@ def parse(options: type, argv: list[str], prog: str, epilog: str = ""):
     bool becomes --name and --no-name, tuple[str, ...] is comma-separated. Raises UsageError for unknown
     arguments and invalid values.
     """
-    parser = Parser(prog=prog, description=options.__doc__, epilog=epilog, allow_abbrev=False)
+    parser = Parser(prog, description=options.__doc__, epilog=epilog, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    hints = typing.get_type_hints(options)
+    parser.argument_default = argparse.SUPPRESS  # what is not given is left to the dataclass
+    hints, known = typing.get_type_hints(options), {}
     for entry in fields(options):
-        settings = dict(entry.metadata)
-        check, positional = settings.pop("check"), settings.pop("positional", False)
-        hint, required = hints[entry.name], entry.default is MISSING
-        many = typing.get_origin(hint) is tuple
-        kind = (typing.get_args(hint) or (hint,))[0]  # of `kind | None` and `tuple[kind, ...]` too
+        settings, required = dict(entry.metadata), entry.default is MISSING
+        bounds, positional = settings.pop("bounds"), settings.pop("positional", False)
+        many = typing.get_origin(hints[entry.name]) is tuple
+        kind = (*typing.get_args(hints[entry.name]), hints[entry.name])[0]  # of `kind | None` too
+        name = entry.name if positional else "--" + entry.name.replace("_", "-")
+        known[entry.name] = name, kind, many, bounds
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
-        else:
-            settings["type"] = converter(kind, many and not positional, check)
-        if positional:
+        elif positional:
             settings["nargs"] = ("+" if required else "*") if many else (None if required else "?")
-        elif kind is not bool and "choices" not in settings:
+        elif "choices" not in settings:
             settings["metavar"] = f"{kind.__name__},..." if many else kind.__name__
-        if not required:
-            settings["default"] = entry.default
-            default = ",".join(map(str, entry.default)) if many else entry.default
-            settings["help"] += f" (default: {default})" if default not in (None, False, "") else ""
-        parser.add_argument(entry.name if positional else "--" + entry.name.replace("_", "-"), **settings)
+        default = ",".join(map(str, entry.default)) if many and not required else entry.default
+        if default not in (MISSING, None, False, ""):
+            settings["help"] += f" (default: {default})"
+        parser.add_argument(name, **settings)
     values = vars(parser.parse_args(argv))
-    return options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def converter(kind: type, many: bool, check: typing.Callable) -> typing.Callable[[str], typing.Any]:
-    """Return a function that converts text to a `kind`, or to a list of them, and applies `check`."""
-
-    def convert(text: str):
-        values = [kind(part.strip()) for part in text.split(",") if part.strip()] if many else [kind(text)]
-        for value in values:
-            check(value)
-        return values if many else values[0]
-
-    convert.__name__ = kind.__name__  # shown in argparse's errors
-    return convert
+    for field_name, given in values.items():
+        name, kind, many, bounds = known[field_name]
+        texts = given if isinstance(given, list) else [given]
+        if many and isinstance(given, str):
+            texts = [text.strip() for text in given.split(",") if text.strip()]
+        try:
+            found = tuple(kind(text) for text in texts)
+        except ValueError:
+            parser.error(f"{name}: {given!r} is not of type {kind.__name__}")
+        # Infinities and NaN fail, too.
+        least, above, most, below = bounds.values()
+        if kind in (int, float) and not all(least <= n <= most and above < n < below for n in found):
+            wanted = [f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound)]
+            parser.error(f"{name} must be {' and '.join(wanted) or 'finite'}, not {given}")
+        values[field_name] = found if many else found[0]
+    return options(**values)
 
 
 class Output(io.FileIO):
@@ -250,47 +244,34 @@ def lr_at(epoch: int, options: Options) -> float:
     return lowest + (options.lr - lowest) / 2 * cosine
 
 
-@dataclass(frozen=True)
-class Mixup:
-    """Mixup or cutmix, drawn once per batch: image i is mixed with image B-1-i (timm's `Mixup`, batch mode).
+def mix(
+    images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mix float images (B, 3, H, W) in place; return them and targets (B, num_classes), float32.
 
-    If both alphas are positive, each batch uses either with equal probability. The mixing weight of cutmix
-    accounts for the part of its box that lies outside the image.
+    Mixup or cutmix is drawn once per batch, and image i is mixed with image B-1-i (timm's `Mixup`, batch
+    mode). mixup, cutmix: alphas of their Beta distributions, 0: none; if both are positive, each batch uses
+    either with equal probability. The weight of cutmix accounts for the part of its box outside the image.
     """
-
-    mixup: float  # alpha of the Beta distribution; 0: none
-    cutmix: float  # alpha of the Beta distribution; 0: none
-
-    def draw(self, height: int, width: int, rng: np.random.Generator) -> tuple[float, tuple[int, ...] | None]:
-        """Draw the weight of image i, and cutmix's box (top, bottom, left, right) or None for mixup."""
-        if not (self.mixup or self.cutmix):
-            return 1.0, None
-        rng.random()  # timm's draw of whether to mix at all
-        cut = rng.random() < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
-        alpha = self.cutmix if cut else self.mixup
-        share = float(rng.beta(alpha, alpha))
-        if not cut:
-            return share, None
-        side = math.sqrt(1 - share)
+    targets = F.one_hot(labels, num_classes).float()
+    if not (mixup or cutmix):
+        return images, targets
+    rng.random()  # timm's draw of whether to mix at all
+    cut = rng.random() < 0.5 if mixup and cutmix else bool(cutmix)
+    alpha = cutmix if cut else mixup
+    share = float(rng.beta(alpha, alpha))  # of image i
+    if cut:
+        (height, width), side = images.shape[-2:], math.sqrt(1 - share)
         box_height, box_width = int(height * side), int(width * side)
         y, x = int(rng.integers(0, height)), int(rng.integers(0, width))
         top, bottom = max(y - box_height // 2, 0), min(y + (box_height + 1) // 2, height)
         left, right = max(x - box_width // 2, 0), min(x + (box_width + 1) // 2, width)
-        return 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)
-
-    def __call__(self, images: Tensor, labels: Tensor, num_classes: int, rng) -> tuple[Tensor, Tensor]:
-        """Mix float images (B, 3, H, W) in place; return them and targets (B, num_classes), float32."""
-        targets = F.one_hot(labels, num_classes).float()
-        share, box = self.draw(*images.shape[-2:], rng)
-        if share == 1.0:
-            return images, targets
-        if box is None:
-            others = images.flip(0).mul_(1 - share)
-            images.mul_(share).add_(others)
-        else:
-            top, bottom, left, right = box
-            images[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
-        return images, targets * share + targets.flip(0) * (1 - share)
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+        images[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
+    else:
+        others = images.flip(0).mul_(1 - share)
+        images.mul_(share).add_(others)
+    return images, targets * share + targets.flip(0) * (1 - share)
 
 
 def bce_loss(logits: Tensor, targets: Tensor, threshold: float) -> Tensor:
@@ -551,16 +532,24 @@ def recipes_help() -> str:
     return "\n".join(lines)
 
 
-def default_recipe(data: str) -> str:
-    """Return the recipe for training on `data` from scratch; small sets without one use that of digits."""
-    return "paper" if data not in SMALL_SETS else data if data in RECIPES else "digits"
+def choose_recipe(options: Options, images: int | None = None) -> tuple[str, str]:
+    """Return the name of the recipe for the data and the initial weights, and what chose it."""
+    if options.recipe is not None:
+        return options.recipe, "--recipe"
+    if options.init_weights:
+        return "fine-tune", "--init-weights"
+    if options.data in SMALL_SETS:  # those without a recipe use that of digits
+        return options.data if options.data in RECIPES else "digits", "--data"
+    if images is not None and images < SMALL_FOLDER:
+        return "small-folder", f"the image count, {images:,} (--recipe paper for ImageNet's)"
+    return "paper", "--data"
 
 
 def default_model(options: Options) -> str | None:
     """Return --model or the recipe's model; None: the network of --init-weights."""
     if options.model or options.init_weights:
         return options.model
-    return RECIPES[options.recipe or default_recipe(options.data)].values["model"]
+    return RECIPES[choose_recipe(options)[0]].values["model"]
 
 
 def stem(path: str) -> str:
@@ -586,20 +575,12 @@ def resolve(
     say: called with each line to print. config: that of the network (default: `model_config(options)`).
     Raises UsageError for impossible or contradictory values.
     """
-    given = {k: v for k, v in asdict(options).items() if v is not None}
-    name, why = default_recipe(options.data), "--data"
-    if options.recipe is not None:
-        name, why = options.recipe, "--recipe"
-    elif options.init_weights:
-        name, why = "fine-tune", "--init-weights"
-    elif name == "paper" and images is not None and images < SMALL_FOLDER:
-        name, why = "small-folder", f"the image count, {images:,} (--recipe paper for ImageNet's)"
+    name, why = choose_recipe(options, images)
     config = config or model_config(options)
     shape = ("layout", "stem_width", "widths", "depths", "exit_widths")  # a search changes the rest
     if name == "paper" and all(getattr(config, f) == getattr(MODELS["nexception_s"], f) for f in shape):
         name, why = "paper-s", f"{why} and the shape of nexception_s"
-    augment = default_augmentation(options.data)
-    small = SMALL_SETS.get(options.data)
+    augment, small = default_augmentation(options.data), SMALL_SETS.get(options.data)
     recipe = {
         "size": small.size if small else config.input_size, "drop_path": config.drop_path,
         "flip": augment.flip, "policy": augment.policy, "magnitude": augment.magnitude,
@@ -611,29 +592,24 @@ def resolve(
         recipe["epochs"] = min(300, max(60, 1_000_000 // images)) if images else 60
     micro_batches = recipe.pop("micro_batches")
     if options.accumulate is None and micro_batches > 1 and micro_batches % world:
-        batch = given.get("batch", recipe["batch"])
+        batch = options.batch or recipe["batch"]
         closest = max(2, round(micro_batches * batch / world))
         raise UsageError(
             f"the recipe's {micro_batches} micro-batches of {batch} cannot be split among {world} processes: "
-            f"the closest is --accumulate 1 --batch {closest} ({world} x {closest} images per step, batch "
-            f"norm over {closest} instead of {batch})"
+            f"the closest is --accumulate 1 --batch {closest}, with batch norm over {closest} images"
         )
     recipe["accumulate"] = max(1, micro_batches // world)
-    resolved = Options(**(recipe | given))
+    resolved = Options(**(recipe | {k: v for k, v in asdict(options).items() if v is not None}))
     device = pick_device(resolved.device)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}
     resolved.device, resolved.amp = str(device), names[amp_dtype(resolved.amp, device)]
     resolved.out = default_out(options)
     say(f"recipe {name}, chosen by {why}; {RECIPES[name].expect}")
     if resolved.warmup_epochs >= resolved.epochs:
-        shorter = resolved.epochs // 4
-        say(f"warm-up shortened from {resolved.warmup_epochs} to {shorter} of {resolved.epochs} epochs")
-        resolved.warmup_epochs = shorter
-    cooldown = recipe["cooldown_epochs"]
-    shorter = cooldown * resolved.epochs // recipe["epochs"]
-    if options.cooldown_epochs is None and shorter < cooldown:
-        say(f"cool-down shortened from {cooldown} to {shorter} epochs after {resolved.epochs}")
-        resolved.cooldown_epochs = shorter
+        say(f"warm-up shortened to {resolved.epochs // 4} of {resolved.epochs} epochs")
+        resolved.warmup_epochs = resolved.epochs // 4
+    if options.cooldown_epochs is None and resolved.epochs < recipe["epochs"]:
+        resolved.cooldown_epochs = resolved.cooldown_epochs * resolved.epochs // recipe["epochs"]
     # What has no effect is refused if given, and not recorded, since a resumed run must match the record.
     for option_name, idle, why in (
         ("min_scale", small, options.data), ("exif", small, options.data),
@@ -766,11 +742,10 @@ def start_process(device: str) -> Process:
             # torchrun's store survives a restart, with the addresses of dead processes (PyTorch issue
             # 135712). Only on a single machine do all processes count the same number of restarts.
             store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        # NCCL's ten minutes may be too short for the first process to list a million files over NFS.
-        timeout = datetime.timedelta(hours=1)
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=timeout,
-            device_id=chosen if on_gpu else None,
+            # NCCL's ten minutes may be too short for the first process to list a million files over NFS.
+            "nccl" if on_gpu else "gloo", store=store, timeout=datetime.timedelta(hours=1), rank=rank,
+            world_size=world, device_id=chosen if on_gpu else None,
         )  # fmt: skip
     return Process(rank, max(world, 1), chosen)
 
@@ -908,7 +883,6 @@ class StopSignal:
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
-    """Save atomically with `torch.save` (see `write_whole`)."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getbuffer(), previous)
@@ -938,25 +912,20 @@ class Folder:
             leftover.unlink()
         found = [path for path in (self.last, self.previous) if path.exists()]
         for path in found:
-            try:
-                content = read_checkpoint(path)
-            except UsageError as error:
-                print(f"warning: {error}", file=sys.stderr)
-                continue
-            self.compare(content)
-            self.record["id"] = content["id"]
-            return path
+            if content := self.read(path):
+                self.compare(content)
+                self.record["id"] = content["id"]
+                return path
         if found:
             raise UsageError(f"no checkpoint in {self.path} can be read: move it away or give another --out")
         return None
 
-    def has_best(self) -> bool:
-        """Return whether the best weights so far can be read; print a warning if not."""
+    def read(self, path: Path) -> dict | None:
+        """Return the content of a checkpoint; None, and a printed warning, if it cannot be read."""
         try:
-            return bool(read_checkpoint(self.best))
+            return read_checkpoint(path)
         except UsageError as error:
-            print(f"warning: {error}: the best weights so far are lost", file=sys.stderr)
-            return False
+            print(f"warning: {error}", file=sys.stderr)
 
     def compare(self, content: dict) -> None:
         """Raise UsageError with each difference between the run of a checkpoint and this one."""
@@ -1086,7 +1055,7 @@ def fit(
     """
     options, process, model, ema = training.options, training.process, training.model, training.ema
     optimizers, scaler, forward = training.optimizers, training.scaler, training.forward
-    loss_function, mixup = LOSSES[options.loss], Mixup(options.mixup, options.cutmix)
+    loss_function = LOSSES[options.loss]
     statistics, ema_statistics = RunningStatistics(model), RunningStatistics(training.scored)
     epochs, classes = options.epochs + options.cooldown_epochs, len(data.classes)
     step_images = process.world * options.accumulate * options.batch
@@ -1115,7 +1084,8 @@ def fit(
                 virtual_rank = process.rank + process.world * micro
                 rng = np.random.default_rng((options.seed, epoch, step, virtual_rank, MIXING))
                 torch.manual_seed(int(rng.integers(2**63)))  # for stochastic depth
-                images, targets = mixup(data.transform.normalize(images), labels, classes, rng)
+                images = data.transform.normalize(images)
+                images, targets = mix(images, labels, classes, options.mixup, options.cutmix, rng)
                 # DDP exchanges gradients after the last micro-batch only, as with its `no_sync`.
                 forward.require_backward_grad_sync = micro == options.accumulate - 1
                 statistics.write(start)
@@ -1195,7 +1165,7 @@ def fit(
 def finish(training: Training, data: Data, folder: Folder, stop: StopSignal, say, log) -> None:
     """Evaluate the best weights on the test split, once per run, and plot the curves."""
     untested = "test" in data.splits and "epoch" in training.metrics[-1]
-    if untested and training.process.from_first(folder.has_best):
+    if untested and training.process.from_first(lambda: bool(folder.read(folder.best))):
         model = copy.deepcopy(training.model)
         model.load_state_dict(training.process.read(folder.best)["model"])
         result = evaluate(model, data, "test", training.amp, stop=stop)
@@ -1233,7 +1203,6 @@ def evaluate_checkpoint(options: Options, process: Process) -> int:
         root=options.root,
     )  # fmt: skip
     split = "test" if "test" in data.splits else "val"
-    place = os.fsdecode(getattr(data.dataset.splits[split], "folder", split))  # of an image folder
     if len(data.classes) != model.config.num_classes or tuple(model.classes or data.classes) != data.classes:
         raise UsageError(
             f"{options.eval} was not trained for the {len(data.classes)} classes of {options.data}: "
@@ -1246,7 +1215,7 @@ def evaluate_checkpoint(options: Options, process: Process) -> int:
     data.close()
     if process.first:
         left_out = f", {result['unreadable']} unreadable left out" if result["unreadable"] else ""
-        print(f"{options.eval} on {result['count']} images of {options.data} ({place}{left_out})")
+        print(f"{options.eval} on {result['count']} images of {options.data} ({split}{left_out})")
         print(f"top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  loss {result['loss']:.4f}")
     return 0
 
@@ -1297,7 +1266,7 @@ def run(options: Options, process: Process) -> int:
     if checkpoint is not None:
         training.load_state(process.read(checkpoint))
         unfinished = training.best >= 0 and training.epoch < epochs
-        if unfinished and not process.from_first(folder.has_best):
+        if unfinished and not process.from_first(lambda: bool(folder.read(folder.best))):
             training.best = -1.0  # the best of the epochs to come takes its place
         where = f"continuing at epoch {training.epoch + 1}/{epochs}, step {len(training.losses) + 1}"
         say(f"{folder.path}: {'finished' if training.epoch == epochs else where}")
