@@ -1,6 +1,6 @@
 """The design space as a small benchmark: random networks, trained, and a surrogate of all 61,440.
 
-    python -m results.space                   # how well the surrogate fits that results/space.csv gives
+    python -m results.space --out results     # what results/space.csv shows: surrogate, importance of choices
     python -m results.space --networks 1000   # train more first: two hours of one core; repeat to continue
 
 In Python, `surrogate()[code_of(config)]` is the validation top-1, in percent, that a network is expected to
@@ -8,7 +8,7 @@ reach in a trial of the default search; `surrogate()` is an array with an axis f
 
 A row of the table is a network trained as such a trial: its choices, epochs, the seed of its training, CPU
 seconds, the validation top-1 in percent, and the mean training loss of each epoch. Beside the networks drawn,
-each with nine epochs, it has 200 of them with three epochs and 60 with another seed.
+each with nine epochs, it has 100 of them with three epochs and 40 with another seed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import run_command
+from bench import run_command, write_results
 from data import lock_file
-from search import configspace, current_space, one_hot, train_config, trial_seed, whole_space
+from search import (
+    configspace,
+    current_space,
+    draw_importance,
+    importance_text,
+    importances,
+    one_hot,
+    train_config,
+    trial_seed,
+    whole_space,
+)
 from train import option, run_script
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 
 EPOCHS = 9
@@ -40,6 +51,7 @@ class Options:
     networks: int = option(0, "train as many as are missing of this number of networks", least=0)
     part: int = option(0, "train networks PART, PART + PARTS, ... only: for several processes", least=0)
     parts: int = option(1, "processes that train parts of the networks", least=1)
+    out: str = option("runs/bench", "folder of the results")
 
 
 def rows(epochs: int = EPOCHS, repeat: int = 0) -> list[dict]:
@@ -112,7 +124,7 @@ def main(options: Options) -> None:
     drawn = [choices(c) for c in configspace(seed=0).sample_configuration(max(2, options.networks))]
     drawn = drawn[: options.networks]
     plan = [(config, EPOCHS, 0) for config in drawn]
-    plan += [(config, 3, 0) for config in drawn[:200]] + [(config, EPOCHS, 1) for config in drawn[-60:]]
+    plan += [(config, 3, 0) for config in drawn[:100]] + [(config, EPOCHS, 1) for config in drawn[-40:]]
     for config, epochs, repeat in plan[options.part :: options.parts]:
         if config not in map(choices, rows(epochs, repeat)):
             train(config, epochs, repeat)
@@ -121,13 +133,23 @@ def main(options: Options) -> None:
     for i in range(10):
         known, new = fold != i, fold == i
         predicted[new] = predict(codes[known], top1[known], one_hot(codes[new], SIZES))
-    print(f"{len(top1)} networks; p10, median, p90, best: {np.quantile(top1, [0.1, 0.5, 0.9, 1]).round(1)}%")
+    marks = ", ".join(f"{mark:.1f}%" for mark in np.quantile(top1, [0.1, 0.5, 0.9, 1]))
     rank, error = spearmanr(predicted, top1).statistic, np.abs(predicted - top1).mean()
-    print(f"Spearman correlation with training under another seed: {agreement(EPOCHS, 1)}")
-    print(f"with a trial of three epochs: {agreement(3, 0)}")
-    print(
-        f"with the surrogate: {rank:.3f}, mean absolute error {error:.2f} points (tenfold cross-validation)"
-    )
+    kinds = importances(codes, 1 - top1 / 100, SIZES).items()
+    found = {kind: dict(zip(CHOICES, cells.T.tolist(), strict=True)) for kind, cells in kinds}
+    found["trials"] = len(top1)
+    text = f"""{len(top1)} networks; 10%, 50%, 90% quantile and best: {marks}
+
+Spearman correlation with training under another seed: {agreement(EPOCHS, 1)}, with a trial of three epochs:
+{agreement(3, 0)}, with the surrogate: {rank:.3f} (tenfold cross-validation, mean absolute error {error:.2f})
+
+```text
+{importance_text({EPOCHS: found})}
+```
+"""
+    print(text)
+    write_results("space", options, torch.device("cpu"), text, [found])
+    draw_importance({EPOCHS: found}, Path(options.out, "space.png"))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_the_surrogate_is_that_of_the_trained_networks(tmp_path, monkeypatch):
         space, "train_config", lambda _, seed, n: (0.5, {"top1": seed % 89, "losses": [1.5] * n})
     )
     for count in (11, 12, 12):  # the second call continues, the third finds nothing to do
-        space.main(space.Options(networks=count))
+        space.main(space.Options(networks=count, out=str(tmp_path)))
         for kind in ((9, 0), (3, 0), (9, 1)):
             found = space.rows(*kind)
             assert [float(row["top1"]) for row in found] == [int(row["seed"]) % 89 for row in found]
