@@ -6,9 +6,9 @@
     python search.py importance runs/search-clutter   # importance of each choice: Figure 4 of the paper
     python search.py report runs/search-clutter       # report.md: progress, importance, the ten best
 
-A search ends with its best configuration, the test accuracy of that configuration beside NEXcepTion's and
-Xception's, and the command that trains the network in full. A search may be killed at any time: repeat the
-command to resume it, with larger `--trials` or `--walltime` if needed.
+A search ends with its best configuration, its test accuracy beside that of NEXcepTion's and Xception's
+choices, and the command that trains the best in full. It may be killed at any time: repeat the command to
+resume it, with larger `--trials` or `--walltime` if needed.
 
 A run folder holds `search.json` (the settings), `trials.jsonl` (the finished trials, one per line),
 `trials.csv` (the same as a table), `trials.log` (what trials print), `state.json` (the sampler's state),
@@ -51,25 +51,11 @@ from pathlib import Path
 if __name__ == "__main__":  # end without a traceback on Ctrl-C, also during the imports below
     sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
 
+import train
 from blocks import SPACE
 from data import SMALL_SETS, Data, Plan, RunError, UsageError, cpu_count, lock_file, open_data, write_whole
 from model import MODELS, POINTS, ModelConfig, count_macs, count_parameters, create_model, keep_large_buffers
-from train import Options as TrainOptions
-from train import (
-    Process,
-    Training,
-    amp_dtype,
-    augmentation,
-    evaluate,
-    fit,
-    option,
-    parse,
-    pick_device,
-    resolve,
-    run_script,
-    save_figure,
-    subplots,
-)
+from train import option, parse, pick_device, run_script, save_figure, subplots
 
 import numpy as np
 import psutil
@@ -86,7 +72,6 @@ RESAMPLES, SHUFFLES = 100, 10  # bootstrap samples for the intervals; shuffles p
 REPEATS = 3  # training runs of each network in the final comparison
 OUT_OF_MEMORY = 251  # exit status of a trial process that runs out of memory
 
-HOLLOW = {"color": "black", "fillstyle": "none"}  # of the markers for the choices of the paper
 # objective -> cost of a trial's results (smaller is better), value of a cost, format of a value, axis label
 # fmt: off
 OBJECTIVES = {
@@ -116,11 +101,6 @@ def encode(value) -> str:
     return ("".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
-def decode(config: dict) -> dict:
-    """Return the typed values of a configuration of strings, as fields of `ModelConfig`."""
-    return {name: {encode(value): value for value in SPACE[name]}[str(config[name])] for name in SPACE}
-
-
 def current_space() -> dict[str, list[str]]:
     """Return the values of each choice as strings, with those added to `blocks.py` at run time."""
     return {name: [encode(value) for value in values] for name, values in SPACE.items()}
@@ -133,7 +113,8 @@ def points() -> dict[str, dict[str, str]]:
 
 def network_config(config: dict, base: str) -> ModelConfig:
     """Return the network of a configuration in the macro-architecture of the model named `base`."""
-    return replace(MODELS[base], **decode(config))
+    values = {name: {encode(value): value for value in SPACE[name]}[str(config[name])] for name in SPACE}
+    return replace(MODELS[base], **values)
 
 
 def configspace(space: dict | None = None, seed: int = 0):
@@ -174,7 +155,7 @@ class RandomSearch:
     """Uniformly random configurations at the highest budget, none twice.
 
     A sampler is a class with these five methods and an entry in SAMPLERS. Of the `settings` in `search.json`,
-    space, objectives, budgets and seed describe the problem. A row is a finished trial (see `Journal`).
+    space, objectives, budgets and seed describe the problem. A row is a finished trial (see `rows_of`).
     """
 
     def __init__(self, folder: Path, settings: dict):
@@ -207,18 +188,12 @@ class Smac:
     """SMAC: random configurations, then a random forest's; Hyperband allots several budgets.
 
     Writes `smac/SEED`, a SMAC3 run folder. A space with fewer configurations than Hyperband's first bracket
-    asks for runs each of them at the highest budget.
+    asks for runs each of them at the highest budget. Without `forest`, all configurations are random.
     """
 
-    forest = True
-
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict, forest: bool = True):
+        import smac
         from ConfigSpace import Configuration
-        from smac import HyperbandFacade, MultiFidelityFacade, Scenario
-        from smac.initial_design import RandomInitialDesign
-        from smac.main.config_selector import ConfigSelector
-        from smac.model.random_forest import RandomForest
-        from smac.multi_objective.parego import ParEGO
 
         self.space, names = configspace(settings["space"], settings["seed"]), settings["objectives"]
         self.stages = len(settings["budgets"])
@@ -227,7 +202,7 @@ class Smac:
         self.seed = 0  # of the trials in SMAC's run history: SMAC adopts that of the trials it is told first
         self.asked = {}  # SMAC's own objects: equal configurations of other string types hash differently
         logging.getLogger("smac").setLevel(logging.ERROR)
-        scenario = Scenario(
+        scenario = smac.Scenario(
             self.space, name="smac", output_directory=folder, deterministic=True, seed=settings["seed"],
             objectives=names if len(names) > 1 else names[0],
             min_budget=settings["budgets"][-self.stages], max_budget=settings["budgets"][-1],
@@ -237,20 +212,23 @@ class Smac:
         first = RandomSearch(folder, settings)
         drawn = filter(None, (first.ask() for _ in range(RANDOM_START)))
         start = [Configuration(self.space, trial.config, origin=trial.origin) for trial in drawn]
-        facade, parts = HyperbandFacade, {}
-        if self.forest:  # the facade's, but without threads and room for 2**20 leaves: seven times as fast
-            facade, parts["model"] = MultiFidelityFacade, RandomForest(
+        facade, parts = smac.HyperbandFacade, {}
+        if forest:  # the facade's, but without threads and room for 2**20 leaves: seven times as fast
+            facade, parts["model"] = smac.MultiFidelityFacade, smac.model.random_forest.RandomForest(
                 self.space, log_y=True, n_trees=10, ratio_features=1.0, min_samples_split=2,
                 min_samples_leaf=1, n_jobs=1, max_leaf_nodes=None, seed=settings["seed"],
             )  # fmt: skip
             parts["acquisition_maximizer"] = best_of_many(self.space, settings["seed"])
+        if len(names) > 1:
+            parts["multi_objective_algorithm"] = smac.multi_objective.parego.ParEGO(scenario)
         self.smac = facade(
             scenario, intensifier=exact_hyperband(scenario),
-            initial_design=RandomInitialDesign(scenario, n_configs=0, additional_configs=start),
-            config_selector=ConfigSelector(
+            initial_design=smac.initial_design.RandomInitialDesign(
+                scenario, n_configs=0, additional_configs=start
+            ),
+            config_selector=smac.main.config_selector.ConfigSelector(
                 scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(start)
             ),  # the forest is fitted to the highest budget with that many trials
-            multi_objective_algorithm=ParEGO(scenario) if len(names) > 1 else None,
             logging_level=False, overwrite=True, **parts,
         )  # fmt: skip
 
@@ -302,12 +280,6 @@ class Smac:
         return self.smac.intensifier.get_state()
 
 
-class PlainHyperband(Smac):
-    """Hyperband with random configurations only."""
-
-    forest = False
-
-
 def best_of_many(space, seed: int):
     """Return an acquisition maximizer that draws CANDIDATES configurations and offers the best unknown ones.
 
@@ -352,40 +324,29 @@ def exact_hyperband(scenario):
     return ExactHyperband(scenario, eta=ETA, incumbent_selection="highest_budget")
 
 
-SAMPLERS = {"smac": Smac, "hyperband": PlainHyperband, "random": RandomSearch}
+SAMPLERS = {"smac": Smac, "hyperband": functools.partial(Smac, forest=False), "random": RandomSearch}
 
 # --------------------------------------------------------------------------------------------------
 # Options
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What a search of a data set uses unless options say otherwise."""
-
-    model: str  # macro-architecture
-    min_epochs: int  # lowest budget
-    max_epochs: int  # highest budget
-    walltime: str
-    time_limit: str  # of a trial
-    batch: int
-
-
-# On clutter, a network has hardly left chance after three epochs: one budget (README.md).
-PAPERS = Defaults("nexception_reduced", 5, 45, "3d", "2h", 64)
+# What a search of a data set uses unless options say otherwise; the time limit is a trial's. On clutter, a
+# network has hardly left chance after three epochs: one budget (README.md).
+# fmt: off
+USUAL = ("model", "min_epochs", "max_epochs", "walltime", "time_limit", "batch")
+PAPERS = ("nexception_reduced", 5, 45, "3d", "2h", 64)
 DEFAULTS = {
-    "clutter": Defaults("nexception_pico", 9, 9, "6m", "2m", 32),
-    "digits": Defaults("nexception_nano", 1, 9, "7m", "2m", 64),
-    "cifar10": PAPERS,
-    "cifar100": PAPERS,
+    "clutter": ("nexception_pico", 9, 9, "6m", "2m", 32),
+    "digits": ("nexception_nano", 1, 9, "7m", "2m", 64),
+    "cifar10": PAPERS, "cifar100": PAPERS,
 }
+# fmt: on
 
 
-def defaults(data: str) -> Defaults:
+def defaults(data: str) -> dict:
     """Return the defaults of a data set: other small sets use those of digits, others the paper's."""
-    return DEFAULTS.get(data, DEFAULTS["digits"] if data in SMALL_SETS else PAPERS)
-
-
-SIZES = [name.removeprefix("nexception_") for name in MODELS if name.startswith("nexception_")]
+    values = DEFAULTS.get(data, DEFAULTS["digits"] if data in SMALL_SETS else PAPERS)
+    return dict(zip(USUAL, values, strict=True))
 
 
 # fmt: off
@@ -400,20 +361,16 @@ class Options:
                                "nexception_nano, others nexception_reduced)", choices=tuple(MODELS))
     out: str | None = option(None, "run folder (default: runs/search-DATA)")
     trials: int | None = option(None, "stop after this many trials in total (default: no limit)", 1)
-    walltime: str | None = option(None, "stop after this time in total: 90s, 10m (default without --trials: "
-                                  "6m to 3d)")
+    walltime: str | None = option(None, "total time, 90s or 10m (default without --trials: 6m to 3d)")
     sampler: str = option("smac", "SMAC's random forest, Hyperband without it, or random search at the "
                           "highest budget", choices=tuple(SAMPLERS))
-    min_epochs: int | None = option(None, "lowest budget in epochs (default: clutter 9, digits 1, others 5)",
-                                    1)
-    max_epochs: int | None = option(None, "highest budget: the lowest times a power of 3 (default: 9 or 45)",
-                                    1)
+    min_epochs: int | None = option(None, "lowest budget (default: clutter 9, digits 1, others 5 epochs)", 1)
+    max_epochs: int | None = option(None, "highest: the lowest times a power of 3 (default: 9 or 45)", 1)
     objectives: str = option("accuracy", "several give a Pareto front: accuracy,throughput,macs,parameters")
     points: bool = option(True, "begin with NEXcepTion's and Xception's choices, at the highest budget")
     batch: int | None = option(None, "images per training batch; batch norm, one of the choices, needs 2 "
                                "(default: 32 for clutter, else 64)", 2)
-    workers: int | None = option(None, "concurrent trials (default: CPU cores up to 4; GPUs: "
-                                 "--workers-per-gpu)", 1)
+    workers: int | None = option(None, "concurrent trials (default: CPU cores up to 4, or by GPU)", 1)
     workers_per_gpu: int = option(1, "concurrent trials per GPU", 1)
     scheduler: str | None = option(None, "address of a Dask cluster that runs the trials, tcp://host:8786")
     time_limit: str | None = option(None, "time limit of a trial (default: 2m to 2h)")
@@ -421,25 +378,22 @@ class Options:
                                         "(default: 0.9 RAM / workers)", above=0)
     compile: bool = option(False, "torch.compile the network of each trial; pays off in long trials on GPUs")
     device: str = option("auto", "auto (all GPUs, else the CPU), cpu, cuda, cuda:1, ...")
-    grow: str | None = option(None, "NEXcepTion size in which to write the best network",
-                              choices=tuple(SIZES))
+    grow: str | None = option(None, "NEXcepTion size in which to write the best network", choices=tuple(
+                              name.removeprefix("nexception_") for name in MODELS if name != "xception"))
     seed: int = option(0, "seed of the sampler, from which the trials' seeds are derived", 0, 2**32 - 1)
     # fmt: on
 
     def resolved(self) -> Options:
         """Fill in the defaults that depend on the data. Raises UsageError for contradictions."""
         o, usual = replace(self), defaults(self.data)
-        for name in ("model", "batch", "time_limit"):
+        if o.trials is not None:
+            usual["walltime"] = None
+        if o.max_epochs is not None and usual["min_epochs"] == usual["max_epochs"]:
+            usual["min_epochs"] = o.max_epochs  # one budget, as usual
+        for name, value in usual.items():
             if getattr(o, name) is None:
-                setattr(o, name, getattr(usual, name))
+                setattr(o, name, value)
         o.out = o.out or f"runs/search-{Path(o.data).resolve().name.replace(':', '-')}"
-        if o.trials is None and o.walltime is None:
-            o.walltime = usual.walltime
-        lowest, highest = usual.min_epochs, usual.max_epochs
-        if o.max_epochs is not None and lowest == highest:
-            lowest = o.max_epochs  # one budget, as usual
-        o.max_epochs = o.max_epochs or (highest if o.min_epochs is None else 9 * o.min_epochs)
-        o.min_epochs = o.min_epochs or lowest
         names = o.objectives.split(",")
         if names[0] != "accuracy" or len(set(names)) < len(names) or set(names) - set(OBJECTIVES):
             known = ", ".join(name for name in OBJECTIVES if name != "accuracy")
@@ -480,11 +434,6 @@ def check_budgets(lowest: int, highest: int) -> list[int]:
     return budgets
 
 
-def budgets_up_to(highest: int) -> list[int]:
-    """Return all budgets from which powers of 3 lead to the highest: 1, 3, 9."""
-    return [highest // ETA**k for k in range(highest) if highest % ETA**k == 0][::-1]
-
-
 def trial_devices(o: Options) -> list[tuple[str, int]]:
     """Return (device, CPU threads) of each concurrent trial; 0 threads: PyTorch's default."""
     if o.scheduler:
@@ -503,31 +452,24 @@ def trial_devices(o: Options) -> list[tuple[str, int]]:
 open_once = functools.cache(open_data)  # keeps the data on their device for later trials of the process
 
 
-def trial_settings(changes: dict) -> dict:
-    """Return the settings of a trial (see `train_config`): the default search's, updated with `changes`."""
-    data = changes.get("data", Options.data)
-    usual = {
-        "data": data, "root": Options.root, "model": defaults(data).model, "batch": defaults(data).batch,
-        "recipe": None, "device": "auto", "compile": False, "amp": "auto", "objectives": ["accuracy"],
-        "split": "val", "workers": None,
-    }  # fmt: skip
-    if unknown := changes.keys() - usual:
-        raise UsageError(f"no settings of a trial: {', '.join(unknown)}; they are {', '.join(usual)}")
-    return usual | changes
-
-
 @functools.cache
 def trial_facts(data: str, root: str, model: str, batch: int, device: str) -> dict:
     """Return what all trials of a search share, found where they run: amp, recipe, classes and image counts.
 
-    With one precision, accuracies of unlike machines are comparable. The recipe is the one that `train.py`
-    would choose. Raises UsageError if the data cannot be opened.
+    amp: the fastest precision there; with one for all, accuracies of unlike machines are comparable. recipe:
+    the one that `train.py` would choose. Raises UsageError if the data cannot be opened.
     """
     opened = open_data(data, Plan(batch), root=root, workers=0)
     images, classes = {split: opened.count(split) for split in opened.splits}, list(opened.classes)
     opened.close()
-    recipe = resolve(TrainOptions(data=data, model=model), images=images["train"]).recipe
-    return {"amp": fastest_amp(model, device), "recipe": recipe, "classes": classes, "images": images}
+    recipe = train.resolve(train.Options(data=data, model=model), images=images["train"]).recipe
+    place = pick_device(device)
+    if place.type == "cpu":  # with AMX, bf16 is 1.6 times as fast at the paper's width, no faster at nano's
+        narrow = model in ("nexception_nano", "nexception_pico")
+        amp = "bf16" if torch.cpu._is_amx_tile_supported() and not narrow else "off"
+    else:
+        amp = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(train.amp_dtype("auto", place), "off")
+    return {"amp": amp, "recipe": recipe, "classes": classes, "images": images}
 
 
 def train_config(config: dict, seed: int = 0, budget: float | None = None, settings: dict | None = None):
@@ -551,11 +493,20 @@ def train_config(config: dict, seed: int = 0, budget: float | None = None, setti
         RunError: the loss or the scores are not finite.
         UsageError: a setting is unknown, or the data cannot be opened.
     """
-    s = trial_settings(settings or {})
+    changes = settings or {}
+    usual = defaults(changes.get("data", Options.data))
+    s = {
+        "data": Options.data, "root": Options.root, "model": usual["model"], "batch": usual["batch"],
+        "recipe": None, "device": "auto", "compile": False, "amp": "auto", "objectives": ["accuracy"],
+        "split": "val", "workers": None,
+    }  # fmt: skip
+    if unknown := changes.keys() - s:
+        raise UsageError(f"no settings of a trial: {', '.join(unknown)}; they are {', '.join(s)}")
+    s |= changes
     if s["amp"] == "auto" or s["recipe"] is None:
         facts = trial_facts(*(s[name] for name in ("data", "root", "model", "batch", "device")))
         s |= {name: facts[name] for name in ("amp", "recipe") if s[name] in ("auto", None)}
-    epochs = max(1, round(budget or defaults(s["data"]).max_epochs))
+    epochs = max(1, round(budget or usual["max_epochs"]))
     device = pick_device(s["device"])
     if device.type == "cpu":
         keep_large_buffers()
@@ -564,20 +515,20 @@ def train_config(config: dict, seed: int = 0, budget: float | None = None, setti
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats(device)
     options = trial_options(s, epochs, seed, device)
-    how = {"size": options.size, "augment": augmentation(options), "device": device, "root": options.root}
-    how["workers"] = s["workers"]
+    how = {"size": options.size, "augment": train.augmentation(options), "root": options.root}
+    how |= {"device": device, "workers": s["workers"]}
     data = open_once(options.data, Plan(options.batch), **how)
     data.plan = Plan(options.batch, seed=seed)
     begun = time.perf_counter()
     torch.manual_seed(seed)
     network = network_config(config, s["model"])
     network = create_model(network, num_classes=len(data.classes), input_size=data.transform.size)
-    training = Training(network, options, Process(device=device))
-    curve = fit(training, data, score_after=[epochs])
+    training = train.Training(network, options, train.Process(device=device))
+    curve = train.fit(training, data, score_after=[epochs])
     split = s["split"] if s["split"] in data.splits else "val"
     scores = {"top1": curve[-1]["val_top1"], "loss": curve[-1]["val_loss"]}
     if split != "val":
-        scores = evaluate(training.scored, data, split, training.amp)
+        scores = train.evaluate(training.scored, data, split, training.amp)
     info = {
         "top1": scores["top1"],
         "loss": scores["loss"],
@@ -585,7 +536,6 @@ def train_config(config: dict, seed: int = 0, budget: float | None = None, setti
         "parameters": count_parameters(network),
         "macs": count_macs(network),
         "training_images_per_second": float(np.median([epoch["images_per_second"] for epoch in curve])),
-        "inference_images_per_second": inference_speed(network, data, training.amp, s["objectives"]),
         "seconds": time.perf_counter() - begun,
         "losses": [round(epoch["train_loss"], 5) for epoch in curve],  # mean of each epoch of training
         "amp": options.amp,
@@ -594,23 +544,16 @@ def train_config(config: dict, seed: int = 0, budget: float | None = None, setti
     if device.type == "cuda":
         info["device"] = torch.cuda.get_device_name(device)
         info["peak_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
+    if "throughput" in s["objectives"]:
+        info["inference_images_per_second"] = inference_speed(network, data, training.amp)
     costs = [OBJECTIVES[name][0](info) for name in s["objectives"]]
     return costs if len(costs) > 1 else costs[0], info
 
 
-def fastest_amp(model: str, device: str) -> str:
-    """Return the fastest precision of training a model on a device: "bf16", "fp16" or "off"."""
-    device = pick_device(device)
-    if device.type == "cpu":  # with AMX, bf16 is 1.6 times as fast at the paper's width, no faster at nano's
-        narrow = model in ("nexception_nano", "nexception_pico")
-        return "bf16" if torch.cpu._is_amx_tile_supported() and not narrow else "off"
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype("auto", device), "off")
-
-
-def trial_options(settings: dict, epochs: int, seed: int, device: torch.device) -> TrainOptions:
+def trial_options(settings: dict, epochs: int, seed: int, device: torch.device) -> train.Options:
     """Return the recipe of `train.py` for a trial: its epochs, of which at most a quarter are warm-up."""
     s = settings
-    usual = resolve(TrainOptions(data=s["data"], model=s["model"], recipe=s["recipe"]))
+    usual = train.resolve(train.Options(data=s["data"], model=s["model"], recipe=s["recipe"]))
     return replace(
         usual, epochs=epochs, warmup_epochs=min(usual.warmup_epochs, epochs // 4), cooldown_epochs=0,
         batch=s["batch"], accumulate=1, repeats=1, seed=seed, compile=s["compile"], root=s["root"],
@@ -619,16 +562,13 @@ def trial_options(settings: dict, epochs: int, seed: int, device: torch.device) 
 
 
 @torch.inference_mode()
-def inference_speed(network: torch.nn.Module, data: Data, amp: torch.dtype | None, objectives: list) -> float:
-    """Return images per second in evaluation mode: the median of ten batches after one for warm-up.
-
-    Three batches if throughput is no objective: on a CPU, ten take a sixth of the time of a short trial.
-    """
+def inference_speed(network: torch.nn.Module, data: Data, amp: torch.dtype | None) -> float:
+    """Return images per second in evaluation mode: the median of ten batches after one for warm-up."""
     device = next(network.parameters()).device
     images = data.transform.normalize(next(iter(data.eval_batches("val")))[0])
     network.eval()
     times = []
-    for _ in range(11 if "throughput" in objectives else 4):
+    for _ in range(11):
         begun = time.perf_counter()
         with torch.autocast(device.type, amp, enabled=amp is not None):
             network(images)
@@ -644,18 +584,18 @@ def inference_speed(network: torch.nn.Module, data: Data, amp: torch.dtype | Non
 
 @dataclass(frozen=True)
 class Job:
-    """A call of a target in a trial process, and its limits."""
+    """A training of a trial in a trial process: a call of a target, and its limits."""
 
+    trial: Trial
+    seed: int  # of the training
     target: str  # "module:function"
-    config: dict[str, str]
-    seed: int
-    budget: int
     settings: dict | None  # the target's fourth argument, if not None
     device: str
     threads: int  # on the CPU; 0: PyTorch's default
     time_limit: float  # seconds
     memory_limit: float  # bytes, loader processes included
     log: str | None  # file for what trials print; None: the output of the parent
+    submitted: float  # seconds, of the search's monotonic clock
 
 
 _memory = {"peak": 0, "limit": math.inf}  # of a trial process and its children, bytes
@@ -701,7 +641,8 @@ def answer(job: Job) -> dict:
     _memory.update(peak=0, limit=job.memory_limit)
     start, begun = time.time(), time.monotonic()
     try:
-        arguments = [job.config, job.seed, job.budget, *([] if job.settings is None else [job.settings])]
+        arguments = [job.trial.config, job.seed, job.trial.budget]
+        arguments += [] if job.settings is None else [job.settings]
         result = pkgutil.resolve_name(job.target)(*arguments)
         cost, info = result if isinstance(result, tuple) else (result, {})
         costs = np.atleast_1d(cost).astype(float).tolist()
@@ -722,12 +663,12 @@ def answer(job: Job) -> dict:
     return {**outcome, "start": start, "end": start + time.monotonic() - begun}
 
 
-def schedule(job: Job, workers: int, *key):
+def schedule(job: Job, workers: int):
     """Schedule a job in a pool of `workers` processes; return its future (see `outcome_of`).
 
-    Pools with different keys are different. A pool is started at the first call, and again if it has broken.
+    Each device and thread has a pool of its own, started at the first call, and again if it has broken.
     """
-    key = (job.target, job.device, *key)
+    key = (job.device, threading.get_ident())
     if key not in _pools or not _pools[key].active:
         arguments, spawn = (job.target, job.threads, job.log), multiprocessing.get_context("spawn")
         _pools[key] = ProcessPool(workers, initializer=prepare_process, initargs=arguments, context=spawn)
@@ -744,7 +685,6 @@ def schedule(job: Job, workers: int, *key):
 
 def outcome_of(future, job: Job) -> dict:
     """Return the outcome of a finished job (see `answer`); if its process has died, without start and end."""
-    trace = ""
     try:
         return future.result()
     except TimeoutError:
@@ -755,16 +695,15 @@ def outcome_of(future, job: Job) -> dict:
             error = "killed by the system, most likely out of memory"
         elif end.exitcode != OUT_OF_MEMORY:
             status, error = "crashed", f"the trial process died with status {end.exitcode}"
-        if job.log is not None:
-            trace = Path(job.log).read_bytes()[-2000:].decode(errors="replace")
-    return {"status": status, "info": {"error": error, "traceback": trace}}
+            error += f", see {job.log}" if job.log else ""
+    return {"status": status, "info": {"error": error}}
 
 
 def run_on_dask(job: Job) -> dict:
     """Run a job in a trial process of a Dask worker, one per thread of the worker; return its outcome."""
     # Dask's nanny starts its workers as daemons, which multiprocessing does not allow to have children.
     multiprocessing.current_process().daemon = False
-    future = schedule(job, 1, threading.get_ident())
+    future = schedule(job, 1)
     wait([future])
     return outcome_of(future, job)
 
@@ -784,18 +723,12 @@ multiprocessing.util.Finalize(None, close_pools, exitpriority=100)
 # The run folder
 
 
-def parse_rows(content: bytes) -> list[dict]:
-    """Parse the rows of a journal, except for a last line that a kill left incomplete."""
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
-
-
 def read_json(path: Path) -> dict:
     """Return the JSON object of a file, an empty one if the file is missing or broken."""
     try:
-        found = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager
@@ -810,35 +743,17 @@ def writing(folder: Path):
         ) from None
 
 
-class Journal:
-    """The finished trials, one JSON object per line, written to disk before the sampler is told.
+def rows_of(folder: Path) -> list[dict]:
+    """Return the finished trials of a run folder, also while its search is running.
 
     A row: config, seed (of the training), budget (epochs), status ("success", "crashed", "timeout",
     "memoryout"), cost (a list, one value per objective, smaller is better; finite for failures too), start
     and end (seconds since 1970), elapsed (seconds of search so far), origin (see `Trial`), info (the trial's
-    results). Raises UsageError if another search holds the folder.
+    results).
     """
-
-    def __init__(self, path: Path):
-        self.file = open(path, "a+b")  # noqa: SIM115 (open as long as the search)
-        if not lock_file(self.file):
-            raise UsageError(f"another search is running in {path.parent}: wait, or give another --out")
-        self.file.seek(0)
-        content = self.file.read()
-        self.rows = parse_rows(content)
-        self.file.truncate(content.rfind(b"\n") + 1)
-
-    def append(self, row: dict) -> None:
-        self.file.write(json.dumps(row).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.rows.append(row)
-
-
-def rows_of(folder: Path) -> list[dict]:
-    """Return the finished trials of a run folder, also while its search is running."""
     path = folder / "trials.jsonl"
-    return parse_rows(path.read_bytes()) if path.exists() else []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1]]  # a kill may have cut the last one
 
 
 def settings_of(folder: Path) -> dict:
@@ -882,36 +797,31 @@ def top1(row: dict) -> float:
     return 100 - 100 * row["cost"][0]
 
 
-def value_text(objective: str, cost: float) -> str:
-    """Format the value of a cost: 98.15%, 2,310 images/s, 12.3 MMACs, 0.410 M parameters."""
-    _, value, text, _ = OBJECTIVES[objective]
-    return text.format(value(cost))
-
-
-def result_text(costs: list[float], objectives: list[str]) -> str:
-    """Format the values of all costs: 98.15%  2,310 images/s."""
-    return "  ".join(map(value_text, objectives, costs))
+def result_texts(costs: list[float], objectives: list[str]) -> list[str]:
+    """Format the values of costs: 98.15%, 2,310 images/s, 12.3 MMACs, 0.410 M parameters."""
+    entries = [OBJECTIVES[name] for name in objectives]
+    return [text.format(value(cost)) for cost, (_, value, text, _) in zip(costs, entries, strict=True)]
 
 
 def incumbent_text(rows: list[dict], settings: dict) -> str:
     """Format the incumbent, or the Pareto front of several objectives, one network per line."""
-    found = best_rows(rows, settings["budgets"][-1])
-    texts = [f"{short(row['config'])}  {result_text(row['cost'], settings['objectives'])}" for row in found]
-    return "\n".join(f"incumbent: {text}" for text in texts) or "no incumbent yet at the highest budget"
+    texts = [
+        "  ".join([f"incumbent: {short(row['config'])}", *result_texts(row["cost"], settings["objectives"])])
+        for row in best_rows(rows, settings["budgets"][-1])
+    ]
+    return "\n".join(texts) or "no incumbent yet at the highest budget"
 
 
 def write_csv(folder: Path, rows: list[dict], settings: dict) -> None:
     """Write trials.csv, one row per trial."""
-    space = settings["space"]
-    names = ("top1", "loss", "parameters", "macs", "training_images_per_second", "amp", "error")
+    results = ("top1", "loss", "parameters", "macs", "training_images_per_second", "amp", "error")
+    columns = [*settings["space"], "budget", "seed", "status", "seconds", "elapsed", *results]
     text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow([*space, "budget", "seed", "status", "seconds", "elapsed", *names])
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
     for row in rows:
-        times = [round(row["end"] - row["start"], 3), round(row["elapsed"], 3)]
-        results = [row["info"].get(name, "") for name in names]
-        config = [row["config"][name] for name in space]
-        table.writerow([*config, row["budget"], row["seed"], row["status"], *times, *results])
+        times = {"seconds": round(row["end"] - row["start"], 3), "elapsed": round(row["elapsed"], 3)}
+        table.writerow(row["info"] | row["config"] | row | times)
     write_whole(folder / "trials.csv", text.getvalue())
 
 
@@ -926,8 +836,8 @@ def connect(address: str):
     try:
         return Client(address, timeout=SCHEDULER_PATIENCE)
     except (OSError, ValueError) as error:
-        reason = f"--scheduler {address}: no Dask scheduler answers there: {error}"
-        raise UsageError(reason.replace("\n", " ")) from None
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--scheduler {address}: no Dask scheduler answers there: {reason}") from None
 
 
 class Search:
@@ -956,19 +866,18 @@ class Search:
         self.trials, self.seconds = o.trials or math.inf, seconds(o.walltime, "--walltime")
         self.time_limit, memory = seconds(o.time_limit, "--time-limit"), psutil.virtual_memory().total
         self.memory_limit = (o.memory_limit or 0.9 * memory / 1e9 / len(self.devices)) * 1e9
-        self.folder, self.cluster, self.lost = Path(o.out), set(), False
-        self.running: dict = {}  # future -> (trial, job, when it was submitted), see `submit`
-        self.signal, self.asked = 0, None
+        self.folder, self.stop = Path(o.out), None
+        self.running: dict = {}  # future -> job, see `submit`
         self.client = connect(o.scheduler) if o.scheduler else None
         if self.default_target:
             find = functools.partial(trial_facts, o.data, o.root, o.model, o.batch, self.devices[0][0])
             self.settings |= self.client.submit(find).result() if self.client else find()
-        self.failed = self.worst_costs()
         self.open_folder()
         self.replay()
 
-    def worst_costs(self) -> list[float]:
-        """Return the costs of a failed trial: no accuracy, and twice the size of NEXcepTion."""
+    @functools.cached_property
+    def failed(self) -> list[float]:
+        """The costs of a failed trial: no accuracy, and twice the size of NEXcepTion."""
         with torch.device("meta"):
             network = create_model(network_config(points()["NEXcepTion"], self.options.model))
         worst = {"top1": 0.0, "inference_images_per_second": 0.0}
@@ -976,135 +885,123 @@ class Search:
         return [OBJECTIVES[name][0](worst) for name in self.settings["objectives"]]
 
     def open_folder(self) -> None:
-        """Lock the run folder and write the settings. Raises UsageError if it holds something else."""
+        """Lock the run folder, read its trials and write the settings.
+
+        The precision is that of the folder's trials. Raises UsageError if the folder holds something else, or
+        if another search holds it.
+        """
+        path, now = self.folder / "trials.jsonl", self.settings
         try:
             if rows_of(self.folder):
-                self.compare_settings()
-            names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+                before = settings_of(self.folder)
+                if "amp" in now:
+                    now["amp"] = before.get("amp")
+                if not {before["data"], now["data"]} & {*SMALL_SETS}:
+                    before["data"] = now["data"]  # a folder of images may have moved
+                if changed := "; ".join(differences(before, now)):
+                    raise UsageError(f"{self.folder} holds another search ({changed}): give another --out")
+            names = {found.name for found in self.folder.iterdir()} if self.folder.exists() else set()
             if names and not names & {"trials.jsonl", "search.json"}:
                 raise UsageError(f"{self.folder} is not the folder of a search: give another --out")
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.journal = Journal(self.folder / "trials.jsonl")
+            self.journal = open(path, "ab")  # noqa: SIM115 (open as long as the search)
         except OSError as error:
             raise UsageError(f"--out {self.options.out}: {error.strerror}") from None
-        write_whole(self.folder / "search.json", json.dumps(self.settings, indent=1))
-
-    def compare_settings(self) -> None:
-        """Take over the precision of the folder's trials. Raises UsageError if other settings differ."""
-        before, now = settings_of(self.folder), self.settings
-        if "amp" in now:
-            now["amp"] = before.get("amp")
-        before |= {"data": now["data"]} if not {before["data"], now["data"]} & {*SMALL_SETS} else {}
-        changed = differences(before, now)
-        if changed:
-            raise UsageError(f"{self.folder} holds another search ({'; '.join(changed)}): give another --out")
+        if not lock_file(self.journal):
+            raise UsageError(f"another search is running in {self.folder}: wait, or give another --out")
+        self.rows = rows_of(self.folder)
+        self.journal.truncate(path.read_bytes().rfind(b"\n") + 1)  # a line that a kill has cut
+        write_whole(self.folder / "search.json", json.dumps(now, indent=1))
 
     def replay(self) -> None:
         """Create the sampler in the state given by the journal and its own last state."""
-        self.rows = self.journal.rows
         self.kept = len(self.rows)  # trials of earlier starts
         state = read_json(self.folder / "state.json") if self.rows else {}
-        self.earlier = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in self.rows)])
-        self.begun = time.monotonic()
+        elapsed = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in self.rows)])
+        self.begun = time.monotonic() - elapsed
         self.sampler = SAMPLERS[self.settings["sampler"]](self.folder, self.settings)
         self.sampler.replay(self.rows, state.get("sampler"))
         highest = self.settings["budgets"][-1]
         had = [row["config"] for row in self.rows if row["budget"] == highest]
         given = self.settings["points"].items()
-        self.given = [Trial(config, highest, name) for name, config in given if config not in had]
+        self.queue = [Trial(config, highest, name) for name, config in given if config not in had]
         self.save()
         if self.rows:
-            print(f"continuing {self.folder}: {len(self.rows)} trials finished in {clock(self.earlier)}")
+            print(f"continuing {self.folder}: {len(self.rows)} trials finished in {clock(elapsed)}")
 
     @property
     def elapsed(self) -> float:
         """Seconds of search so far, including earlier starts."""
-        return self.earlier + time.monotonic() - self.begun
+        return time.monotonic() - self.begun
 
     def save(self) -> None:
         """Write state.json and trials.csv."""
         with writing(self.folder):
             state = {"elapsed": self.elapsed, "sampler": self.sampler.state()}
+        trials = [job.trial for job in self.running.values()]
+        state["running"] = [f"{short(trial.config)}, {epochs_text(trial.budget)}" for trial in trials]
         state |= {"trials": self.options.trials, "walltime": self.options.walltime}
-        running = [trial for trial, *_ in self.running.values()]
-        state["running"] = [f"{short(trial.config)}, {epochs_text(trial.budget)}" for trial in running]
         write_whole(self.folder / "state.json", json.dumps(state))
         write_csv(self.folder, self.rows, self.settings)
+
+    @property
+    def signal(self) -> int:
+        """The first signal received: it ends the search after the current step, a second Ctrl-C at once."""
+        return self.stop.signal if self.stop else 0
 
     def run(self) -> int:
         """Search until the trials or the time are used up, compare, report; return the exit status."""
         self.executor = self.client.get_executor(pure=False) if self.client else None
-        with self.signals():
-            try:
-                while not self.signal:
-                    submitted = self.fill()
-                    if not self.running:
-                        break
-                    if self.collect() or submitted:
-                        self.save()
-                self.running.clear()
-                if not self.signal:
-                    self.conclude()
-            finally:
-                close_pools()
-                if self.client is not None:
-                    with contextlib.suppress(Exception):  # a lost cluster must not hide the first error
-                        if not self.lost:
-                            self.client.run(close_pools)
-                        self.client.close(timeout=2)
+        self.stop = train.StopSignal(train.Process())
+        try:
+            while not self.signal:
+                before = len(self.rows), len(self.running)
+                self.fill()
+                if not self.running:
+                    break
+                self.collect()
+                if before != (len(self.rows), len(self.running)):
+                    self.save()
+            self.running.clear()
+            if not self.signal:
+                self.conclude()
+        finally:
+            self.stop.close()
+            close_pools()
+            if self.client is not None:
+                with contextlib.suppress(Exception):  # a lost cluster must not hide the first error
+                    if self.client.status == "running":
+                        self.client.run(close_pools)
+                    self.client.close(timeout=2)
         if not self.signal:
             return 0
         print(f"ended by signal {self.signal} after {len(self.rows)} trials; repeat the command to continue")
         print(incumbent_text(self.rows, self.settings))
         return 128 + self.signal
 
-    @contextlib.contextmanager
-    def signals(self):
-        """Handle Ctrl-C, SIGTERM and SIGUSR1 (SLURM's): the first ends the search after the current step.
-
-        The second ends it at once.
-        """
-
-        def receive(number, _frame):
-            if self.signal:
-                os._exit(128 + number)  # nothing is lost: the journal is on disk
-            self.signal = number
-
-        with contextlib.ExitStack() as stack:
-            if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                    stack.callback(signal.signal, number, signal.signal(number, receive))
-            yield
-
-    def fill(self) -> bool:
-        """Submit a trial for each free worker while trials and time are left; return whether any was."""
-        before = len(self.running)
+    def fill(self) -> None:
+        """Submit a trial for each free worker while trials and time are left."""
         while self.devices and self.elapsed < self.seconds:
             if len(self.rows) + len(self.running) >= self.trials:
                 break
-            trial = self.next_trial()
-            if trial is None:
+            if (trial := self.next_trial()) is None:
                 if not self.running:
                     print(f"nothing is left to try: {len(self.rows)} trials")
                 break
-            limit = min(self.time_limit, self.seconds - self.elapsed)
-            self.submit(trial, trial_seed(self.settings, trial.config), limit)
-        return len(self.running) > before
+            self.submit(trial, min(self.time_limit, self.seconds - self.elapsed))
 
     def next_trial(self) -> Trial | None:
         """Return the next trial: a point of the paper, or the sampler's next one that has not run yet.
 
         None: a running trial must finish first, or nothing is left.
         """
-        if self.given:
-            return self.given.pop(0)
         for _ in range(1000):  # a sampler that proposes what it has been told so often has nothing else
-            trial, self.asked = self.asked or self.sampler.ask(), None
+            trial = self.queue.pop(0) if self.queue else self.sampler.ask()
             if trial is None:
                 return None
             what = trial.config, trial.budget
-            if any((other.config, other.budget) == what for other, *_ in self.running.values()):
-                self.asked = trial  # until the same trial has finished
+            if any((job.trial.config, job.trial.budget) == what for job in self.running.values()):
+                self.queue.insert(0, trial)  # until the same trial has finished
                 return None
             row = next((row for row in self.rows if (row["config"], row["budget"]) == what), None)
             if row is None:
@@ -1112,63 +1009,60 @@ class Search:
             self.sampler.tell(trial, row)
         return None
 
-    def submit(self, trial: Trial, seed: int, time_limit: float, split: str = "val") -> None:
-        """Submit a trial to a free worker; `finished` yields it with its job and outcome."""
+    def submit(self, trial: Trial, time_limit: float, *repeat: int) -> None:
+        """Start a trial on a free worker, or its `repeat`-th training for the final comparison."""
         device, threads = self.devices.pop()
         settings, log = None, None if self.client else str(self.folder / "trials.log")
         if self.default_target:
             names = ("data", "model", "batch", "recipe", "amp", "objectives")
             settings = {name: self.settings[name] for name in names} | {"workers": self.loaders}
             settings |= {"root": self.options.root, "compile": self.options.compile}
-            settings |= {"device": device, "split": split}
+            settings |= {"device": device, "split": "test" if repeat else "val"}
         job = Job(
-            self.settings["target"], trial.config, seed, trial.budget, settings,
-            device, threads, time_limit, self.memory_limit, log,
+            trial, trial_seed(self.settings, trial.config, *repeat), self.settings["target"], settings,
+            device, threads, time_limit, self.memory_limit, log, time.monotonic(),
         )  # fmt: skip
         if self.client is not None:
             future = self.executor.submit(run_on_dask, job)
         else:
             future = schedule(job, self.slots[device])
-        self.running[future] = trial, job, time.monotonic()
+        self.running[future] = job
 
     def finished(self):
-        """Wait for up to 0.2 s; yield (trial, job, outcome) of each finished trial."""
+        """Wait for up to 0.2 s; yield the job and the outcome of each finished training."""
         killed = ()
-        if self.client is not None:  # Dask moves the trials of a lost worker to others silently
+        if self.client is not None:  # Dask runs the trials of lost workers on others, up to four times
             from distributed import KilledWorker as killed
-
-            cluster = set(self.client.scheduler_info(n_workers=-1)["workers"])
-            for address in self.cluster - cluster:
-                print(f"lost the Dask worker at {address}: its trials run again on another, if there is one")
-            self.cluster = cluster
         for future in wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED).done:
-            trial, job, begun = self.running.pop(future)
+            job = self.running.pop(future)
             self.devices.append((job.device, job.threads))
             try:
                 outcome = outcome_of(future, job)
             except killed as error:
                 outcome = {"status": "crashed", "info": {"error": str(error)}}
             except (CancelledError, OSError, BrokenProcessPool) as error:
-                self.lost = True
                 what = "lost the Dask cluster" if self.client else f"no trial process starts, see {job.log}"
                 why = " ".join(f"{type(error).__name__} {error}".split())
                 raise RunError(f"{what} ({why}); repeat the command to continue") from None
-            took, now = time.monotonic() - begun, time.time()
-            yield trial, job, {"cost": self.failed, "start": now - took, "end": now, **outcome}
+            now, took = time.time(), time.monotonic() - job.submitted
+            yield job, {"cost": self.failed, "start": now - took, "end": now, **outcome}
 
-    def collect(self) -> bool:
-        """Record finished trials in the journal, then tell the sampler; return whether there was one."""
-        before = len(self.rows)
-        for trial, job, outcome in self.finished():
-            cut = job.time_limit < self.time_limit  # by the end of --walltime
-            if outcome["status"] != "success" and (self.signal or (cut and outcome["status"] == "timeout")):
-                if not self.signal:
-                    print("stopped a trial at the end of --walltime; it runs again if the search continues")
+    def collect(self) -> None:
+        """Record finished trials in the journal, then tell the sampler."""
+        for job, outcome in self.finished():
+            trial, failed = job.trial, outcome["status"] != "success"
+            if failed and self.signal:
                 continue  # not a failure of the network
+            if outcome["status"] == "timeout" and job.time_limit < self.time_limit:
+                print("stopped a trial at the end of --walltime; it runs again if the search continues")
+                continue
             row = {"config": trial.config, "seed": job.seed, "budget": trial.budget}
             row |= {"elapsed": self.elapsed, "origin": trial.origin, **outcome}
-            with writing(self.folder):
-                self.journal.append(row)
+            with writing(self.folder):  # on the disk before the sampler is told
+                self.journal.write(json.dumps(row).encode() + b"\n")
+                self.journal.flush()
+                os.fsync(self.journal.fileno())
+            self.rows.append(row)
             self.sampler.tell(trial, row)
             self.say(row)
             first = self.rows[self.kept :][:FAILURES_THAT_STOP]
@@ -1177,20 +1071,19 @@ class Search:
                     (self.folder / "trials.jsonl").replace(self.folder / "failed.jsonl")
                 error, trace = first[0]["info"]["error"], first[0]["info"].get("traceback", "")
                 raise RunError(f"the first {len(first)} trials all failed; the first one: {error}\n{trace}")
-        return len(self.rows) > before
 
     def say(self, row: dict) -> None:
         """Print one line about a finished trial, with an estimate of the time left."""
         n, objectives = len(self.rows), self.settings["objectives"]
-        best = best_rows(self.rows, self.settings["budgets"][-1])
-        failure = f"{row['status']}: {first_line(row['info'])}"
-        result = result_text(row["cost"], objectives) if row["status"] == "success" else failure
-        spent = clock(row["end"] - row["start"])
+        result = f"{row['status']}: {first_line(row['info'])}"
+        if row["status"] == "success":
+            result = "  ".join(result_texts(row["cost"], objectives))
         done = f"{n}/{self.trials}" if self.trials < math.inf else f"{n}"
-        line = f"{done:>7} {short(row['config']):58} {epochs_text(row['budget']):>9} {result:>8} {spent:>8}"
-        line += f"  best {result_text(best[0]['cost'][:1], objectives)}" if best else ""
+        line = f"{done:>7} {short(row['config']):58} {epochs_text(row['budget']):>9} {result:>8}"
+        best = best_rows(self.rows, self.settings["budgets"][-1])
+        best = f"  best {top1(best[0]):.2f}%" if best else ""
         left = max(0.0, min(self.seconds - self.elapsed, self.elapsed / n * (self.trials - n)))
-        print(f"{line}  left {clock(left)}", flush=True)
+        print(f"{line} {clock(row['end'] - row['start']):>8}{best}  left {clock(left)}", flush=True)
 
     def conclude(self) -> None:
         """Write the networks found for `train.py`, compare the best with the paper's points, and report."""
@@ -1200,29 +1093,30 @@ class Search:
         if not front:
             hint = f"see python search.py status {self.folder}"
             if self.elapsed >= self.seconds:
-                usual = defaults(o.data).walltime
+                usual = defaults(o.data)["walltime"]
                 hint = f"repeat the command with more than --walltime {o.walltime}; the default is {usual}"
             raise RunError(f"no trial has succeeded after {epochs_text(highest)}: {hint}")
         print(incumbent_text(self.rows, self.settings))
+        incumbent, best = front[0]["config"], "incumbent"
+        ours = set(incumbent) == set(SPACE)
         for path in self.folder.glob("front-*.json"):
             path.unlink()  # of a smaller search
-        ours, best = set(front[0]["config"]) == set(SPACE), "incumbent"
         for number, row in enumerate(front if ours else [], start=1):
-            self.write_network(row["config"], best if number == 1 else f"front-{number}")
+            self.write_network(row["config"], "incumbent" if number == 1 else f"front-{number}")
         if self.default_target:
-            best = self.compare(front[0]["config"])
-        if self.signal:
-            return
+            self.compare(incumbent)
+            if self.signal:
+                return
+            text, best = comparison(self.folder, incumbent)
+            print(text)
         print(f"report: {report(self.folder)}")
         if ours:
-            network = self.write_network(points().get(best, front[0]["config"]), best.lower())
-            if o.grow and o.data in SMALL_SETS:
-                size, pixels = count_parameters(create_model(network)) / 1e6, SMALL_SETS[o.data].size
-                print(f"note: {size:.1f} M parameters for images of {pixels} pixels (--grow {o.grow})")
+            network = self.write_network(points().get(best, incumbent), best.lower())
             command = ["python", "train.py", "--data", o.data, "--model", str(network)]
             command += ["--out", str(self.folder / "full")]
             command += ["--root", o.root] if o.root != Options.root else []
-            print(f"train it in full: {shlex.join(command)}")
+            size = count_parameters(create_model(network)) / 1e6
+            print(f"train it in full ({size:.2g} M parameters): {shlex.join(command)}")
 
     def write_network(self, config: dict, name: str) -> Path:
         """Write the network of a configuration, for `train.py --model`."""
@@ -1230,31 +1124,28 @@ class Search:
         network_config(config, f"nexception_{o.grow}" if o.grow else o.model).to_json(path)
         return path
 
-    def compare(self, incumbent: dict) -> str:
-        """Train the incumbent and the paper's points REPEATS times each; return the name of the best.
+    def compare(self, incumbent: dict) -> None:
+        """Train the incumbent and the paper's points REPEATS times each; write the results to final.json.
 
         They are evaluated on the test split, of data that have none on the validation split.
         """
-        path, budget, waiting = self.folder / "final.json", self.settings["budgets"][-1], {}
-        scored = read_json(path)
-        for repeat in range(1, REPEATS + 1):
-            for config in (incumbent, *points().values()):
-                name = repeat_name(config, repeat)
-                waiting[name] = Trial(config, budget, name), trial_seed(self.settings, config, repeat)
-        waiting = {name: job for name, job in waiting.items() if name not in scored}
+        path, budget = self.folder / "final.json", self.settings["budgets"][-1]
+        scored, repeats = read_json(path), range(1, REPEATS + 1)
+        runs = [(config, repeat) for repeat in repeats for config in (incumbent, *points().values())]
+        waiting = {repeat_name(*run): run for run in runs if repeat_name(*run) not in scored}
         if waiting:
             compared = "training the incumbent and NEXcepTion's and Xception's choices"
             print(f"{compared}, {REPEATS} times {epochs_text(budget)} each", flush=True)
         while (waiting or self.running) and not self.signal:
             while waiting and self.devices:
-                self.submit(*waiting.pop(next(iter(waiting))), self.time_limit, "test")
-            for trial, job, outcome in self.finished():
+                name = next(iter(waiting))
+                config, repeat = waiting.pop(name)
+                self.submit(Trial(config, budget, name), self.time_limit, repeat)
+            for job, outcome in self.finished():
                 if outcome["status"] == "success" or not self.signal:
-                    scored[trial.origin] = {"status": outcome["status"], "seed": job.seed, **outcome["info"]}
+                    result = {"status": outcome["status"], "seed": job.seed, **outcome["info"]}
+                    scored[job.trial.origin] = result
                     write_whole(path, json.dumps(scored, indent=1))
-        text, best = comparison(self.folder, incumbent)
-        print(text)
-        return best
 
 
 def trial_seed(settings: dict, config: dict, *repeat: int) -> int:
@@ -1275,20 +1166,19 @@ def comparison(folder: Path, incumbent: dict) -> tuple[str, str]:
     """
     from scipy.stats import ttest_ind
 
-    compared, scored = {"incumbent": incumbent, **points()}, read_json(folder / "final.json")
-    width, lines, scores, splits = max(map(len, map(short, compared.values()))), [], {}, set()
+    compared, scored, top1s = {"incumbent": incumbent, **points()}, read_json(folder / "final.json"), {}
+    width, lines, splits = max(len(short(config)) for config in compared.values()), [], set()
     for name, config in compared.items():
-        found = [scored.get(repeat_name(config, repeat), {}) for repeat in range(1, REPEATS + 1)]
-        done = [result for result in found if "top1" in result]
-        top1s = scores[name] = [result["top1"] for result in done]
-        splits |= {result.get("split") for result in done}
-        text = f"{np.mean(top1s):.2f}%" if top1s else "no result"
-        text += f" ± {np.std(top1s, ddof=1):.2f}" if len(top1s) > 1 else ""
-        failed = "".join(f"  {first_line(result)}" for result in found if result not in done)
-        lines.append(f"  {name:10} {short(config):{width}}  {text} ({len(top1s)}){failed}")
-    for name in points():
-        ours, theirs = scores["incumbent"], scores[name]
-        if incumbent == points()[name] or min(len(ours), len(theirs)) < 2:
+        runs = [scored.get(repeat_name(config, repeat), {}) for repeat in range(1, REPEATS + 1)]
+        done = top1s[name] = [run["top1"] for run in runs if "top1" in run]
+        splits |= {run["split"] for run in runs if "top1" in run}
+        text = f"{np.mean(done):.2f}%" if done else "no result"
+        text += f" ± {np.std(done, ddof=1):.2f}" if len(done) > 1 else ""
+        failed = "".join(f"  {first_line(run)}" for run in runs if "top1" not in run)
+        lines.append(f"  {name:10} {short(config):{width}}  {text} ({len(done)}){failed}")
+    for name, point in points().items():
+        ours, theirs = top1s["incumbent"], top1s[name]
+        if incumbent == point or min(len(ours), len(theirs)) < 2:
             continue
         with warnings.catch_warnings():  # SciPy's, of scores that are all the same
             warnings.simplefilter("ignore")
@@ -1297,7 +1187,7 @@ def comparison(folder: Path, incumbent: dict) -> tuple[str, str]:
         verdict += "p < 0.001)" if p < 0.001 else f"p = {p:.2g})"
         gap = np.mean(ours) - np.mean(theirs)
         lines.append(f"incumbent - {name}: " + (f"{gap:+.2f} points, {verdict}" if gap else "equal"))
-    best = max(scores, key=lambda name: np.mean(scores[name] or [-1]))
+    best = max(top1s, key=lambda name: np.mean(top1s[name] or [-1]))
     if best != "incumbent":
         lines.append(f"the best of these is not what the search found, but {best}'s choices")
     split = "test split" if splits <= {"test"} else "validation split, which the search has seen"
@@ -1324,19 +1214,18 @@ def process_of(folder: Path) -> str | None:
 def status_text(folder: Path) -> str:
     """Format progress, incumbent and failures of a running or finished search; takes no lock."""
     settings, rows, state = settings_of(folder), rows_of(folder), read_json(folder / "state.json")
-    budgets, failures = settings["budgets"], [row for row in rows if row["status"] != "success"]
+    failures = [row for row in rows if row["status"] != "success"]
     process = process_of(folder)
     runs = {None: "", "": ", not running on this machine"}.get(process, f", running as process {process}")
     of = [f" of {state[name]}" if state.get(name) else "" for name in ("trials", "walltime")]
     elapsed = max([state.get("elapsed", 0.0), *(row["elapsed"] for row in rows)])
-    succeeded = ", ".join(f"{len(successes(rows, b))} succeeded after {epochs_text(b)}" for b in budgets)
+    counts = [f"{len(successes(rows, b))} succeeded after {epochs_text(b)}" for b in settings["budgets"]]
+    counts = ", ".join([*counts, f"{len(failures)} failed"])
     lines = [
         f"{folder}: {settings['sampler']} on {settings['data']}{runs}",
-        f"{len(rows)}{of[0]} trials in {clock(elapsed)}{of[1]}; {succeeded}, {len(failures)} failed",
+        f"{len(rows)}{of[0]} trials in {clock(elapsed)}{of[1]}; {counts}",
         incumbent_text(rows, settings),
     ]
-    if rows:
-        lines.insert(2, f"the last one ended {clock(max(0, time.time() - rows[-1]['end']))} ago")
     lines += [f"now: {trial}" for trial in state.get("running", []) if process]
     for row in failures[-5:]:
         where = f"{short(row['config'])}, {epochs_text(row['budget'])}"
@@ -1471,13 +1360,13 @@ def shades(budgets) -> dict:
 
 
 def draw_importance(found: dict, path: Path) -> None:
-    """Draw one panel per kind, with a bar for each choice and budget."""
+    """Draw one panel per kind, with a bar for each choice and budget; long bars end with their value."""
     last = found[max(found)]
     names = sorted(last["local"], key=last["local"].get)
     figure, axes = subplots(len(IMPORTANCES), 12, 0.55 * len(names) + 1.8, sharey=True)
-    thickness, colours, beyond = 0.8 / len(found), shades(found), "goes on beyond the axis"
+    thickness, colours = 0.8 / len(found), shades(found)
     for axis, (kind, (title, label)) in zip(axes, IMPORTANCES.items(), strict=True):
-        largest = max(cell[0] for result in found.values() for cell in result[kind].values())
+        largest = max(cell[2] for result in found.values() for cell in result[kind].values())
         low, high = (-0.5, min(max(1.1, 1.1 * largest), 3)) if kind == "improvement" else (0, 1)
         for i, (budget, result) in enumerate(found.items()):
             values, lows, highs, noise = np.array([result[kind][name] for name in names]).T
@@ -1486,21 +1375,26 @@ def draw_importance(found: dict, path: Path) -> None:
             axis.barh(places, values, thickness, color=colours[budget], label=bars)
             axis.hlines(places, lows, highs, color="black", linewidth=0.8, label="90% interval")
             axis.plot(noise, places, "|", color="crimson", markersize=24 * thickness, label="noise level")
-            for end, marker, cut in ((low, "<", places[lows < low]), (high, ">", places[highs > high])):
-                if len(cut):
-                    axis.plot([end] * len(cut), cut, marker, color="black", clip_on=False, label=beyond)
             for place, value in zip(places[values > high], values[values > high], strict=True):
-                axis.text(high, place, f"{value:.1f}   ", color="white", ha="right", va="bottom")
+                axis.text(high, place, f"{value:.1f} ", color="white", ha="right", va="bottom")
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlim=(low, high), xlabel=label, title=title)
     axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     finish(figure, axes[-1], 3 + len(found), path)
 
 
-def paper_rows(rows: list[dict]) -> list[tuple[str, str, dict]]:
-    """Return label, marker and trial of NEXcepTion's and Xception's choices, as far as `rows` has them."""
-    marked = zip(points().items(), "Ds", strict=True)
-    return [(f"{k}'s choices", m, row) for (k, point), m in marked for row in rows if row["config"] == point]
+def papers_name(row: dict) -> str:
+    """Return "NEXcepTion's choices" or "Xception's choices" if a trial has them, else an empty string."""
+    return next((f"{name}'s choices" for name, point in points().items() if point == row["config"]), "")
+
+
+def draw_trials(axis, rows: list[dict], x: list[float], **style) -> None:
+    """Draw the accuracy of trials against x; NEXcepTion's and Xception's choices get a hollow marker."""
+    axis.plot(x, [top1(row) for row in rows], linestyle="", **style)
+    for row, place in zip(rows, x, strict=True):
+        if name := papers_name(row):
+            marker = "D" if name.startswith("N") else "s"
+            axis.plot(place, top1(row), marker, color="black", fillstyle="none", label=name)
 
 
 def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
@@ -1509,15 +1403,12 @@ def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
     unit, length = ("hours", 3600) if end > 3 * 3600 else ("minutes", 60) if end > 180 else ("seconds", 1)
     figure, (axis,) = subplots(1, 6.5, 4)
     for budget, colour in shades(settings["budgets"]).items():
-        done = successes(rows, budget)
-        times, scores = [row["elapsed"] / length for row in done], [top1(row) for row in done]
-        axis.plot(times, scores, "o", markersize=4, color=colour, label=f"trials, {epochs_text(budget)}")
-    best = np.maximum.accumulate(scores)  # at the highest budget
+        done, label = successes(rows, budget), f"trials, {epochs_text(budget)}"
+        times = [row["elapsed"] / length for row in done]
+        draw_trials(axis, done, times, marker="o", markersize=4, color=colour, label=label)
+    best = np.maximum.accumulate([top1(row) for row in done])  # at the highest budget
     label = f"best after {epochs_text(budget)}"
-    if len(done) > 1:
-        axis.step([*times, end / length], [*best, best[-1]], "crimson", where="post", label=label)
-    for label, marker, row in paper_rows(done):
-        axis.plot(row["elapsed"] / length, top1(row), marker, **HOLLOW, label=label)
+    axis.step([*times, end / length], [*best, best[-1]], "crimson", where="post", label=label)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel=f"{unit} of search", ylabel=OBJECTIVES["accuracy"][3])
     finish(figure, axis, 3, path)
@@ -1525,48 +1416,33 @@ def draw_progress(rows: list[dict], settings: dict, path: Path) -> None:
 
 def draw_front(done: list[dict], front: list[dict], settings: dict, path: Path) -> None:
     """Draw top-1 against each other objective: all trials at the highest budget, and the numbered front."""
-    names, papers = settings["objectives"][1:], paper_rows(done)
+    names = settings["objectives"][1:]
     figure, axes = subplots(len(names), 5 * len(names), 4)
-
-    def draw(axis, i, rows, **style):
-        value = OBJECTIVES[names[i - 1]][1]
-        axis.plot([value(row["cost"][i]) for row in rows], [top1(row) for row in rows], **style)
-
-    for i, axis in enumerate(axes, start=1):
-        others = [row for row in done if row not in front]
-        draw(axis, i, others, color="0.7", marker=".", linestyle="", label="other trials near it")
-        # The line joins the front of these two objectives; other numbers are better in a third.
-        pair = [row for k, row in enumerate(front) if all(row["cost"][i] < r["cost"][i] for r in front[:k])]
-        draw(axis, i, pair, color="crimson", linewidth=0.7, drawstyle="steps-pre", label="Pareto front")
+    for i, (axis, name) in enumerate(zip(axes, names, strict=True), start=1):
+        _, value, _, label = OBJECTIVES[name]
+        axis.set(xlabel=label, ylabel=OBJECTIVES["accuracy"][3])
+        for rows, colour, label in ((done, "0.7", "other trials"), (front, "crimson", "Pareto front")):
+            x = [value(row["cost"][i]) for row in rows]
+            draw_trials(axis, rows, x, marker=".", color=colour, label=label)
         for number, row in enumerate(front, start=1):
-            size = 5 + 4 * len(str(number))
-            draw(axis, i, [row], color="crimson", marker=f"${number}$", markersize=size, markeredgewidth=0)
-        for label, marker, row in papers:
-            draw(axis, i, [row], marker=marker, markersize=14, linestyle="", label=label, **HOLLOW)
-        axis.set(xlabel=OBJECTIVES[names[i - 1]][3], ylabel=OBJECTIVES["accuracy"][3])
-        lowest = min(top1(row) for row in [*front, *(row for *_, row in papers)])
-        axis.set_ylim(bottom=max(lowest - 5, axis.get_ylim()[0]))
+            axis.annotate(f" {number}", (value(row["cost"][i]), top1(row)), color="crimson")
     finish(figure, axes[0], 4, path)
 
 
 def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
-    """Draw the mean accuracy of each value of each choice with its 90% interval, and the paper's points."""
-    rng, columns = np.random.default_rng(0), 3
+    """Draw the accuracies of the trials with each value of each choice, and their mean."""
+    columns = 3
     rows = -(-len(space) // columns)
     figure, axes = subplots(columns, 11, 2.6 * rows + 0.4, rows, sharey=True)
     for axis, (name, values) in zip(axes, space.items(), strict=False):
         ticks = []
         for place, value in enumerate(values):
-            group = np.array([top1(row) for row in done if row["config"][name] == value])
+            group = [row for row in done if row["config"][name] == value]
+            draw_trials(axis, group, [place] * len(group), marker=".", color="0.7", label="trials")
             ticks.append(f"{value}\n({len(group)})")
-            if len(group) > 4:  # fewer tell too little about their spread
-                means = rng.choice(group, (1000, len(group))).mean(1)
-                interval = np.quantile(means, [0.05, 0.95])
-                axis.vlines(place, *interval, color="0.6", linewidth=4, label="90% interval of the mean")
-            if len(group):
-                axis.plot(place, group.mean(), "_k", markersize=12, label="mean of (n) trials")
-        for label, marker, row in paper_rows(done):
-            axis.plot(values.index(row["config"][name]), top1(row), marker, **HOLLOW, label=label)
+            if group:
+                mean = np.mean([top1(row) for row in group])
+                axis.plot(place, mean, "_", color="crimson", markersize=14, label="mean of (n) trials")
         axis.set_xticks(range(len(values)), ticks)
         axis.set(xlim=(-0.5, len(values) - 0.5), title=name.replace("_", " "))
     for axis in axes[::columns]:
@@ -1574,16 +1450,21 @@ def draw_marginals(done: list[dict], space: dict, path: Path) -> None:
     finish(figure, axes[0], 4, path)
 
 
-def space_text(done: list[dict]) -> str:
-    """Describe the space by random trials: quantiles and the paper's points."""
-    drawn = [row for row in done if row["origin"] not in points()]
-    scores = np.array([top1(row) for row in drawn])
-    marks = ", ".join(f"{mark:.2f}%" for mark in np.quantile(scores, [0.1, 0.5, 0.9]))
-    lines = [f"- {len(drawn)} random configurations; 10% quantile, median and 90% quantile: {marks}"]
-    for label, _, row in paper_rows(done):
-        share = 100 * (scores < top1(row)).mean()
-        lines.append(f"- {label} reach {top1(row):.2f}%, more than {share:.0f}% of configurations.")
-    return "\n".join(lines)
+def best_table(done: list[dict], front: list[dict], settings: dict) -> str:
+    """Format the ten best trials and the rest of the Pareto front as a Markdown table."""
+    objectives, space = settings["objectives"], settings["space"]
+    listed = sorted(done, key=lambda row: row["cost"])[:10]
+    listed += [row for row in front if row not in listed]
+    sizes = [name for name in ("parameters", "macs") if name not in objectives]
+    heads = ["top-1", *(name.replace("_", " ") for name in space), *objectives[1:], *sizes, ""]
+    table = [heads, ["---"] * len(heads)]
+    for row in listed:
+        accuracy, *others = result_texts(row["cost"], objectives)
+        cells = [accuracy, *(row["config"][name] for name in space), *others]
+        cells += [f"{row['info'][name] / 1e6:.3g} M" if name in row["info"] else "" for name in sizes]
+        number = f"front {front.index(row) + 1}" if len(objectives) > 1 and row in front else ""
+        table.append([*cells, ", ".join(filter(None, (papers_name(row), number)))])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
 def report(folder: Path) -> Path:
@@ -1608,20 +1489,7 @@ def report(folder: Path) -> Path:
     if (folder / "final.json").exists():
         text, _ = comparison(folder, front[0]["config"])
         page.append(f"## Final comparison\n\n```text\n{text}\n```")
-    listed = sorted(done, key=lambda row: row["cost"])[:10]
-    listed += [row for row in front if row not in listed]
-    sizes = [name for name in ("parameters", "macs") if name not in objectives]
-    heads = ["top-1", *(name.replace("_", " ") for name in space), *objectives[1:], *sizes, ""]
-    table = [heads, ["---"] * len(heads)]
-    for row in listed:
-        cells = [row["config"][name] for name in space]
-        cells += map(value_text, objectives[1:], row["cost"][1:])
-        cells += [f"{row['info'][name] / 1e6:.3g} M" if name in row["info"] else "" for name in sizes]
-        marks = [label for label, *_ in paper_rows([row])]
-        marks += [f"front {front.index(row) + 1}"] if len(objectives) > 1 and row in front else []
-        table.append([f"{top1(row):.2f}%", *cells, ", ".join(marks)])
-    title = "The ten best" + (" and the rest of the Pareto front" if len(listed) > 10 else "")
-    page.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in table))
+    page.append(f"## The ten best\n\n{best_table(done, front, settings)}")
     if len(objectives) > 1:
         draw_front(done, front, settings, folder / "front.png")
         page.append("![Pareto front, numbered as in the table](front.png)")
@@ -1632,13 +1500,10 @@ def report(folder: Path) -> Path:
         page.append(f"![Importance](importance.png)\n\n```text\n{text}\n```")
     except UsageError as error:
         page.append(f"No importance: {error}.")
-    if len(done) >= 2 * len(space):
-        draw_marginals(done, space, folder / "marginals.png")
-        page.append(f"## Mean accuracy of each value after {highest}\n\n![Mean accuracy](marginals.png)")
-        if settings["sampler"] == "random":
-            page.append(f"## The space\n\n{space_text(done)}")
-        else:
-            page.append("The sampler prefers good configurations: these are not means over the space.")
+    draw_marginals(done, space, folder / "marginals.png")
+    page.append(f"## Mean accuracy of each value after {highest}\n\n![Mean accuracy](marginals.png)")
+    if settings["sampler"] != "random":
+        page.append("The sampler prefers good configurations: these are not means over the space.")
     write_whole(folder / "report.md", "\n\n".join(page) + "\n")
     return folder / "report.md"
 

@@ -1,20 +1,15 @@
-"""Cheap targets for the tests of search.py, and a long test to run by hand:
+"""Cheap targets for the tests of search.py, and searches of them in this or in another process.
 
-    python tests/search_targets.py kill OUT 30 2    # kill a search of two workers thirty times
-
-`search OUT TRIALS WORKERS TARGET` runs the search that is killed.
+python tests/search_targets.py OUT TRIALS WORKERS TARGET
 """
 
-import json
 import math
 import os
-import random
 import re
-import signal
 import sys
 import time
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
 import numpy as np
 import torch
@@ -108,7 +103,7 @@ def play(out, sampler="smac", space=None, trials=math.inf, workers=1, target=for
 
 def start(out, trials, workers, target="slow"):
     """Start a search in a process of its own, with its output in a pipe."""
-    command = [sys.executable, __file__, "search", str(out), str(trials), str(workers), target]
+    command = [sys.executable, __file__, str(out), str(trials), str(workers), target]
     return Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, text=True)
 
 
@@ -118,65 +113,11 @@ def finished_line(line):
     return " ".join(found[1].split()) if found else None
 
 
-def killed(out, trials, workers, wait, from_first_trial=True):
-    """Run a search and SIGKILL it `wait` seconds after its first trial or its start (None: never).
-
-    Returns its exit status and its output, line by line.
-    """
-
-    def size():
-        journal = Path(out) / "trials.jsonl"
-        return journal.stat().st_size if journal.exists() else 0
-
-    before, search = size(), start(out, trials, workers)
-    while wait is not None and from_first_trial and size() <= before and search.poll() is None:
-        time.sleep(0.05)
-    try:
-        said, _ = search.communicate(timeout=wait)
-    except TimeoutExpired:
-        search.send_signal(signal.SIGKILL)
-        said, _ = search.communicate()
-    return search.returncode, said.splitlines()
-
-
-def survive(out, trials, workers, kills, seed=0):
-    """Kill a search at random moments, then let it end; compare its output with its journal."""
-    from search import rows_of, short
-
-    rng, said = random.Random(seed), []
-    for kill in range(1, kills + 1):
-        # Two thirds of the kills come during the trials, one third at any time after the start.
-        code, lines = killed(out, trials, workers, rng.uniform(0.0, 4.0), rng.random() < 2 / 3)
-        assert code == -signal.SIGKILL, (code, lines[-5:])
-        said += lines
-        print(f"kill {kill} of {kills}", file=sys.stderr, flush=True)
-    code, lines = killed(out, trials, workers, None)
-    announced = {finished_line(line) for line in said + lines} - {None}
-    rows = rows_of(Path(out))
-    kept = {(short(row["config"]), row["budget"]) for row in rows}
-    history = json.loads((Path(out) / "smac/0/runhistory.json").read_text())
-    return {
-        "kills": kills, "workers": workers, "asked_for": trials, "exit_status": code,
-        "finished": len(rows), "run_twice": len(rows) - len(kept),
-        "announced_and_lost": len(announced - {f"{config} {budget:g}" for config, budget in kept}),
-        "in_smac_run_folder": history["stats"]["finished"],
-        "still_running_there": history["stats"]["running"],
-        "incumbent": next((line for line in lines if line.startswith("incumbent")), None),
-    }  # fmt: skip
-
-
-def main(command, out, *numbers):
-    if command == "kill":
-        print(json.dumps(survive(out, 400, workers=int(numbers[1]), kills=int(numbers[0])), indent=1))
-        return
+if __name__ == "__main__":
     import search
 
     import search_targets  # the module name by which trial processes find the target
 
-    trials, workers, target = numbers
+    out, trials, workers, target = sys.argv[1:]
     options = search.Options(out=out, trials=int(trials), workers=int(workers), min_epochs=1, max_epochs=9)
     sys.exit(search.Search(options, target=getattr(search_targets, target)).run())
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
