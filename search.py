@@ -1356,7 +1356,7 @@ def shades(budgets) -> dict:
     """Return a colour for each budget; the higher the budget, the darker."""
     from matplotlib import colormaps
 
-    return dict(zip(budgets, colormaps["viridis"](np.linspace(0.3, 0.8, len(budgets))[::-1]), strict=True))
+    return dict(zip(budgets, colormaps["viridis"](np.linspace(0.5, 0.9, len(budgets))[::-1]), strict=True))
 
 
 def draw_importance(found: dict, path: Path) -> None:
@@ -1424,6 +1424,8 @@ def draw_front(done: list[dict], front: list[dict], settings: dict, path: Path) 
         for rows, colour, label in ((done, "0.7", "other trials"), (front, "crimson", "Pareto front")):
             x = [value(row["cost"][i]) for row in rows]
             draw_trials(axis, rows, x, marker=".", color=colour, label=label)
+        if len(names) == 1:  # with more, the front is a surface
+            axis.plot(x, [top1(row) for row in front], color="crimson", linewidth=0.7, drawstyle="steps-pre")
         for number, row in enumerate(front, start=1):
             axis.annotate(f" {number}", (value(row["cost"][i]), top1(row)), color="crimson")
     finish(figure, axes[0], 4, path)

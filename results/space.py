@@ -121,8 +121,8 @@ def agreement(epochs: int, repeat: int) -> str:
 
 def main(options: Options) -> None:
     """Train the networks that are missing, then cross-validate the surrogate on those of the table."""
-    drawn = [choices(c) for c in configspace(seed=0).sample_configuration(max(2, options.networks))]
-    drawn = drawn[: options.networks]
+    drawn = map(choices, configspace(seed=0).sample_configuration(2 * options.networks + 2))
+    drawn = [dict(pairs) for pairs in dict.fromkeys(tuple(c.items()) for c in drawn)][: options.networks]
     plan = [(config, EPOCHS, 0) for config in drawn]
     plan += [(config, 3, 0) for config in drawn[:100]] + [(config, EPOCHS, 1) for config in drawn[-40:]]
     for config, epochs, repeat in plan[options.part :: options.parts]:
