@@ -286,7 +286,7 @@ def test_ctrl_c_is_one_sentence_and_errors_of_pytorch_are_not(monkeypatch, capsy
         (["speed", "--device", "abacus"], "--device abacus"),
         (["speed", "--amp", "int8"], "int8"),
         (["accuracy", "absent.pt", "absent"], "absent.pt"),
-        (["data", "--workers", "1,0"], "--workers"),
+        (["data", ".", "--workers", "1,0"], "--workers"),
         (["accuracy", "nexception_t", "absent"], "give a checkpoint file"),
         (["data", "nowhere"], "there is no folder"),
         (["figures", "absent.json"], "absent.json is no JSON file of `bench.py speed`"),
