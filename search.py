@@ -1115,7 +1115,8 @@ class Search:
             command = ["python", "train.py", "--data", o.data, "--model", str(network)]
             command += ["--out", str(self.folder / "full")]
             command += ["--root", o.root] if o.root != Options.root else []
-            size = count_parameters(create_model(network)) / 1e6
+            classes = {"num_classes": len(self.settings["classes"])} if self.default_target else {}
+            size = count_parameters(create_model(network, **classes)) / 1e6
             print(f"train it in full ({size:.2g} M parameters): {shlex.join(command)}")
 
     def write_network(self, config: dict, name: str) -> Path:
