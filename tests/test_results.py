@@ -72,10 +72,10 @@ def test_the_surrogate_is_that_of_the_trained_networks(tmp_path, monkeypatch):
 
 def test_samplers_are_compared_at_equal_epochs(tmp_path):
     samplers = importlib.import_module("results.samplers")
-    assert run("samplers", "--searches", 2, "--epochs", 180, "--out", tmp_path) == 0
+    assert run("samplers", "--searches", 2, "--epochs", 180, "--noise", 0, "--out", tmp_path) == 0
     rows = json.loads((tmp_path / "samplers.json").read_text())["rows"]
     assert [row["label"] for row in rows] == list(samplers.ARMS)
-    curve = samplers.regrets(search.RandomSearch, [9], 0, 180)
+    curve = samplers.regrets(search.RandomSearch, [9], 0, 180, 0.0)
     assert (np.diff(curve) <= 0).all() and curve[:8].min() == curve[0] > curve[-1] >= 0
     assert rows[-1]["regrets"][0] == pytest.approx(curve[[89, 179]], abs=1e-4)
 
