@@ -1,6 +1,6 @@
 """Does the ranking of a search hold when networks are trained in full (section 4 of the paper)?
 
-    python -m results.full    # an hour of two cores; repeat to continue
+    python -m results.full    # half an hour of two cores; repeat to continue
 
 Trains, with nexception_nano's macro-architecture and train.py's own recipe, the ten best networks of a
 search, ten random ones (the first of results/space.csv), and NEXcepTion's and Xception's choices: the best of
