@@ -1115,8 +1115,8 @@ class Search:
             command = ["python", "train.py", "--data", o.data, "--model", str(network)]
             command += ["--out", str(self.folder / "full")]
             command += ["--root", o.root] if o.root != Options.root else []
-            classes = {"num_classes": len(self.settings["classes"])} if self.default_target else {}
-            size = count_parameters(create_model(network, **classes)) / 1e6
+            classes = len(self.settings.get("classes", ())) or 1000  # a target of one's own has not said
+            size = count_parameters(create_model(network, num_classes=classes)) / 1e6
             print(f"train it in full ({size:.2g} M parameters): {shlex.join(command)}")
 
     def write_network(self, config: dict, name: str) -> Path:
