@@ -8,7 +8,7 @@ reach in a trial of the default search; `surrogate()` is an array with an axis f
 
 A row of the table is a network trained as such a trial: its choices, epochs, the seed of its training, CPU
 seconds, the validation top-1 in percent, and the mean training loss of each epoch. Beside the networks drawn,
-each with nine epochs, it has 100 of them with three epochs and 40 with another seed.
+each with nine epochs, it has at least 100 of them with three epochs and 40 with another seed.
 """
 
 from __future__ import annotations
@@ -125,9 +125,10 @@ def main(options: Options) -> None:
     drawn = [dict(pairs) for pairs in dict.fromkeys(tuple(c.items()) for c in drawn)][: options.networks]
     plan = [(config, EPOCHS, 0) for config in drawn]
     plan += [(config, 3, 0) for config in drawn[:100]] + [(config, EPOCHS, 1) for config in drawn[-40:]]
-    for config, epochs, repeat in plan[options.part :: options.parts]:
-        if config not in map(choices, rows(epochs, repeat)):
-            train(config, epochs, repeat)
+    done = [(choices(row), *kind) for kind in ((EPOCHS, 0), (3, 0), (EPOCHS, 1)) for row in rows(*kind)]
+    for training in plan[options.part :: options.parts]:
+        if training not in done:
+            train(*training)
     codes, top1 = load()
     fold, predicted = np.random.default_rng(0).permutation(len(top1)) % 10, np.zeros(len(top1))
     for i in range(10):
