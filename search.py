@@ -1117,7 +1117,7 @@ class Search:
             command += ["--root", o.root] if o.root != Options.root else []
             classes = len(self.settings.get("classes", ())) or 1000  # a target of one's own has not said
             size = count_parameters(create_model(network, num_classes=classes)) / 1e6
-            print(f"train it in full ({size:.2g} M parameters): {shlex.join(command)}")
+            print(f"{network}: {size:.2g} M parameters\ntrain it in full: {shlex.join(command)}")
 
     def write_network(self, config: dict, name: str) -> Path:
         """Write the network of a configuration, for `train.py --model`."""

@@ -726,7 +726,7 @@ def test_a_real_search_of_digits(tmp_path, monkeypatch, capsys):
     scored = read_json(Path("my run/final.json"))
     assert {search.repeat_name(config, 2) for config in search.points().values()} <= set(scored)
     assert {score["split"] for score in scored.values()} == {"test"} and "on the test split" in said
-    found = re.search(r"train it in full \(2\d M parameters\): python (train.py .*)", said)
+    found = re.search(r"json: 2\d M parameters\ntrain it in full: python (train.py .*)", said)
     script, *words = shlex.split(found[1])
     options = parse(TrainOptions, words, script)
     assert options.out == "my run/full"
