@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import markdown_table, run_command, write_results
+from data import UsageError
 from results.space import choices, rows
 from search import network_config, points, short
 from train import RECIPES, option, run_script
@@ -44,7 +45,10 @@ class Options:
 
 def networks(options: Options) -> dict[str, dict]:
     """Return name -> row of a trial, as strings: the choices, and the top-1 on validation in percent."""
-    with open(Path(options.search, "trials.csv"), newline="") as file:
+    path = Path(options.search, "trials.csv")
+    if not path.exists():
+        raise UsageError(f"--search {options.search}: there is no {path}, which a search writes")
+    with open(path, newline="") as file:
         trials = [row for row in csv.DictReader(file) if row["status"] == "success"]
     papers = {name: row for name, point in points().items() for row in trials if choices(row) == point}
     found = sorted((row for row in trials if row not in papers.values()), key=lambda row: -float(row["top1"]))
