@@ -1,6 +1,6 @@
 """Search the NEXcepTion design space with SMAC (section 3 of the paper) and show which choices matter.
 
-    python search.py                                  # clutter: a search of 8 minutes on 2 CPU cores
+    python search.py                                  # clutter: a search of 6 minutes on 2 CPU cores
     python search.py --data cifar100 --walltime 3d    # the paper's search: three days on one GPU
     python search.py status runs/search-clutter       # progress of a search, from another terminal
     python search.py importance runs/search-clutter   # importance of each choice: Figure 4 of the paper
@@ -65,11 +65,11 @@ from pebble import ProcessExpired, ProcessPool
 ETA = 3  # Hyperband promotes the best third of a stage to three times the epochs
 FAILURES_THAT_STOP = 5  # a search stops if its first trials all fail
 SCHEDULER_PATIENCE = 30  # seconds to connect to a Dask scheduler
-RANDOM_START = 8  # random configurations before the first forest is fitted
-CANDIDATES = 2000  # random configurations of which the forest proposes the best
+RANDOM_START = 8  # random configurations before SMAC's first model is fitted
+CANDIDATES = 500  # random configurations of which SMAC's model proposes the best
 TREES, FEW_TREES = 100, 10  # per forest: for the importances; for their intervals and noise levels
 RESAMPLES, SHUFFLES = 100, 10  # bootstrap samples for the intervals; shuffles per choice for the noise levels
-REPEATS = 3  # training runs of each network in the final comparison
+REPEATS = 5  # training runs of each network in the final comparison
 OUT_OF_MEMORY = 251  # exit status of a trial process that runs out of memory
 
 # objective -> cost of a trial's results (smaller is better), value of a cost, format of a value, axis label
@@ -185,13 +185,14 @@ class RandomSearch:
 
 
 class Smac:
-    """SMAC: random configurations, then a random forest's; Hyperband allots several budgets.
+    """SMAC: random configurations, then those of its model; Hyperband allots several budgets.
 
     Writes `smac/SEED`, a SMAC3 run folder. A space with fewer configurations than Hyperband's first bracket
-    asks for runs each of them at the highest budget. Without `forest`, all configurations are random.
+    asks for runs each of them at the highest budget. `model`: "process", a Gaussian process; "forest", SMAC's
+    default; "none": all configurations are random.
     """
 
-    def __init__(self, folder: Path, settings: dict, forest: bool = True):
+    def __init__(self, folder: Path, settings: dict, model: str = "process"):
         import smac
         from ConfigSpace import Configuration
 
@@ -213,12 +214,18 @@ class Smac:
         drawn = filter(None, (first.ask() for _ in range(RANDOM_START)))
         start = [Configuration(self.space, trial.config, origin=trial.origin) for trial in drawn]
         facade, parts = smac.HyperbandFacade, {}
-        if forest:  # the facade's, but without threads and room for 2**20 leaves: seven times as fast
-            facade, parts["model"] = smac.MultiFidelityFacade, smac.model.random_forest.RandomForest(
+        if model != "none":
+            facade = smac.MultiFidelityFacade
+            parts["acquisition_maximizer"] = best_of_many(self.space, settings["seed"])
+        if model == "forest":  # the facade's, without threads and room for 2**20 leaves: seven times as fast
+            parts["model"] = smac.model.random_forest.RandomForest(
                 self.space, log_y=True, n_trees=10, ratio_features=1.0, min_samples_split=2,
                 min_samples_leaf=1, n_jobs=1, max_leaf_nodes=None, seed=settings["seed"],
             )  # fmt: skip
-            parts["acquisition_maximizer"] = best_of_many(self.space, settings["seed"])
+        if model == "process":  # of costs, not of their logarithms
+            parts["model"] = gaussian_process(self.space, settings["seed"])
+            parts["acquisition_function"] = smac.acquisition.function.EI()
+            parts["runhistory_encoder"] = smac.runhistory.encoder.RunHistoryEncoder(scenario)
         if len(names) > 1:
             parts["multi_objective_algorithm"] = smac.multi_objective.parego.ParEGO(scenario)
         self.smac = facade(
@@ -228,7 +235,7 @@ class Smac:
             ),
             config_selector=smac.main.config_selector.ConfigSelector(
                 scenario, retrain_after=1, max_new_config_tries=10_000, min_trials=len(start)
-            ),  # the forest is fitted to the highest budget with that many trials
+            ),  # the model is fitted to the highest budget with that many trials
             logging_level=False, overwrite=True, **parts,
         )  # fmt: skip
 
@@ -280,6 +287,19 @@ class Smac:
         return self.smac.intensifier.get_state()
 
 
+def gaussian_process(space, seed: int):
+    """Return SMAC's Gaussian process; the more choices two networks share, the more alike it expects them.
+
+    It estimates the noise of trials, which a forest takes for differences between networks. One length scale
+    for all choices finds better networks than SMAC's default of one for each (results/samplers.md).
+    """
+    from smac.model.gaussian_process import GaussianProcess, kernels
+
+    shared = kernels.ConstantKernel(1.0, (0.01, 10)) * kernels.HammingKernel(1.0, (0.3, 5))
+    noise = kernels.WhiteKernel(0.1, (1e-3, 2))  # of costs scaled to a variance of 1
+    return GaussianProcess(space, shared + noise, n_restarts=0, seed=seed)
+
+
 def best_of_many(space, seed: int):
     """Return an acquisition maximizer that draws CANDIDATES configurations and offers the best unknown ones.
 
@@ -290,9 +310,11 @@ def best_of_many(space, seed: int):
 
     class BestOfMany(AbstractAcquisitionMaximizer):
         def _maximize(self, previous_configs, n_points):
-            known = {*previous_configs}
-            drawn = dict.fromkeys(self._configspace.sample_configuration(CANDIDATES))
-            drawn = [config for config in drawn if config not in known]
+            # By their bytes: ConfigSpace compares configurations a hundred times as slowly.
+            known = {config.get_array().tobytes() for config in previous_configs}
+            drawn = self._configspace.sample_configuration(CANDIDATES)
+            drawn = {config.get_array().tobytes(): config for config in drawn}
+            drawn = [config for key, config in drawn.items() if key not in known]
             for config in drawn:
                 config.origin = type(self).__name__
             values = self.acquisition_function(drawn).ravel() if drawn else []
@@ -324,19 +346,24 @@ def exact_hyperband(scenario):
     return ExactHyperband(scenario, eta=ETA, incumbent_selection="highest_budget")
 
 
-SAMPLERS = {"smac": Smac, "hyperband": functools.partial(Smac, forest=False), "random": RandomSearch}
+SAMPLERS = {
+    "smac": Smac,
+    "forest": functools.partial(Smac, model="forest"),
+    "hyperband": functools.partial(Smac, model="none"),
+    "random": RandomSearch,
+}
 
 # --------------------------------------------------------------------------------------------------
 # Options
 
 
 # What a search of a data set uses unless options say otherwise; the time limit is a trial's. On clutter, a
-# network has hardly left chance after three epochs: one budget (README.md).
+# network has hardly left chance after two epochs: one budget (results/README.md).
 # fmt: off
 USUAL = ("model", "min_epochs", "max_epochs", "walltime", "time_limit", "batch")
 PAPERS = ("nexception_reduced", 5, 45, "3d", "2h", 64)
 DEFAULTS = {
-    "clutter": ("nexception_pico", 9, 9, "6m", "2m", 32),
+    "clutter": ("nexception_pico", 5, 5, "5m", "2m", 32),
     "digits": ("nexception_nano", 1, 9, "7m", "2m", 64),
     "cifar10": PAPERS, "cifar100": PAPERS,
 }
@@ -361,11 +388,11 @@ class Options:
                                "nexception_nano, others nexception_reduced)", choices=tuple(MODELS))
     out: str | None = option(None, "run folder (default: runs/search-DATA)")
     trials: int | None = option(None, "stop after this many trials in total (default: no limit)", 1)
-    walltime: str | None = option(None, "total time, 90s or 10m (default without --trials: 6m to 3d)")
-    sampler: str = option("smac", "SMAC's random forest, Hyperband without it, or random search at the "
-                          "highest budget", choices=tuple(SAMPLERS))
-    min_epochs: int | None = option(None, "lowest budget (default: clutter 9, digits 1, others 5 epochs)", 1)
-    max_epochs: int | None = option(None, "highest: the lowest times a power of 3 (default: 9 or 45)", 1)
+    walltime: str | None = option(None, "total time, 90s or 10m (default without --trials: 5m to 3d)")
+    sampler: str = option("smac", "SMAC with a Gaussian process, or with its default, a forest; Hyperband "
+                          "without a model; random search at the highest budget", choices=tuple(SAMPLERS))
+    min_epochs: int | None = option(None, "lowest budget (default: digits 1, others 5 epochs)", 1)
+    max_epochs: int | None = option(None, "highest: the lowest times a power of 3 (default: 5, 9 or 45)", 1)
     objectives: str = option("accuracy", "several give a Pareto front: accuracy,throughput,macs,parameters")
     points: bool = option(True, "begin with NEXcepTion's and Xception's choices, at the highest budget")
     batch: int | None = option(None, "images per training batch; batch norm, one of the choices, needs 2 "
