@@ -38,6 +38,7 @@ from model import (
     register_with_timm,
 )
 
+import examples
 import numpy as np
 import pytest
 import timm.optim
@@ -335,21 +336,7 @@ def test_named_models_are_the_papers(name, channels, parameters, macs, drop_path
 
 def test_new_parts_are_one_entry_each(tmp_path, monkeypatch):
     """Networks train, fuse, save and load with parts added at run time: ConvNeXt's block and others."""
-
-    class ConvNeXtBlock(torch.nn.Module):
-        def __init__(self, channels, expansion, design, drop_path):
-            super().__init__()
-            self.conv = blocks.DepthwiseConv2d(channels, 7)
-            self.norm = blocks.NORMS[design.norm](channels)
-            self.expand = torch.nn.Conv2d(channels, 4 * channels, 1)
-            self.act = blocks.ACTIVATIONS[design.activation]()
-            self.project = torch.nn.Conv2d(4 * channels, channels, 1)
-            self.drop_path = StochasticDepth(drop_path)
-
-        def forward(self, x):
-            return x + self.drop_path(self.project(self.act(self.expand(self.norm(self.conv(x))))))
-
-    monkeypatch.setitem(blocks.BLOCKS, "convnext", ConvNeXtBlock)
+    monkeypatch.setitem(blocks.BLOCKS, "convnext", examples.ConvNeXtBlock)
     monkeypatch.setitem(blocks.ACTIVATIONS, "hardswish", torch.nn.Hardswish)
     monkeypatch.setitem(blocks.NORMS, "group", lambda channels: torch.nn.GroupNorm(4, channels))
     monkeypatch.setitem(blocks.POOLINGS, "average", lambda channels: torch.nn.AvgPool2d(3, 2, 1))
@@ -372,7 +359,7 @@ def test_new_parts_are_one_entry_each(tmp_path, monkeypatch):
         with pytest.raises(UsageError, match=r"new.pt does not fit this model \(our names\): "):
             load_weights(create_model(model.config, stem_width=24), tmp_path / "new.pt")
     kinds = [type(module) for module in NEXcepTion(ModelConfig(**new)).modules()]
-    assert {ConvNeXtBlock, torch.nn.Hardswish, torch.nn.GroupNorm, torch.nn.AvgPool2d} <= set(kinds)
+    assert {examples.ConvNeXtBlock, torch.nn.Hardswish, torch.nn.GroupNorm, torch.nn.AvgPool2d} <= set(kinds)
     assert not {torch.nn.GELU, torch.nn.BatchNorm2d, torch.nn.MaxPool2d} & set(kinds)
     assert kinds.count(blocks.ResidualBlock) == 4  # those that down-sample
 

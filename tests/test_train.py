@@ -25,6 +25,7 @@ from data import Plan, RunError, UsageError, open_data
 from model import MODELS, ModelConfig, create_model, load_checkpoint
 from train import Lamb, Options, Process, Stopped, Training, evaluate, fit, option, parse, resolve
 
+import examples
 import numpy as np
 import pytest
 import timm.data.mixup
@@ -420,10 +421,8 @@ class StopAfter:
 
 @pytest.fixture
 def muon(monkeypatch) -> None:
-    """Add README's example of an optimizer: Muon for matrices, AdamW for the rest."""
-    code = re.search("```python\n(def muon.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    exec(code, names := {"nn": nn, "torch": torch})
-    monkeypatch.setitem(train.OPTIMIZERS, "muon", names["muon"])
+    """Add the example of an optimizer: Muon for matrices, AdamW for the rest."""
+    monkeypatch.setitem(train.OPTIMIZERS, "muon", examples.muon)
 
 
 def test_several_optimizers_share_the_schedule(muon):
