@@ -69,7 +69,8 @@ RANDOM_START = 8  # random configurations before SMAC's first model is fitted
 CANDIDATES = 500  # random configurations of which SMAC's model proposes the best
 TREES, FEW_TREES = 100, 10  # per forest: for the importances; for their intervals and noise levels
 RESAMPLES, SHUFFLES = 100, 10  # bootstrap samples for the intervals; shuffles per choice for the noise levels
-REPEATS = 5  # training runs of each network in the final comparison
+FINALISTS = 5  # networks of the final comparison beside the paper's, at most one for each ten trials
+REPEATS = 5  # training runs of each of them
 OUT_OF_MEMORY = 251  # exit status of a trial process that runs out of memory
 
 # objective -> cost of a trial's results (smaller is better), value of a cost, format of a value, axis label
@@ -558,6 +559,7 @@ def train_config(config: dict, seed: int = 0, budget: float | None = None, setti
         scores = train.evaluate(training.scored, data, split, training.amp)
     info = {
         "top1": scores["top1"],
+        "val_top1": curve[-1]["val_top1"],
         "loss": scores["loss"],
         "split": split,
         "parameters": count_parameters(network),
@@ -1124,21 +1126,23 @@ class Search:
                 hint = f"repeat the command with more than --walltime {o.walltime}; the default is {usual}"
             raise RunError(f"no trial has succeeded after {epochs_text(highest)}: {hint}")
         print(incumbent_text(self.rows, self.settings))
-        incumbent, best = front[0]["config"], "incumbent"
+        incumbent = front[0]["config"]
         ours = set(incumbent) == set(SPACE)
         for path in self.folder.glob("front-*.json"):
             path.unlink()  # of a smaller search
         for number, row in enumerate(front if ours else [], start=1):
             self.write_network(row["config"], "incumbent" if number == 1 else f"front-{number}")
         if self.default_target:
-            self.compare(incumbent)
+            networks = finalists(self.rows, self.settings)
+            self.compare(networks)
             if self.signal:
                 return
-            text, best = comparison(self.folder, incumbent)
+            text, best = comparison(self.folder, networks)
             print(text)
+            incumbent = networks[best]
         print(f"report: {report(self.folder)}")
         if ours:
-            network = self.write_network(points().get(best, incumbent), best.lower())
+            network = self.write_network(incumbent, "incumbent")
             command = ["python", "train.py", "--data", o.data, "--model", str(network)]
             command += ["--out", str(self.folder / "full")]
             command += ["--root", o.root] if o.root != Options.root else []
@@ -1152,18 +1156,18 @@ class Search:
         network_config(config, f"nexception_{o.grow}" if o.grow else o.model).to_json(path)
         return path
 
-    def compare(self, incumbent: dict) -> None:
-        """Train the incumbent and the paper's points REPEATS times each; write the results to final.json.
+    def compare(self, networks: dict[str, dict]) -> None:
+        """Train networks (see `finalists`) REPEATS times each; write the results to final.json.
 
-        They are evaluated on the test split, of data that have none on the validation split.
+        They are evaluated on the test split, too, of data that have one.
         """
         path, budget = self.folder / "final.json", self.settings["budgets"][-1]
         scored, repeats = read_json(path), range(1, REPEATS + 1)
-        runs = [(config, repeat) for repeat in repeats for config in (incumbent, *points().values())]
+        runs = [(config, repeat) for repeat in repeats for config in networks.values()]
         waiting = {repeat_name(*run): run for run in runs if repeat_name(*run) not in scored}
         if waiting:
-            compared = "training the incumbent and NEXcepTion's and Xception's choices"
-            print(f"{compared}, {REPEATS} times {epochs_text(budget)} each", flush=True)
+            names = ", ".join(networks)
+            print(f"training {names}: {REPEATS} times {epochs_text(budget)} each", flush=True)
         while (waiting or self.running) and not self.signal:
             while waiting and self.devices:
                 name = next(iter(waiting))
@@ -1186,40 +1190,54 @@ def repeat_name(config: dict, repeat: int) -> str:
     return f"{short(config)} #{repeat}"
 
 
-def comparison(folder: Path, incumbent: dict) -> tuple[str, str]:
-    """Return the accuracies of the final trainings as text, and the name of the best network.
+def finalists(rows: list[dict], settings: dict) -> dict[str, dict]:
+    """Return name -> configuration of the networks of the final comparison: the best found, then the paper's.
 
-    The text has mean and deviation of each network, and Welch's t-test of the incumbent's difference from
-    NEXcepTion's and Xception's choices.
+    One trial is not enough to choose by. With several objectives, only the most accurate is compared.
+    """
+    done, papers = successes(rows, settings["budgets"][-1]), points()
+    count = min(FINALISTS, max(1, len(done) // 10)) if len(settings["objectives"]) == 1 else 1
+    found = [row["config"] for row in sorted(done, key=lambda row: row["cost"])]
+    found = [config for config in found if config not in papers.values()][:count]
+    return {f"found {i}": config for i, config in enumerate(found, start=1)} | papers
+
+
+def comparison(folder: Path, networks: dict[str, dict]) -> tuple[str, str]:
+    """Return the accuracies of the final trainings as text, and the name of the best network on validation.
+
+    The text has mean and deviation of each network, and Welch's t-test of the best that was found and
+    NEXcepTion's and Xception's choices, on the test split of data that have one.
     """
     from scipy.stats import ttest_ind
 
-    compared, scored, top1s = {"incumbent": incumbent, **points()}, read_json(folder / "final.json"), {}
-    width, lines, splits = max(len(short(config)) for config in compared.values()), [], set()
-    for name, config in compared.items():
+    scored, means, top1s = read_json(folder / "final.json"), {}, {}
+    width, lines, splits = max(len(short(config)) for config in networks.values()), [], set()
+    for name, config in networks.items():
         runs = [scored.get(repeat_name(config, repeat), {}) for repeat in range(1, REPEATS + 1)]
         done = top1s[name] = [run["top1"] for run in runs if "top1" in run]
+        means[name] = np.mean([run.get("val_top1", 0) for run in runs])  # 0: that of a failure
         splits |= {run["split"] for run in runs if "top1" in run}
         text = f"{np.mean(done):.2f}%" if done else "no result"
         text += f" ± {np.std(done, ddof=1):.2f}" if len(done) > 1 else ""
         failed = "".join(f"  {first_line(run)}" for run in runs if "top1" not in run)
-        lines.append(f"  {name:10} {short(config):{width}}  {text} ({len(done)}){failed}")
-    for name, point in points().items():
-        ours, theirs = top1s["incumbent"], top1s[name]
-        if incumbent == point or min(len(ours), len(theirs)) < 2:
+        lines.append(f"  {name:10} {short(config):{width}}  {means[name]:.2f}%  {text} ({len(done)}){failed}")
+    best = max(means, key=means.get)
+    found = [name for name in networks if name not in points()]
+    lines.append(f"best on validation: {best}" + "'s choices, not what the search found" * (best in points()))
+    for name in points() if found else ():
+        ours = max(found, key=means.get)
+        if min(len(top1s[ours]), len(top1s[name])) < 2:
             continue
         with warnings.catch_warnings():  # SciPy's, of scores that are all the same
             warnings.simplefilter("ignore")
-            p = ttest_ind(ours, theirs, equal_var=False).pvalue
+            p = ttest_ind(top1s[ours], top1s[name], equal_var=False).pvalue
         verdict = f"{'more' if p < 0.05 else 'not more'} than the noise between seeds (Welch's t-test, "
         verdict += "p < 0.001)" if p < 0.001 else f"p = {p:.2g})"
-        gap = np.mean(ours) - np.mean(theirs)
-        lines.append(f"incumbent - {name}: " + (f"{gap:+.2f} points, {verdict}" if gap else "equal"))
-    best = max(top1s, key=lambda name: np.mean(top1s[name] or [-1]))
-    if best != "incumbent":
-        lines.append(f"the best of these is not what the search found, but {best}'s choices")
+        gap = np.mean(top1s[ours]) - np.mean(top1s[name])
+        lines.append(f"{ours} - {name}: " + (f"{gap:+.2f} points, {verdict}" if gap else "equal"))
     split = "test split" if splits <= {"test"} else "validation split, which the search has seen"
-    return "\n".join([f"accuracy on the {split}; mean ± deviation (trainings):", *lines]), best
+    head = f"accuracy: mean on the validation split, then mean ± deviation (trainings) on the {split}:"
+    return "\n".join([head, *lines]), best
 
 
 def first_line(info: dict) -> str:
@@ -1517,7 +1535,7 @@ def report(folder: Path) -> Path:
         f"{settings.get('recipe', 'of its own')}, batch {settings['batch']}",
     ]
     if (folder / "final.json").exists():
-        text, _ = comparison(folder, front[0]["config"])
+        text, _ = comparison(folder, finalists(rows, settings))
         page.append(f"## Final comparison\n\n```text\n{text}\n```")
     page.append(f"## The ten best\n\n{best_table(done, front, settings)}")
     if len(objectives) > 1:

@@ -407,6 +407,7 @@ def test_the_comparison_trains_each_network_five_times_and_resumes(tmp_path, mon
     """Resumed, it repeats nothing; each training has a seed of its own."""
     opened, path, jobs = start(tmp_path / "run", 1, workers=2), tmp_path / "run/final.json", []
     best = {**search.points()["NEXcepTion"], "kernel": "9"}
+    networks = {"found 1": best, **search.points()}
     tops = {
         "9": [71, 71.5, 72, 71.5, 71.5],
         "5": [70.5, 72, 71, 71.2, 71.15],
@@ -417,53 +418,72 @@ def test_the_comparison_trains_each_network_five_times_and_resumes(tmp_path, mon
     def schedule(job, workers):
         kernel, future = job.trial.config["kernel"], Future()
         jobs.append((kernel, job.seed))
-        future.set_result({"status": "success", "info": {"top1": next(tops[kernel]), "split": split}})
+        top1 = next(tops[kernel])
+        info = {"top1": top1, "val_top1": top1 + 5 * (kernel == "3"), "split": split}
+        future.set_result({"status": "success", "info": info})
         opened.stop = SimpleNamespace(signal=signal.SIGINT if len(jobs) == interrupt else 0)
         return future
 
     monkeypatch.setattr(search, "schedule", schedule)
     split, interrupt = "test", 4
-    opened.compare(best)
+    opened.compare(networks)
     assert len(read_json(path)) == len(jobs) == 4
     opened.stop = interrupt = None
-    opened.compare(best)
+    opened.compare(networks)
     assert len(set(jobs)) == len(jobs) == len(read_json(path)) == 15
     assert search.trial_seed(opened.settings, best) not in [seed for _, seed in jobs]
-    text, _ = search.comparison(opened.folder, best)
-    assert "accuracy on the test split" in text and "71.50% ± 0.35 (5)" in text
-    assert re.search(r"incumbent - NEXcepTion: \+0.33 points, not more than", text)
-    assert "incumbent - Xception: +11.00 points, more than the noise between seeds" in text
+    text, name = search.comparison(opened.folder, networks)
+    assert "(trainings) on the test split" in text and "71.50%  71.50% ± 0.35 (5)" in text
+    assert "65.50%  60.50% ± 0.35 (5)" in text and name == "found 1"
+    assert re.search(r"found 1 - NEXcepTion: \+0.33 points, not more than", text)
+    assert "found 1 - Xception: +11.00 points, more than the noise between seeds" in text
     split, jobs[:] = "val", []
     path.unlink()
-    opened.compare(search.points()["Xception"])
+    opened.compare(search.points())
     assert len(jobs) == 10
-    assert "on the validation split" in search.comparison(opened.folder, search.points()["Xception"])[0]
+    text, name = search.comparison(opened.folder, search.points())
+    assert "on the validation split, which the search has seen" in text and name == "NEXcepTion"
 
 
-def compared(folder, *configs, top1s):
-    """Write the results of a comparison as if each network had reached its top-1 in every training."""
+def compared(folder, networks, *top1s):
+    """Compare as if each network had reached its top-1 on both splits in every training."""
     scored = {}
-    for config, top1 in zip(configs, top1s, strict=True):
-        result = {"top1": top1, "split": "test"} if top1 else {"error": "diverged\nx"}
+    for config, top1 in zip(networks.values(), top1s, strict=True):
+        result = {"top1": top1, "val_top1": top1, "split": "test"} if top1 else {"error": "diverged\nx"}
         scored |= {search.repeat_name(config, repeat): result for repeat in range(1, search.REPEATS + 1)}
     (folder / "final.json").write_text(json.dumps(scored))
-    return search.comparison(folder, configs[0])
+    return search.comparison(folder, networks)
 
 
 @pytest.mark.filterwarnings("error")
 def test_the_comparison_names_the_best_without_nan_or_warnings(tmp_path):
     """Equal scores, scores without deviation, failures, and a damaged file."""
-    papers = search.points()
-    best = {**papers["NEXcepTion"], "kernel": "9"}
-    text, name = compared(tmp_path, best, *papers.values(), top1s=(70.0, 70.0, 60.0))
-    assert name == "incumbent" and "incumbent - NEXcepTion: equal\n" in text and "p < 0.001" in text
-    text, name = compared(tmp_path, best, *papers.values(), top1s=(70.0, 72.0, None))
-    assert name == "NEXcepTion" and text.endswith("but NEXcepTion's choices")
-    assert text.count("no result (0)" + "  diverged" * search.REPEATS) == 1
+    best = {**search.points()["NEXcepTion"], "kernel": "9"}
+    networks = {"found 1": best, "found 2": {**best, "kernel": "7"}, **search.points()}
+    text, name = compared(tmp_path, networks, 70.0, 60.0, 70.0, 60.0)
+    assert name == "found 1" and "found 1 - NEXcepTion: equal\n" in text and "p < 0.001" in text
+    text, name = compared(tmp_path, networks, None, 70.0, 72.0, None)
+    assert name == "NEXcepTion" and "NEXcepTion's choices, not what the search found\nfound 2 - NEX" in text
+    assert text.count("no result (0)" + "  diverged" * search.REPEATS) == 2
     for damage in (b'{"a', b"\xff"):
         (tmp_path / "final.json").write_bytes(damage)
-        text, name = search.comparison(tmp_path, best)
-        assert name == "incumbent" and text.count("no result (0)") == 3
+        text, name = search.comparison(tmp_path, networks)
+        assert name == "found 1" and text.count("no result (0)") == 4
+
+
+def test_the_best_of_ten_trials_each_are_compared(finished):
+    """At most five, none of them the paper's, best first; with several objectives the most accurate."""
+    out, rows = finished
+    done = [row for row in search.successes(rows, 9) if row["origin"] not in search.points()]
+    order = [row["config"] for row in sorted(done, key=lambda row: row["cost"])]
+    settings = search.settings_of(out)
+    for trials, count in ((8, 1), (20, 2), (300, 5)):
+        repeated = (done * 300)[:trials]
+        networks = search.finalists(repeated, settings)
+        assert list(networks) == [*(f"found {i + 1}" for i in range(count)), *search.points()]
+    assert search.finalists(done, settings)["found 1"] == order[0]
+    settings["objectives"] = ["accuracy", "macs"]
+    assert len(search.finalists(repeated, settings)) == 3
 
 
 # The sampler
@@ -567,12 +587,12 @@ def test_two_objectives_end_with_the_pareto_front(tmp_path):
 
 def test_a_search_that_finds_nothing_better_recommends_the_best_it_compared(tmp_path, capsys):
     opened, papers = told(start(tmp_path / "run", 6, sampler="random"), 6), search.points()
-    opened.default_target, best = True, search.best_rows(opened.rows, 9)[0]["config"]
-    compared(opened.folder, best, *papers.values(), top1s=(60.0, 65.0, 70.0))
+    opened.default_target = True
+    compared(opened.folder, search.finalists(opened.rows, opened.settings), 60.0, 65.0, 70.0)
     opened.conclude()
-    assert f"--model {tmp_path / 'run/xception.json'}" in capsys.readouterr().out
+    assert f"--model {tmp_path / 'run/incumbent.json'}" in capsys.readouterr().out
     expected = search.network_config(papers["Xception"], "nexception_nano")
-    assert create_model(str(tmp_path / "run/xception.json")).config == expected
+    assert create_model(str(tmp_path / "run/incumbent.json")).config == expected
 
 
 # Importance and report
@@ -716,6 +736,7 @@ def test_settings_of_a_trial(tiny):
 def test_a_real_search_of_digits(tmp_path, monkeypatch, capsys):
     """Two trials of an epoch, the comparison on the test split, and the network for train.py."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search, "REPEATS", 2)
     arguments = "--data digits --trials 2 --max-epochs 1 --workers 2 --model nexception_pico --grow tp"
     arguments = [*arguments.split(), "--out", "my run"]
     assert search.main(arguments) == 0
