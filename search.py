@@ -70,7 +70,7 @@ CANDIDATES = 500  # random configurations of which SMAC's model proposes the bes
 TREES, FEW_TREES = 100, 10  # per forest: for the importances; for their intervals and noise levels
 RESAMPLES, SHUFFLES = 100, 10  # bootstrap samples for the intervals; shuffles per choice for the noise levels
 FINALISTS = 5  # networks of the final comparison beside the paper's, at most one for each ten trials
-REPEATS = 5  # training runs of each of them
+REPEATS = 3  # training runs of each of them
 OUT_OF_MEMORY = 251  # exit status of a trial process that runs out of memory
 
 # objective -> cost of a trial's results (smaller is better), value of a cost, format of a value, axis label
