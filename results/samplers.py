@@ -1,6 +1,6 @@
 """Compare samplers on the surrogate of the whole space (results/space.py), where a trial takes no time.
 
-    python -m results.samplers --out results    # 30 searches of 540 epochs each: a quarter of an hour
+    python -m results.samplers --out results    # 30 searches of 500 epochs each: half an hour
 
 A trial sees the surrogate's top-1 with noise, as between two trainings of a good network. Regret is the top-1
 of the best of the 61,440 networks minus that of the network with the best trial at the highest budget, both
@@ -18,28 +18,42 @@ from unittest import mock
 
 from bench import markdown_table, run_command, write_results
 from results.space import CHOICES, EPOCHS, code_of, surrogate
-from search import SAMPLERS
+from search import ETA, SAMPLERS
 from train import option, run_script, save_figure, subplots
 
 import numpy as np
 import torch
 from scipy.stats import wilcoxon
+from smac import BlackBoxFacade, Scenario
+from smac.model.gaussian_process import GaussianProcess
 
 
-class LocalSearch(SAMPLERS["smac"]):
-    """SMAC's own maximizer of the acquisition function in place of `best_of_many`."""
+def with_part(name: str, part):
+    """Return the default sampler with a part of SMAC's own in place of that of `search.py`."""
 
-    def __init__(self, *arguments):
-        with mock.patch("search.best_of_many", return_value=None):
-            super().__init__(*arguments)
+    def sampler(*arguments):
+        with mock.patch(f"search.{name}", part):
+            return SAMPLERS["smac"](*arguments)
+
+    return sampler
 
 
-ARMS = {  # name -> sampler, budgets, colour and style of its line
-    "SMAC": (SAMPLERS["smac"], [9], "black", "-"),
-    "SMAC, local search": (LocalSearch, [9], "#d95f02", "--"),
-    "Hyperband, 3 and 9 epochs": (SAMPLERS["hyperband"], [3, 9], "#7570b3", "-."),
-    "random search": (SAMPLERS["random"], [9], "#66a61e", ":"),
+def scale_of_each_choice(space, seed: int):
+    """Return a Gaussian process with SMAC's default kernel, which has a length scale for each choice."""
+    return GaussianProcess(space, BlackBoxFacade.get_kernel(Scenario(space)), n_restarts=2, seed=seed)
+
+
+local_search = with_part("best_of_many", lambda *_: None)
+scales = with_part("gaussian_process", scale_of_each_choice)
+ARMS = {  # name -> sampler, lowest budget, colour and style of its line
+    "SMAC": (SAMPLERS["smac"], EPOCHS, "black", "-"),
+    "SMAC, its local search": (local_search, EPOCHS, "#e7298a", (0, (8, 2))),
+    "SMAC, a length scale per choice": (scales, EPOCHS, "#1f78b4", (0, (4, 2))),
+    "SMAC, its random forest": (SAMPLERS["forest"], EPOCHS, "#d95f02", "--"),
+    "Hyperband, 2 and 5 epochs": (SAMPLERS["hyperband"], EPOCHS / ETA, "#7570b3", "-."),
+    "random search": (SAMPLERS["random"], EPOCHS, "#66a61e", ":"),
 }
+MARK = 100  # epochs between the columns of the table
 
 
 @dataclass(frozen=True)
@@ -48,13 +62,15 @@ class Options:
 
     searches: int = option(30, "searches of each sampler", least=2)
     noise: float = option(2.6, "standard deviation of a trial's top-1, points", least=0)
-    epochs: int = option(540, "epochs per search, including trials at low budgets", least=90)
+    epochs: int = option(500, "epochs per search, including trials at low budgets", least=MARK)
     out: str = option("runs/bench", "folder of the results")
 
 
-def regrets(sampler: type, budgets: list[int], seed: int, epochs: int, noise: float) -> np.ndarray:
+def regrets(name: str, seed: int, epochs: int, noise: float) -> np.ndarray:
     """Return the regret of one search after each epoch spent, (epochs,)."""
-    truth = {budget: surrogate(budget) for budget in budgets}
+    sampler, lowest, *_ = ARMS[name]
+    budgets = [lowest, EPOCHS] if lowest < EPOCHS else [EPOCHS]
+    truth = {round(budget): surrogate(round(budget)) for budget in budgets}
     settings = {"space": CHOICES, "objectives": ["accuracy"], "budgets": budgets, "seed": seed}
     spent, best, found = 0, 0.0, np.full(epochs, truth[EPOCHS].max())
     rng = np.random.default_rng(seed)
@@ -76,22 +92,22 @@ def compare(options: Options) -> None:
     """Run all searches; write their regrets, a figure, and paired tests of each sampler against random."""
     n, curves = options.searches, {}
     with ProcessPoolExecutor() as workers:
-        for name, (*how, _, _) in ARMS.items():
-            jobs = [workers.submit(regrets, *how, seed, options.epochs, options.noise) for seed in range(n)]
+        for name in ARMS:
+            jobs = [workers.submit(regrets, name, seed, options.epochs, options.noise) for seed in range(n)]
             curves[name] = np.stack([job.result() for job in jobs])
-    marks = np.arange(90, options.epochs + 1, 90)
+    marks = np.arange(MARK, options.epochs + 1, MARK)
     figure, (axis,) = subplots(1, 6.5, 4)
     values, base = [], curves["random search"]
-    for name, curve in curves.items():
+    for i, (name, curve) in enumerate(curves.items()):
         *_, colour, style = ARMS[name]
         at, mean = curve[:, marks - 1], curve.mean(0)
         ends = 1.96 * at.std(axis=0, ddof=1) / n**0.5
-        # Bonferroni: three samplers are tested. Equal regrets have no test.
+        # Bonferroni: all samplers but random search are tested. Equal regrets have no test.
         others = zip(at.T, base[:, marks - 1].T, strict=True)
-        p = [min(1, 3 * wilcoxon(a, b).pvalue) if (a != b).any() else 1 for a, b in others]
+        p = [min(1, (len(ARMS) - 1) * wilcoxon(a, b).pvalue) if (a != b).any() else 1 for a, b in others]
         values.append({"label": name, "mean": mean[marks - 1], "interval": ends, "p": p, "regrets": at})
-        axis.plot(np.arange(1, options.epochs + 1), mean, style, color=colour, label=name)
-        axis.errorbar(marks, mean[marks - 1], ends, fmt="none", color=colour)
+        axis.plot(np.arange(1, options.epochs + 1), mean, linestyle=style, color=colour, label=name)
+        axis.errorbar(marks - 4 * i, mean[marks - 1], ends, fmt="none", color=colour)  # beside one another
     axis.set(xlabel="epochs spent", ylabel="regret, points of top-1", ylim=(0, 12), xlim=(0, None))
     axis.legend(frameon=False, title=f"mean of {n} searches and its 95% interval")
     table = [
