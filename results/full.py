@@ -3,8 +3,8 @@
     python -m results.full    # half an hour of two cores; repeat to continue
 
 Trains, with nexception_nano's macro-architecture and train.py's own recipe, the ten best networks of a
-search, ten random ones (the first of results/space.csv), and NEXcepTion's and Xception's choices: the best of
-each ten and the paper's with three seeds, the others with one.
+search, ten random ones (the first with nine epochs in results/space.csv), and NEXcepTion's and Xception's
+choices: the best of each ten and the paper's with three seeds, the others with one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def networks(options: Options) -> dict[str, dict]:
         trials = [row for row in csv.DictReader(file) if row["status"] == "success"]
     papers = {name: row for name, point in points().items() for row in trials if choices(row) == point}
     found = sorted((row for row in trials if row not in papers.values()), key=lambda row: -float(row["top1"]))
-    drawn = sorted(rows()[: options.networks], key=lambda row: -float(row["top1"]))
+    first = [choices(row) for row in rows(9)[: options.networks]]
+    drawn = sorted((row for row in rows() if choices(row) in first), key=lambda row: -float(row["top1"]))
     result = {f"found {i}": row for i, row in enumerate(found[: options.networks], 1)}
     return result | {f"random {i}": row for i, row in enumerate(drawn, 1)} | papers
 
