@@ -315,11 +315,12 @@ def best_of_many(space, seed: int):
             known = {config.get_array().tobytes() for config in previous_configs}
             drawn = self._configspace.sample_configuration(CANDIDATES)
             drawn = {config.get_array().tobytes(): config for config in drawn}
-            drawn = [config for key, config in drawn.items() if key not in known]
-            for config in drawn:
+            new = [config for key, config in drawn.items() if key not in known]
+            new = new or [*drawn.values()]  # SMAC passes over known ones, and fails if there are none
+            for config in new:
                 config.origin = type(self).__name__
-            values = self.acquisition_function(drawn).ravel() if drawn else []
-            return sorted(zip(values, drawn, strict=True), key=lambda pair: -pair[0])[:n_points]
+            values = self.acquisition_function(new).ravel()
+            return sorted(zip(values, new, strict=True), key=lambda pair: -pair[0])[:n_points]
 
     return BestOfMany(space, seed=seed)
 

@@ -501,6 +501,13 @@ def test_small_spaces_end_with_all_their_configurations_at_the_highest_budget(sa
         assert {trial.budget for trial in trials} == {9}
 
 
+def test_a_space_that_runs_out_amid_the_brackets_ends_the_search(tmp_path):
+    """With several workers, SMAC's model is asked for a configuration when all twelve are known."""
+    space = {"x": ["0", "1", "2", "3"], "z": ["a", "b", "c"]}
+    _, trials = targets.play(tmp_path, "smac", space, workers=3, target=lambda c, *_: (0.1 * int(c["x"]), {}))
+    assert len({tuple(trial.config.values()) for trial in trials}) == 12
+
+
 @pytest.mark.parametrize("highest", [3**power for power in range(7)])
 def test_hyperband_has_the_brackets_of_its_paper(highest, tmp_path):
     """SMAC's floor(log(243) / log(3)) is 4, and its first bracket of 1 to 729 ends with 0 configurations."""
