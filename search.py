@@ -188,8 +188,8 @@ class RandomSearch:
 class Smac:
     """SMAC: random configurations, then those of its model; Hyperband allots several budgets.
 
-    Writes `smac/SEED`, a SMAC3 run folder. A space with fewer configurations than Hyperband's first bracket
-    asks for runs each of them at the highest budget. `model`: "process", a Gaussian process; "forest", SMAC's
+    Writes `smac/SEED`, a SMAC3 run folder. When a small space runs out amid its brackets, all configurations
+    that have not run at the highest budget do. `model`: "process", a Gaussian process; "forest", SMAC's
     default; "none": all configurations are random.
     """
 
@@ -199,19 +199,17 @@ class Smac:
 
         self.space, names = configspace(settings["space"], settings["seed"]), settings["objectives"]
         self.stages = len(settings["budgets"])
-        if self.space.estimate_size() < ETA ** (self.stages - 1):
-            self.stages = 1
         self.seed = 0  # of the trials in SMAC's run history: SMAC adopts that of the trials it is told first
         self.asked = {}  # SMAC's own objects: equal configurations of other string types hash differently
         logging.getLogger("smac").setLevel(logging.ERROR)
         scenario = smac.Scenario(
             self.space, name="smac", output_directory=folder, deterministic=True, seed=settings["seed"],
             objectives=names if len(names) > 1 else names[0],
-            min_budget=settings["budgets"][-self.stages], max_budget=settings["budgets"][-1],
+            min_budget=settings["budgets"][0], max_budget=settings["budgets"][-1],
             n_trials=10**9,  # the search itself counts them
         )  # fmt: skip
         # Drawn by another generator than SMAC's own, which would draw the same configurations once more.
-        first = RandomSearch(folder, settings)
+        first, self.rest = RandomSearch(folder, settings), RandomSearch(folder, settings)
         drawn = filter(None, (first.ask() for _ in range(RANDOM_START)))
         start = [Configuration(self.space, trial.config, origin=trial.origin) for trial in drawn]
         facade, parts = smac.HyperbandFacade, {}
@@ -251,9 +249,6 @@ class Smac:
     def ask(self) -> Trial | None:
         from smac.main.exceptions import ConfigurationSpaceExhaustedException
 
-        known = {tuple(config.get_array()) for config in self.smac.runhistory.get_configs()}
-        if self.stages == 1 and len(known) == self.space.estimate_size():
-            return None
         for _ in range(2):  # an iterator that finds no new configuration ends, with promotions still due
             with contextlib.suppress(ConfigurationSpaceExhaustedException):
                 info = next(self.trials, None)
@@ -266,12 +261,14 @@ class Smac:
                     self.asked[str(trial)] = info
                     return trial
             self.trials = iter(self.smac.intensifier)
-        return None
+        return None if self.asked else self.rest.ask()
 
     def tell(self, trial: Trial, row: dict) -> None:
         from ConfigSpace import Configuration
         from smac.runhistory import StatusType, TrialInfo, TrialValue
 
+        if trial.budget == self.rest.budget:
+            self.rest.replay([{"config": trial.config}], None)
         info = self.asked.pop(str(trial), None)
         if info is None:
             config = Configuration(self.space, trial.config, origin=trial.origin)

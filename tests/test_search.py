@@ -485,27 +485,19 @@ def test_the_best_of_ten_trials_each_are_compared(finished):
 # The sampler
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("sampler", search.SAMPLERS)
 def test_small_spaces_end_with_all_their_configurations_at_the_highest_budget(sampler, workers, tmp_path):
-    """Failures are not repeated, nothing runs twice, and the search ends."""
-    for values in (1, 2, 4):
+    """Each runs there once, also in spaces that run out amid Hyperband's brackets."""
+    for values in (1, 2, 4, 6):
         space = {"x": [str(i) for i in range(values)], "z": ["a", "b"]}
 
         def target(config, seed, budget, bad="0" if values > 1 else None):
             return 1.0 if config["x"] == bad else 0.1, {}
 
         _, trials = targets.play(tmp_path / str(values), sampler, space, workers=workers, target=target)
-        had = [(trial.config["x"], trial.config["z"]) for trial in trials]
+        had = [(trial.config["x"], trial.config["z"]) for trial in trials if trial.budget == 9]
         assert sorted(had) == list(itertools.product(*space.values()))
-        assert {trial.budget for trial in trials} == {9}
-
-
-def test_a_space_that_runs_out_amid_the_brackets_ends_the_search(tmp_path):
-    """With several workers, SMAC's model is asked for a configuration when all twelve are known."""
-    space = {"x": ["0", "1", "2", "3"], "z": ["a", "b", "c"]}
-    _, trials = targets.play(tmp_path, "smac", space, workers=3, target=lambda c, *_: (0.1 * int(c["x"]), {}))
-    assert len({tuple(trial.config.values()) for trial in trials}) == 12
 
 
 @pytest.mark.parametrize("highest", [3**power for power in range(7)])
