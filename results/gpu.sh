@@ -15,9 +15,11 @@ export DEVICE=${DEVICE:-cuda} OUT=${OUT:-runs/gpu-$(date +%Y%m%d-%H%M%S)} PYTHON
 if [ "$DEVICE" = cpu ]; then
     export MODELS=nexception_nano AMPS="off bf16" SPEED="${SPEED:---models nexception_nano,convnext_tiny@32 --batch 2 --repetitions 2}"
     export LAMB="--model nexception_nano --repetitions 2" SHARED=cpu EPOCHS=3
+    export KERNELS="--models nexception_nano --batch 2 --repetitions 1"
     export DEPTHWISE="--shapes 16x7 --kernels 3,5 --batch 2 --repetitions 2"
 else
     export MODELS="nexception_nano nexception_reduced nexception_tp" AMPS="off bf16 fp16" LAMB="" DEPTHWISE=""
+    export KERNELS="--batch 64 --repetitions 5"
     export EPOCHS=6 SPEED="--models convnext_tiny,nexception_tp,nexception_t,xception,nexception_s,resnet50,swin_t --repetitions 15"
     # Two processes take a card each, if there are two; NCCL may refuse to share one.
     [ "$($PYTHON -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ] && export SHARED=cuda || export SHARED=cuda:0
@@ -57,7 +59,7 @@ export -f stop_and_resume
 part tests 60 '$PYTHON -m pytest -o addopts= --continue-on-collection-errors -m gpu'
 part speed 50 '$PYTHON bench.py speed $SPEED --device $DEVICE --out "$OUT"'
 part train-speed 50 '$PYTHON bench.py speed $SPEED --device $DEVICE --out "$OUT" --train'
-part losses 80 '
+part losses 70 '
     for model in $MODELS; do # the runs of a model side by side
         $PYTHON $TRAIN --model $model --device cpu --amp off --out "$OUT/losses/$model-cpu" &
         for amp in $AMPS; do
@@ -67,13 +69,14 @@ part losses 80 '
     done'
 part lamb 20 '$PYTHON -m results.lamb $LAMB --device $DEVICE --out "$OUT"'
 part depthwise 20 '$PYTHON -m results.depthwise $DEPTHWISE --device $DEVICE --out "$OUT"'
+part kernels 20 '$PYTHON -m results.kernels $KERNELS --device $DEVICE --out "$OUT"'
 part resume 30 '
     $PYTHON $TRAIN --epochs $EPOCHS --device $DEVICE --out "$OUT/resume/whole" && stop_and_resume \
         "$OUT/resume/stopped" $PYTHON $TRAIN --epochs $EPOCHS --device $DEVICE'
 part folder 30 '
     $PYTHON -c "$PICTURES" "$OUT/pictures"
     $PYTHON train.py --data "$OUT/pictures" --model nexception_nano --size 32 --epochs 2 --batch 32 --device $DEVICE --out "$OUT/folder"'
-part two 50 '
+part two 40 '
     $PYTHON $TRAIN --epochs $EPOCHS --accumulate 2 --device $DEVICE --out "$OUT/two/one" && stop_and_resume \
         "$OUT/two/both" $PYTHON -m torch.distributed.run --nproc_per_node=2 $TRAIN --epochs $EPOCHS --device $SHARED'
 part search 60 '

@@ -1,4 +1,4 @@
-"""Judge the files of `results/gpu.sh`: does each line of LOG.md's checklist hold? Writes FOLDER/page.md.
+"""Judge the files of `results/gpu.sh`: does what only a GPU can show hold? Writes FOLDER/page.md.
 
 python -m results.gpu_page FOLDER
 """
@@ -17,7 +17,7 @@ from train import machine, pick_device
 
 
 def judge(out: Path) -> str:
-    """Return the page. A line of the checklist is open if nothing was measured for it."""
+    """Return the page. A claim is open if nothing was measured for it."""
     parts = {name: int(status) for name, status, _ in map(str.split, (out / "parts.txt").open())}
 
     def said(part: str, pattern: str) -> list[str]:
@@ -53,7 +53,7 @@ def judge(out: Path) -> str:
     trials = [json.loads(line) for path in out.glob("search-*/trials.jsonl") for line in path.open()]
     trials = [float(sum(trial["status"] != "success" for trial in trials))] if trials else []
     tp, most, big = "NEXcepTion-TP", math.inf, sys.float_info.max
-    claims = [  # a line of the checklist and its part; what was found, and the bounds within which that holds
+    claims = [  # a claim and its part; what was found, and the bounds within which it holds
         ("`pytest -m gpu`: no test fails", "tests", failed, 0, 0),
         ("float32: the CPU's losses of the first epoch to 1e-3", "losses", first["off"], 0, 1e-3),
         ("bf16: the same to 2e-2", "losses", first["bf16"], 0, 2e-2),
@@ -75,8 +75,8 @@ def judge(out: Path) -> str:
         verdict = "holds" if parts.get(part) == 0 else "incomplete"
         verdict = "open" if not found else verdict if holds else "**fails**"
         lines.append([claim, verdict, ", ".join(f"{value:.3g}" for value in found)])
-    text = markdown_table(["checklist", "", "found"], lines)
-    text += f"\nLosses of {', '.join(models)}. Not tried: a killed process, an NCCL timeout, a profile.\n\n"
+    text = markdown_table(["claim", "", "found"], lines)
+    text += f"\nLosses of {', '.join(models)}. Not tried: a killed process, an NCCL timeout.\n\n"
     text += markdown_table(["part", "status"], [[name, str(status)] for name, status in parts.items()])
     here = machine(pick_device("auto")) | {"driver": " ".join(said("machine", r"Driver Version: [\d.]+"))}
     return text + "\n" + "".join(f"- {name}: {value}\n" for name, value in here.items())
