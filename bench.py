@@ -544,7 +544,7 @@ def speed(options: SpeedOptions) -> None:
     where = re.sub(r"\W+", "-", here["gpu"].lower()) if "gpu" in here else device.type
     flags = [flag for flag in ("train", "compile", "fuse") if getattr(options, flag)]
     name = "-".join(["speed", where, precision, *flags])
-    write_results(name, options, device, text, rows, precision=precision, baseline=base.label)
+    write_results(name, options, device, text, rows, precision=precision)
 
 
 def speed_table(rows: list[ModelRow], base: ModelRow, batch: int) -> str:

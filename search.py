@@ -155,7 +155,7 @@ class Trial:
 class RandomSearch:
     """Uniformly random configurations at the highest budget, none twice.
 
-    A sampler is a class with these five methods and an entry in SAMPLERS. Of the `settings` in `search.json`,
+    A sampler is a class with these methods and an entry in SAMPLERS. Of the `settings` in `search.json`,
     space, objectives, budgets and seed describe the problem. A row is a finished trial (see `rows_of`).
     """
 
@@ -389,14 +389,16 @@ class Options:
     trials: int | None = option(None, "stop after this many trials in total (default: no limit)", 1)
     walltime: str | None = option(None, "total time, 90s or 10m (default without --trials: 5m to 3d)")
     sampler: str = option("smac", "SMAC with a Gaussian process, or with its default, a forest; Hyperband "
-                          "without a model; random search at the highest budget", choices=tuple(SAMPLERS))
+                          "without a model, for several budgets; random search at the highest budget",
+                          choices=tuple(SAMPLERS))
     min_epochs: int | None = option(None, "lowest budget (default: digits 1, others 5 epochs)", 1)
     max_epochs: int | None = option(None, "highest: the lowest times a power of 3 (default: 5, 9 or 45)", 1)
     objectives: str = option("accuracy", "several give a Pareto front: accuracy,throughput,macs,parameters")
     points: bool = option(True, "begin with NEXcepTion's and Xception's choices, at the highest budget")
     batch: int | None = option(None, "images per training batch; batch norm, one of the choices, needs 2 "
                                "(default: 32 for clutter, else 64)", 2)
-    workers: int | None = option(None, "concurrent trials (default: CPU cores up to 4, or by GPU)", 1)
+    workers: int | None = option(None, "concurrent trials (default: CPU cores up to 4, or by GPU; with "
+                                 "--scheduler 1)", 1)
     workers_per_gpu: int = option(1, "concurrent trials per GPU", 1)
     scheduler: str | None = option(None, "address of a Dask cluster that runs the trials, tcp://host:8786")
     time_limit: str | None = option(None, "time limit of a trial (default: 2m to 2h)")
@@ -488,14 +490,11 @@ def trial_facts(data: str, root: str, model: str, batch: int, device: str) -> di
     opened = open_data(data, Plan(batch), root=root, workers=0)
     images, classes = {split: opened.count(split) for split in opened.splits}, list(opened.classes)
     opened.close()
-    recipe = train.resolve(train.Options(data=data, model=model), images=images["train"]).recipe
-    place = pick_device(device)
-    if place.type == "cpu":  # with AMX, bf16 is 1.6 times as fast at the paper's width, no faster at nano's
-        narrow = model in ("nexception_nano", "nexception_pico")
-        amp = "bf16" if torch.cpu._is_amx_tile_supported() and not narrow else "off"
-    else:
-        amp = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(train.amp_dtype("auto", place), "off")
-    return {"amp": amp, "recipe": recipe, "classes": classes, "images": images}
+    usual = train.resolve(train.Options(data=data, model=model, device=device), images=images["train"])
+    narrow = model in ("nexception_nano", "nexception_pico")
+    if usual.device == "cpu" and torch.cpu._is_amx_tile_supported() and not narrow:
+        usual.amp = "bf16"  # 1.6 times as fast at the paper's width, no faster at nano's
+    return {"amp": usual.amp, "recipe": usual.recipe, "classes": classes, "images": images}
 
 
 def train_config(config: dict, seed: int = 0, budget: float | None = None, settings: dict | None = None):
@@ -578,7 +577,10 @@ def train_config(config: dict, seed: int = 0, budget: float | None = None, setti
 
 
 def trial_options(settings: dict, epochs: int, seed: int, device: torch.device) -> train.Options:
-    """Return the recipe of `train.py` for a trial: its epochs, of which at most a quarter are warm-up."""
+    """Return the recipe of `train.py` with the trial's batch and epochs, at most a quarter of them warm-up.
+
+    There is no cool-down, accumulation or repeated augmentation.
+    """
     s = settings
     usual = train.resolve(train.Options(data=s["data"], model=s["model"], recipe=s["recipe"]))
     return replace(
@@ -805,7 +807,7 @@ def differences(before, now, name: str = "") -> list[str]:
     return [f"{name.strip()} was {before}, is now {now}"]
 
 
-def best_rows(rows: list[dict], budget: float) -> list[dict]:
+def best_rows(rows: list[dict], budget: int) -> list[dict]:
     """Return the Pareto front at a budget, best top-1 first; with one objective, the incumbent alone."""
     front: list[dict] = []
     for row in sorted(successes(rows, budget), key=lambda row: row["cost"]):
@@ -814,9 +816,9 @@ def best_rows(rows: list[dict], budget: float) -> list[dict]:
     return front
 
 
-def successes(rows: list[dict], budget: float) -> list[dict]:
+def successes(rows: list[dict], budget: int) -> list[dict]:
     """Return the successful trials at a budget."""
-    return [row for row in rows if row["status"] == "success" and round(row["budget"]) == round(budget)]
+    return [row for row in rows if row["status"] == "success" and row["budget"] == budget]
 
 
 def top1(row: dict) -> float:
@@ -1046,7 +1048,7 @@ class Search:
             settings |= {"root": self.options.root, "compile": self.options.compile}
             settings |= {"device": device, "split": "test" if repeat else "val"}
         job = Job(
-            trial, trial_seed(self.settings, trial.config, *repeat), self.settings["target"], settings,
+            trial, trial_seed(self.options.seed, trial.config, *repeat), self.settings["target"], settings,
             device, threads, time_limit, self.memory_limit, log, time.monotonic(),
         )  # fmt: skip
         if self.client is not None:
@@ -1160,9 +1162,8 @@ class Search:
         They are evaluated on the test split, too, of data that have one.
         """
         path, budget = self.folder / "final.json", self.settings["budgets"][-1]
-        scored, repeats = read_json(path), range(1, REPEATS + 1)
-        runs = [(config, repeat) for repeat in repeats for config in networks.values()]
-        waiting = {repeat_name(*run): run for run in runs if repeat_name(*run) not in scored}
+        scored = read_json(path)
+        waiting = missing_runs(networks, scored)
         if waiting:
             names = ", ".join(networks)
             print(f"training {names}: {REPEATS} times {epochs_text(budget)} each", flush=True)
@@ -1178,14 +1179,20 @@ class Search:
                     write_whole(path, json.dumps(scored, indent=1))
 
 
-def trial_seed(settings: dict, config: dict, *repeat: int) -> int:
-    """Return the training seed of a configuration, or of one of its runs in the final comparison."""
-    return zlib.crc32(json.dumps([settings["seed"], *repeat, sorted(config.items())]).encode())
+def trial_seed(seed: int, config: dict, *repeat: int) -> int:
+    """Return the training seed of a configuration in a search, or of a run of its final comparison."""
+    return zlib.crc32(json.dumps([seed, *repeat, sorted(config.items())]).encode())
 
 
 def repeat_name(config: dict, repeat: int) -> str:
     """Return the name of a run in the final comparison."""
     return f"{short(config)} #{repeat}"
+
+
+def missing_runs(networks: dict[str, dict], scored: dict) -> dict[str, tuple[dict, int]]:
+    """Return name -> configuration and repetition of the final trainings that `scored` lacks."""
+    runs = [(config, repeat) for repeat in range(1, REPEATS + 1) for config in networks.values()]
+    return {repeat_name(*run): run for run in runs if repeat_name(*run) not in scored}
 
 
 def finalists(rows: list[dict], settings: dict) -> dict[str, dict]:
@@ -1315,10 +1322,11 @@ def effects(codes: np.ndarray, costs: np.ndarray, sizes: list, best: np.ndarray,
     return np.stack([*np.mean(shares, axis=0), np.array(losses) / ((default - least) or 1)])
 
 
-def importances(codes: np.ndarray, costs: np.ndarray, sizes: list[int]) -> dict[str, np.ndarray]:
-    """Return three importances of each choice, from random forests of the costs: {kind: (4, P)}.
+def importances(codes: np.ndarray, costs: np.ndarray, space: dict[str, list[str]]) -> dict:
+    """Return three importances of each choice, from random forests of the costs of N trials.
 
-    codes: (N, P) integers; costs: (N,); sizes: the number of values of each of the P choices.
+    codes: (N, P) integers, positions in the values of each of the P choices of the space; costs: (N,). The
+    result: {"trials": N, kind: {choice: [estimate, low, high, noise]}}, with these kinds:
 
     - local: the variance of a tree's predictions over all values of a choice, around the incumbent (the row
       of least cost), divided by the sum over the choices; mean over the trees (Biedenkapp et al., 2018).
@@ -1328,10 +1336,10 @@ def importances(codes: np.ndarray, costs: np.ndarray, sizes: list[int]) -> dict[
       default's - the incumbent's), the default being the first value of each choice. DeepCAVE showed this
       ratio up to release 1.2, and so did the paper's Figure 4 (with negative ratios as 0).
 
-    The four rows are the estimate, both ends of its 90% interval (5% and 95% of forests of resampled trials),
-    and the noise level: the median of forests of trials in which the values of that choice are shuffled.
+    low and high are the ends of a 90% interval (5% and 95% of forests of resampled trials), noise is the
+    median of forests of trials in which the values of that choice are shuffled.
     """
-    rng, least = np.random.default_rng(0), costs.argmin()
+    rng, least, sizes = np.random.default_rng(0), costs.argmin(), [len(values) for values in space.values()]
     estimate = effects(codes, costs, sizes, codes[least], TREES)
     draws = rng.integers(len(costs), size=(RESAMPLES, len(costs)))
     resampled = [effects(codes[rows], costs[rows], sizes, codes[least], FEW_TREES) for rows in draws]
@@ -1342,15 +1350,16 @@ def importances(codes: np.ndarray, costs: np.ndarray, sizes: list[int]) -> dict[
             mixed[:, i] = rng.permutation(codes[:, i])
             shuffled[k] = effects(mixed, costs, sizes, mixed[least], FEW_TREES)[:, i]
         noise[:, i] = np.median(shuffled, axis=0)
-    rows = np.stack([estimate, *np.quantile(resampled, [0.05, 0.95], axis=0), noise], axis=1)  # (3, 4, P)
-    return dict(zip(IMPORTANCES, rows, strict=True))
+    cells = np.stack([estimate, *np.quantile(resampled, [0.05, 0.95], axis=0), noise], axis=2)  # (3, P, 4)
+    kinds = zip(IMPORTANCES, cells.tolist(), strict=True)
+    return {"trials": len(costs)} | {kind: dict(zip(space, rows, strict=True)) for kind, rows in kinds}
 
 
 def importance(folder: Path) -> dict:
     """Return the importances for accuracy at each budget; write importance.json and importance.png.
 
-    {budget: {"trials": N, kind: {choice: [estimate, low, high, noise]}}}, see `importances`. Budgets with
-    fewer successful trials than twice the number of choices are left out; raises UsageError if none is left.
+    {budget: importances}, without budgets that have fewer successful trials than twice the number of choices.
+    Raises UsageError if none is left.
     """
     settings, rows = settings_of(folder), rows_of(folder)
     space, found = settings["space"], {}
@@ -1358,10 +1367,7 @@ def importance(folder: Path) -> dict:
         done = successes(rows, budget)
         if len(done) >= 2 * len(space):
             codes = np.array([[space[name].index(row["config"][name]) for name in space] for row in done])
-            costs, sizes = np.array([row["cost"][0] for row in done]), [len(space[name]) for name in space]
-            kinds = importances(codes, costs, sizes).items()
-            found[budget] = {kind: dict(zip(space, cells.T.tolist(), strict=True)) for kind, cells in kinds}
-            found[budget]["trials"] = len(done)
+            found[budget] = importances(codes, np.array([row["cost"][0] for row in done]), space)
     if not found:
         raise UsageError(f"{folder}: importance needs {2 * len(space)} successful trials of one budget")
     write_whole(folder / "importance.json", json.dumps(found, indent=1))

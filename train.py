@@ -480,7 +480,7 @@ class Options:
                        "MODULE:FUNCTION (see `open_data`)")  # fmt: skip
     model: str | None = option(None, f"{', '.join(MODELS)}, or the path of a JSON config")
     out: str | None = option(None, "folder of the run (default: runs/DATA-MODEL)")
-    recipe: str | None = option(None, "default: chosen by --data and --init-weights", choices=tuple(RECIPES))
+    recipe: str | None = option(None, "default: by data, model and initial weights", choices=tuple(RECIPES))
     init_weights: str | None = option(None, "checkpoint to start from: ours, the authors' or timm's Xception")
     freeze: bool = option(False, "train the classifier only; freeze other weights and all batch norms")
     eval: str | None = option(None, "evaluate this checkpoint on --data (top-1 and top-5) and exit")
@@ -520,7 +520,7 @@ class Options:
 
 # Options that may differ when a run is resumed, because they do not change what is learned. `accumulate` may
 # differ while processes x accumulate stays the same; data, models and recipes are compared by their content.
-FREE = {"out", "data", "model", "eval", "recipe", "accumulate", "device", "workers", "root", "tracker"}
+FREE = {"out", "data", "model", "recipe", "accumulate", "device", "workers", "root", "tracker"}
 
 
 def recipes_help() -> str:

@@ -4,7 +4,8 @@
 
 Trains, with nexception_nano's macro-architecture and train.py's own recipe, the ten best networks of a
 search, ten random ones (the first with nine epochs in results/space.csv), and NEXcepTion's and Xception's
-choices: the best of each ten and the paper's with three seeds, the others with one.
+choices. Of each ten the first and the best on validation in full, and the paper's, are trained with three
+seeds, the others with one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Options:
 
     search: str = option("results/search-clutter", "run folder of a search of clutter")
     networks: int = option(10, "networks of the search, and random ones", least=1)
-    seeds: int = option(3, "runs of the best of each ten and of the paper's; of the others one", least=2)
+    seeds: int = option(3, "runs of each ten's first and best and of the paper's; of the others one", least=2)
     epochs: int = option(RECIPES["clutter"].values["epochs"], "epochs of a run", least=1)
     workers: int = option(2, "runs at a time, with a thread each", least=1)
     runs: str = option("runs/full", "folder of the runs")
@@ -58,8 +59,8 @@ def networks(options: Options) -> dict[str, dict]:
     return result | {f"random {i}": row for i, row in enumerate(drawn, 1)} | papers
 
 
-def train(options: Options, name: str, row: dict, seed: int) -> float:
-    """Train a network with train.py, or continue; return its top-1 on the test pictures."""
+def train(options: Options, name: str, row: dict, seed: int) -> tuple[float, float]:
+    """Train a network with train.py, or continue; return its best validation top-1 and its test top-1."""
     out = Path(options.runs, f"{name.replace(' ', '-')}-{seed}")
     out.mkdir(parents=True, exist_ok=True)
     network_config(choices(row), "nexception_nano").to_json(out / "network.json")
@@ -67,36 +68,56 @@ def train(options: Options, name: str, row: dict, seed: int) -> float:
     command += ["--out", str(out / "run"), "--seed", str(seed), "--epochs", str(options.epochs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-    return json.loads((out / "run/metrics.jsonl").read_text().splitlines()[-1])["test_top1"]
+    *epochs, final = map(json.loads, (out / "run/metrics.jsonl").open())
+    return max(epoch["val_top1"] for epoch in epochs), final["test_top1"]
+
+
+def train_all(options: Options, found: dict[str, dict]) -> tuple[dict[str, list], list[str]]:
+    """Return the test top-1 of each network's runs, and the names of those with several, the choice first.
+
+    The choice is the network of the search with the best validation top-1 of the first runs.
+    """
+    with ThreadPoolExecutor(options.workers) as workers:
+
+        def runs(names, seeds) -> list[tuple[str, float, float]]:
+            pairs = [(name, seed) for seed in seeds for name in names]
+            scores = workers.map(lambda pair: train(options, pair[0], found[pair[0]], pair[1]), pairs)
+            return [(name, *score) for (name, _), score in zip(pairs, scores, strict=True)]
+
+        first = runs(found, [1])
+        validation = {name: val for name, val, _ in first}
+        tens = [[name for name in found if name.startswith(kind)] for kind in ("found", "random")]
+        chosen = [max(ten, key=validation.get) for ten in tens]
+        several = list(dict.fromkeys([*chosen, "found 1", "random 1", *points()]))
+        further = runs(several, range(2, options.seeds + 1))
+    tests = {name: [test for other, _, test in first + further if other == name] for name in found}
+    return tests, several
 
 
 def compare(options: Options) -> None:
     """Train all networks; write their accuracies, the rank correlation with the search, and tests."""
-    found, several = networks(options), ("found 1", "random 1", *points())
-    seeds = range(1, options.seeds + 1)
-    runs = [(*pair, seed) for seed in seeds for pair in found.items() if seed == 1 or pair[0] in several]
-    with ThreadPoolExecutor(options.workers) as workers:
-        top1 = list(workers.map(lambda run: train(options, *run), runs))
-    scores = {name: [top1[i] for i, run in enumerate(runs) if run[0] == name] for name in found}
+    found = networks(options)
+    scores, several = train_all(options, found)
+    trials = {name: float(row["top1"]) for name, row in found.items()}
     order = sorted(found, key=lambda name: -np.mean(scores[name]))
     table = [
         [
             name,
             short(choices(found[name])),
-            f"{float(found[name]['top1']):.1f}",
+            f"{trials[name]:.1f}",
             ", ".join(f"{x:.1f}" for x in scores[name]),
         ]
         for name in order
     ]
     text = markdown_table(["network", "choices", "in a trial, validation", "in full, test"], table)
-    rank = spearmanr(
-        [float(found[name]["top1"]) for name in found], [np.mean(scores[name]) for name in found]
-    )
+    rank = spearmanr([trials[name] for name in found], [np.mean(scores[name]) for name in found])
     text += f"\nSpearman correlation of both: {rank.statistic:.2f}\n"
-    for name in several[1:]:
-        gap = np.mean(scores["found 1"]) - np.mean(scores[name])
-        p = ttest_ind(scores["found 1"], scores[name], equal_var=False).pvalue
-        text += f"\nfound 1 - {name}: {gap:+.1f} points (Welch's t-test, p = {p:.2g})\n"
+    text += f"\nBest on validation in full: {several[0]}\n"
+    for ours in dict.fromkeys([several[0], "found 1"]):
+        for name in (name for name in several if name != ours):
+            gap = np.mean(scores[ours]) - np.mean(scores[name])
+            p = ttest_ind(scores[ours], scores[name], equal_var=False).pvalue
+            text += f"\n{ours} - {name}: {gap:+.1f} points (Welch's t-test, p = {p:.2g})\n"
     print(text)
     values = [{"label": name, **choices(found[name]), "top1": scores[name]} for name in order]
     write_results("full", options, torch.device("cpu"), text, values)

@@ -6,7 +6,7 @@
 #     WHEELS=/path/to/wheels bash results/gpu.sh                # without network: SMAC and the like from a folder
 #     DEVICE=cpu SLOW=2 bash results/gpu.sh                     # a rehearsal, everything tiny, twice the time limits
 #
-# It needs torch, torchvision, timm, scikit-learn, matplotlib, scipy, psutil and pytest; the part `search` also needs
+# It needs torch, torchvision, timm, scikit-learn, matplotlib, tqdm, scipy, psutil and pytest; the part `search` also needs
 # smac, ConfigSpace, distributed and pebble. A part that fails or exceeds its time limit does not stop the others.
 
 set -u

@@ -47,7 +47,7 @@ TIMM = {
 
 def make_pictures(folder: Path, count: int = 400) -> None:
     """Write JPEG files that are to a decoder what photographs are: the most common sizes of ImageNet, random
-    waves whose amplitude falls with frequency as in nature, some 96 KB."""
+    waves whose amplitude falls with frequency as in nature, some 90 KB."""
     rng = np.random.default_rng(0)
     for i in range(count):
         height, width = ((375, 500), (500, 375), (333, 500))[i % 3]

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
-from bench import find_model, markdown_table, random_images, run_command, write_results
+from bench import find_model, markdown_table, precision_of, random_images, run_command, write_results
 from model import count_macs, keep_large_buffers
 from train import AMP, amp_dtype, option, pick_device, run_script
 
@@ -99,7 +99,7 @@ def compare(options: Options) -> None:
     cells.append(["sum", *(f"{sum(found.values()):.0f}" for found in medians.values())])
     text = markdown_table(["ms", *heads], cells)
     print(text)
-    name = f"kernels-{device.type}-{str(amp or torch.float32).removeprefix('torch.')}"
+    name = f"kernels-{device.type}-{precision_of(options.amp, device)}"
     write_results(name, options, device, text, [{"label": spec, **found} for spec, found in medians.items()])
 
 

@@ -53,7 +53,7 @@ def compare(options: Options) -> None:
     text += f"\nAfter these steps, no tensor differs from timm's by more than {apart:.0e} of its norm.\n"
     print(text)
     name = f"lamb-{Path(options.model).stem}-{device.type}"
-    write_results(name, options, device, text, rows, unit="steps/s", difference_from_timm=apart)
+    write_results(name, options, device, text, rows, difference_from_timm=apart)
 
 
 if __name__ == "__main__":

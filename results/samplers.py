@@ -1,6 +1,6 @@
 """Compare samplers on the surrogate of the whole space (results/space.py), where a trial takes no time.
 
-    python -m results.samplers --out results    # 30 searches of 400 epochs each: a quarter of an hour
+    python -m results.samplers --out results    # 30 searches of 600 epochs each: half an hour
 
 A trial sees the surrogate's top-1 with noise, as between two trainings of a good network. Regret is the top-1
 of the best of the 61,440 networks minus that of the network with the best trial at the highest budget, both
@@ -45,7 +45,7 @@ ARMS = {  # name -> sampler, lowest budget, colour and style of its line
     "Hyperband, 2 and 5 epochs": (SAMPLERS["hyperband"], EPOCHS / ETA, "#7570b3", "-."),
     "random search": (SAMPLERS["random"], EPOCHS, "#66a61e", ":"),
 }
-MARK = 100  # epochs between the columns of the table
+MARK = 150  # epochs between the columns of the table
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options:
 
     searches: int = option(30, "searches of each sampler", least=2)
     noise: float = option(3.5, "standard deviation of a trial's top-1, points", least=0)
-    epochs: int = option(400, "epochs per search, including trials at low budgets", least=MARK)
+    epochs: int = option(600, "epochs per search, including trials at low budgets", least=MARK)
     out: str = option("runs/bench", "folder of the results")
 
 
@@ -100,7 +100,7 @@ def compare(options: Options) -> None:
         values.append({"label": name, "mean": mean[marks - 1], "interval": ends, "p": p, "regrets": at})
         axis.plot(np.arange(1, options.epochs + 1), mean, linestyle=style, color=colour, label=name)
         axis.errorbar(marks - 4 * i, mean[marks - 1], ends, fmt="none", color=colour)  # beside one another
-    axis.set(xlabel="epochs spent", ylabel="regret, points of top-1", ylim=(0, 12), xlim=(0, None))
+    axis.set(xlabel="epochs spent", ylabel="regret, points of top-1", ylim=(0, 25), xlim=(0, None))
     axis.legend(frameon=False, title=f"mean of {n} searches and its 95% interval")
     table = [
         [row["label"], *map("{:.2f} ± {:.2f} (p = {:.1g})".format, row["mean"], row["interval"], row["p"])]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import search
 from bench import markdown_table, run_command, write_results
-from data import RunError, write_whole
+from data import RunError, UsageError, write_whole
 from results.space import EPOCHS, choices, rows
 from train import option, run_script
 
@@ -31,33 +31,31 @@ class Options:
     """Compare what SMAC and random search find, over several seeds, on the test pictures."""
 
     seeds: int = option(10, "searches of each kind", least=2)
-    trials: int = option(80, "trials of a search, the paper's two points included", least=3)
+    trials: int = option(120, "trials of a search, the paper's two points included", least=3)
     epochs: int = option(EPOCHS, "epochs of a trial", least=1)
     runs: str = option("runs/seeds", "folder of the searches")
     out: str = option("runs/bench", "folder of the results")
 
 
-def retrain(config: dict, seed: int, repeat: int, epochs: int) -> dict:
+def retrain(config: dict, repeat: int, seed: int, epochs: int) -> dict:
     """Train a network as the comparison that ends a search does; return its results."""
     torch.set_num_threads(1)
-    seed = search.trial_seed({"seed": seed}, config, repeat)
-    return search.train_config(config, seed, epochs, {"split": "test"})[1]
+    return search.train_config(config, search.trial_seed(seed, config, repeat), epochs, {"split": "test"})[1]
 
 
-def choose(folder: Path, rows: list[dict], options: Options, seed: int) -> tuple[dict, dict]:
+def choose(folder: Path, trials: list[dict], options: Options, seed: int) -> tuple[dict, dict]:
     """Compare the best of the trials as a search does, with what is missing in final.json.
 
     Returns the network chosen on validation, and the test top-1 of each training of it and of the points.
     """
-    networks = search.finalists(rows, {"budgets": [options.epochs], "objectives": ["accuracy"]})
+    networks = search.finalists(trials, {"budgets": [options.epochs], "objectives": ["accuracy"]})
     path = folder / "final.json"
-    scored = json.loads(path.read_text()) if path.exists() else {}
-    runs = [(config, repeat) for repeat in range(1, search.REPEATS + 1) for config in networks.values()]
-    missing = [run for run in runs if search.repeat_name(*run) not in scored]
+    scored = search.read_json(path)
+    missing = search.missing_runs(networks, scored)
     with ProcessPoolExecutor() as workers:
-        jobs = [workers.submit(retrain, config, seed, repeat, options.epochs) for config, repeat in missing]
-        for run, job in zip(missing, jobs, strict=True):
-            scored[search.repeat_name(*run)] = job.result()
+        jobs = {name: workers.submit(retrain, *run, seed, options.epochs) for name, run in missing.items()}
+        for name, job in jobs.items():
+            scored[name] = job.result()
             write_whole(path, json.dumps(scored))
     best = networks[search.comparison(folder, networks)[1]]
     top1s = {
@@ -79,6 +77,9 @@ def compare_seed(seed: int, options: Options) -> dict:
         {"config": choices(row), "cost": [1 - float(row["top1"]) / 100]}
         for row in rows(options.epochs)[(seed - 1) * count : seed * count]
     ]
+    if len(drawn) < count:
+        more = f"python -m results.space --networks {options.seeds * count}"
+        raise UsageError(f"results/space.csv has too few networks for seed {seed}: {more} trains more")
     trial = {"status": "success", "budget": options.epochs}
     drawn = [row | trial for row in drawn] + [row for row in done if row["origin"] in search.points()]
     other.mkdir(exist_ok=True)

@@ -427,7 +427,7 @@ def test_the_comparison_trains_each_network_three_times_and_resumes(tmp_path, mo
     opened.stop = interrupt = None
     opened.compare(networks)
     assert len(set(jobs)) == len(jobs) == len(read_json(path)) == 9
-    assert search.trial_seed(opened.settings, best) not in [seed for _, seed in jobs]
+    assert search.trial_seed(opened.options.seed, best) not in [seed for _, seed in jobs]
     text, name = search.comparison(opened.folder, networks)
     assert "(trainings) on the test split" in text and "71.50%  71.50% ± 0.50 (3)" in text
     assert "65.50%  60.50% ± 0.50 (3)" in text and name == "found 1"
@@ -594,11 +594,15 @@ def test_a_search_that_finds_nothing_better_recommends_the_best_it_compared(tmp_
 
 
 def importances_of(function, sizes, noise):
-    """Return the importances of 400 random configurations whose costs are a function of their codes."""
+    """Return {kind: (4, P)} of 400 random configurations whose costs are a function of their codes."""
     rng = np.random.default_rng(4)
     codes = rng.integers(0, sizes, (400, len(sizes)))
     costs = np.array([function(*row) for row in codes]) + noise * rng.normal(size=400)
-    return search.importances(codes, costs, sizes)
+    found = search.importances(
+        codes, costs, {name: [*range(n)] for name, n in zip("abc", sizes, strict=True)}
+    )
+    assert found.pop("trials") == 400
+    return {kind: np.array([*choices.values()]).T for kind, choices in found.items()}
 
 
 def test_importances_of_known_functions():
