@@ -1,8 +1,12 @@
-"""Complete examples for README's section "Change it"; the tests run the last two."""
+"""Complete examples for README's section "Change it"; the tests run all but the first."""
+
+import functools
 
 import blocks
+import model
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -43,9 +47,21 @@ class ConvNeXtBlock(nn.Module):
         return x + self.drop_path(self.project(self.act(self.expand(self.norm(self.conv(x))))))
 
 
-def muon(model, options):
+@functools.cache
+def teacher(device):
+    return model.load_checkpoint("runs/digits-nexception_nano/best.pt").to(device)
+
+
+def distillation(logits, targets, images, options):
+    """Return the divergence from a teacher's probabilities, for `train.LOSSES`."""
+    with torch.no_grad():
+        wanted = teacher(images.device)(images).log_softmax(dim=1)
+    return F.kl_div(logits.log_softmax(dim=1), wanted, reduction="batchmean", log_target=True)
+
+
+def muon(network, options):
     """Return Muon for matrices (1 x 1 convolutions too) and AdamW for the rest, for `train.OPTIMIZERS`."""
-    wide = [p for p in model.parameters() if p.ndim > 1 and p.shape[2:].numel() == 1]
+    wide = [p for p in network.parameters() if p.ndim > 1 and p.shape[2:].numel() == 1]
     matrices = [nn.Parameter(p.detach().flatten(1)) for p in wide]  # the same memory
     first = torch.optim.Muon([{"params": matrices, "scale": 10}], weight_decay=options.weight_decay)
 
@@ -54,4 +70,7 @@ def muon(model, options):
         for matrix, p in zip(matrices, wide, strict=True):
             matrix.grad = p.grad.flatten(1)
 
-    return [first, torch.optim.AdamW(p for p in model.parameters() if p.ndim == 1 or p.shape[2:].numel() > 1)]
+    return [
+        first,
+        torch.optim.AdamW(p for p in network.parameters() if p.ndim == 1 or p.shape[2:].numel() > 1),
+    ]

@@ -890,6 +890,15 @@ def test_training_does_not_synchronize_with_the_gpu():
     assert len(fit(training, data, stop=StopAfter(action=forbid_synchronizing))) == 2
 
 
+def test_distillation_is_the_divergence_from_the_teacher(monkeypatch):
+    teacher = create_model(TINY, num_classes=10).eval()
+    monkeypatch.setattr(examples, "teacher", lambda device: teacher)
+    images, logits = torch.randn(4, 3, 16, 16), torch.randn(4, 10)
+    wanted = teacher(images).softmax(1).detach()
+    byhand = (wanted * (wanted.log() - logits.log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(examples.distillation(logits, None, images, None), byhand)
+
+
 def test_a_data_set_an_optimizer_and_a_loss_are_one_entry_each(tiny, tmp_path, monkeypatch, capsys):
     """Learn whether the left or the right half is white with plain SGD and a squared error."""
 
