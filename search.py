@@ -389,8 +389,7 @@ class Options:
     trials: int | None = option(None, "stop after this many trials in total (default: no limit)", 1)
     walltime: str | None = option(None, "total time, 90s or 10m (default without --trials: 5m to 3d)")
     sampler: str = option("smac", "SMAC with a Gaussian process, or with its default, a forest; Hyperband "
-                          "without a model, for several budgets; random search at the highest budget",
-                          choices=tuple(SAMPLERS))
+                          "without a model; random search at the highest budget", choices=tuple(SAMPLERS))
     min_epochs: int | None = option(None, "lowest budget (default: digits 1, others 5 epochs)", 1)
     max_epochs: int | None = option(None, "highest: the lowest times a power of 3 (default: 5, 9 or 45)", 1)
     objectives: str = option("accuracy", "several give a Pareto front: accuracy,throughput,macs,parameters")
@@ -421,6 +420,8 @@ class Options:
         for name, value in usual.items():
             if getattr(o, name) is None:
                 setattr(o, name, value)
+        if o.sampler == "hyperband" and o.min_epochs == o.max_epochs:
+            raise UsageError("--sampler hyperband needs several budgets, as --min-epochs 2 --max-epochs 6")
         o.out = o.out or f"runs/search-{Path(o.data).resolve().name.replace(':', '-')}"
         names = o.objectives.split(",")
         if names[0] != "accuracy" or len(set(names)) < len(names) or set(names) - set(OBJECTIVES):

@@ -149,6 +149,7 @@ def test_budgets_times_and_defaults(monkeypatch):
         (["--walltime", "soon"], "90s, 10m, 12h or 3d"),
         (["--walltime", "0s"], "90s, 10m, 12h or 3d"),
         (["--objectives", "macs"], "accuracy first"),
+        (["--sampler", "hyperband", "--max-epochs", "9"], "needs several budgets, as --min-epochs"),
         (["--objectives", "accuracy,beauty"], "throughput, macs, parameters"),
         (["--model", "resnet"], "invalid choice"),
         (["--memory-limit", "-1"], "above 0"),
