@@ -99,19 +99,23 @@ def compare(options: Options) -> None:
     found = networks(options)
     scores, several = train_all(options, found)
     trials = {name: float(row["top1"]) for name, row in found.items()}
+    epochs = {name: int(row.get("budget") or row["epochs"]) for name, row in found.items()}  # of a trial
     order = sorted(found, key=lambda name: -np.mean(scores[name]))
     table = [
         [
             name,
             short(choices(found[name])),
-            f"{trials[name]:.1f}",
+            f"{trials[name]:.1f} ({epochs[name]})",
             ", ".join(f"{x:.1f}" for x in scores[name]),
         ]
         for name in order
     ]
-    text = markdown_table(["network", "choices", "in a trial, validation", "in full, test"], table)
-    rank = spearmanr([trials[name] for name in found], [np.mean(scores[name]) for name in found])
-    text += f"\nSpearman correlation of both: {rank.statistic:.2f}\n"
+    text = markdown_table(["network", "choices", "in a trial, validation (epochs)", "in full, test"], table)
+    alike = [name for name in found if epochs[name] == epochs["found 1"]]
+    rank = spearmanr([trials[name] for name in alike], [np.mean(scores[name]) for name in alike])
+    text += (
+        f"\nSpearman correlation of both: {rank.statistic:.2f} ({len(alike)} networks with trials alike)\n"
+    )
     text += f"\nBest on validation in full: {several[0]}\n"
     for ours in dict.fromkeys([several[0], "found 1"]):
         for name in (name for name in several if name != ours):
