@@ -10,7 +10,7 @@ The separable convolutions of a block are numbered 1, 2, 3 (down-sampling blocks
 section 3.2, "Fewer Activations and Normalizations").
 
 All scripts import this file, so it ends with what they share: `UsageError`, `RunError` and `write_whole`.
-`blocks.py` and `model.py` need no package but PyTorch, and no other file but `data.py` for photographs.
+`blocks.py` and `model.py` need no package but PyTorch; `load_checkpoint` and photographs need `data.py`, too.
 """
 
 from __future__ import annotations

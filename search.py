@@ -289,7 +289,7 @@ def gaussian_process(space, seed: int):
     """Return SMAC's Gaussian process; the more choices two networks share, the more alike it expects them.
 
     It estimates the noise of trials, which a forest takes for differences between networks. One length scale
-    for all choices finds better networks than SMAC's default of one for each (results/samplers.md).
+    for all choices finds better networks than SMAC's default of one for each (results/LOG.md).
     """
     from smac.model.gaussian_process import GaussianProcess, kernels
 
