@@ -61,6 +61,7 @@ import numpy as np
 import psutil
 import torch
 from pebble import ProcessExpired, ProcessPool
+from threadpoolctl import threadpool_limits
 
 ETA = 3  # Hyperband promotes the best third of a stage to three times the epochs
 FAILURES_THAT_STOP = 5  # a search stops if its first trials all fail
@@ -250,7 +251,8 @@ class Smac:
         from smac.main.exceptions import ConfigurationSpaceExhaustedException
 
         for _ in range(2):  # an iterator that finds no new configuration ends, with promotions still due
-            with contextlib.suppress(ConfigurationSpaceExhaustedException):
+            # The model's small matrices are faster on one thread, beside trials twice as fast.
+            with threadpool_limits(1, "blas"), contextlib.suppress(ConfigurationSpaceExhaustedException):
                 info = next(self.trials, None)
                 if info is not None:
                     self.smac.runhistory.add_running_trial(info)
