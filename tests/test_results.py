@@ -47,6 +47,17 @@ def test_evidence_beside_another_implementation(tmp_path):
             assert row["ratio"]["mean"] == pytest.approx(expected)
 
 
+def test_kernels_are_told_apart_by_their_weights(tmp_path):
+    """nexception_nano has a patchify stem, 5 x 5 depthwise convolutions and blur pools of 3 x 3, and SE."""
+    small = ["--models", "nexception_nano", "--batch", 2, "--repetitions", 1, "--device", "cpu"]
+    assert run("kernels", *small, "--out", tmp_path) == 0
+    (row,) = json.loads((tmp_path / "kernels-cpu-float32.json").read_text())["rows"]
+    depthwise = {kind for kind in row if kind.startswith("depthwise")}
+    assert depthwise == {"depthwise, 3 × 3", "depthwise, 5 × 5"}
+    others = {"convolutions, 1 × 1", "convolutions, stem and skips", "norms", "squeeze-and-excitation"}
+    assert all(row[kind] > 0 for kind in depthwise | others)
+
+
 def test_the_surrogate_is_that_of_the_trained_networks(tmp_path, monkeypatch):
     """Each network of the table has its own place in the surrogate, which agrees with its training."""
     space = importlib.import_module("results.space")
