@@ -602,7 +602,7 @@ class AccuracyOptions:
 
 def trained_model(spec: str, weights: str | None) -> tuple[nn.Module, Published | None]:
     """Return a network in evaluation mode, with `transform` and `classes`, and its row of Table 1, if any."""
-    if Path(spec).is_file():
+    if Path(spec).is_file() or Path(spec).suffix in (".pt", ".pth"):
         if weights:
             raise UsageError(f"--weights: {spec} has weights of its own")
         model = load_checkpoint(spec, fuse=True)

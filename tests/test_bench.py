@@ -280,6 +280,7 @@ def test_ctrl_c_is_one_sentence_and_errors_of_pytorch_are_not(monkeypatch, capsy
         (["fly"], "speed, accuracy"),
         (["figures", "--out", __file__], "--out"),
         (["speed", "--models", "nexception_q"], "unknown model 'nexception_q'"),
+        (["accuracy", "nothing.pt", "imagenet=."], "nothing.pt: no such file"),
         (["speed", "--repetitions", "0"], "--repetitions"),
         (["speed", "--train", "--fuse"], "--fuse is for evaluation"),
         (["speed", "--device", "abacus"], "--device abacus"),
